@@ -1,0 +1,354 @@
+"""Drawing pictures with `generate()`: logits processors, settings, and the image decoding loop."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+from .configuration_liquid import LiquidConfig
+
+
+if TYPE_CHECKING:
+    from .modeling_liquid import LiquidForCausalLM
+
+
+# The reference's settings, for models whose generation_config.json has no `image_generation_config`.
+DEFAULT_IMAGE_GENERATION_CONFIG: dict[str, Any] = {
+    "guidance_scale": 7.0,
+    "do_sample": True,
+    "temperature": 0.99,
+    "top_k": 4096,
+    "top_p": 0.96,
+}
+
+# What of transformers' generation settings has a meaning for a fixed number of codes.
+_IMAGE_SETTINGS = {
+    *("guidance_scale", "guidance_min_p", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+    *("epsilon_cutoff", "eta_cutoff", "top_h", "renormalize_logits", "remove_invalid_values", "max_time"),
+    *("num_return_sequences", "use_cache", "cache_implementation", "cache_config", "max_cache_len"),
+    *("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"),
+    *("prefill_chunk_size", "compile_config", "disable_compile"),
+}
+
+
+class ImageTokenLogitsProcessor(LogitsProcessor):
+    """Restricts the next token to image ids; for stock `generate()` calls.
+
+    Args:
+        config (`LiquidConfig`): Says where the image ids lie.
+    """
+
+    def __init__(self, config: LiquidConfig) -> None:
+        self.image_slice = config.image_slice
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        restricted = torch.full_like(scores, -torch.inf)
+        restricted[:, self.image_slice] = scores[:, self.image_slice]
+        return restricted
+
+
+class SuppressImageTokensLogitsProcessor(LogitsProcessor):
+    """Keeps image ids and the four image specials out of text.
+
+    Args:
+        config (`LiquidConfig`): Says where they lie.
+    """
+
+    def __init__(self, config: LiquidConfig) -> None:
+        self.image_slice = config.image_slice
+        self.specials = config.special_image_token_ids
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores = scores.clone()
+        scores[:, self.image_slice] = -torch.inf
+        scores[:, self.specials] = -torch.inf
+        return scores
+
+
+class GuidanceLogitsProcessor(LogitsProcessor):
+    """Classifier-free guidance in one batch: conditional rows, then as many unconditional rows.
+
+    Both halves of what it returns are the guided scores `u + guidance_scale * (c - u)`, so that in a stock greedy
+    `generate()` call both rows of a pair get the same token. (When sampling, stock `generate()` draws for each row
+    apart; `generate(generation_mode="image")` draws once for both.) Put it before restrictions such as
+    [`ImageTokenLogitsProcessor`].
+
+    Args:
+        guidance_scale (`float`): 1 follows the prompt alone, more follows it more strongly.
+        guidance_min_p (`float`, *optional*): Choose only among tokens that the conditional row gives at least this
+            fraction of its best token's probability. Guidance amplifies tokens that neither row supports; this
+            leaves them out.
+
+    Raises:
+        ValueError: If `guidance_scale` is below 1 or not finite, or `guidance_min_p` not in (0, 1].
+    """
+
+    def __init__(self, guidance_scale: float, guidance_min_p: float | None = None) -> None:
+        if not (math.isfinite(guidance_scale) and guidance_scale >= 1):
+            raise ValueError(f"guidance_scale must be a finite number >= 1 (1 is no guidance), got {guidance_scale}.")
+        if guidance_min_p is not None and not 0 < guidance_min_p <= 1:
+            raise ValueError(f"guidance_min_p must be in (0, 1], got {guidance_min_p}.")
+        self.guidance_scale = guidance_scale
+        self.log_min_p = None if guidance_min_p is None else math.log(guidance_min_p)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if len(scores) % 2:
+            raise ValueError(f"Guidance needs conditional and unconditional rows in equal number, got {len(scores)} rows.")
+        conditional, unconditional = scores.chunk(2)
+        guided = torch.lerp(unconditional, conditional, self.guidance_scale)
+        if self.log_min_p is not None:
+            threshold = conditional.amax(-1, keepdim=True) + self.log_min_p
+            guided = guided.masked_fill(conditional < threshold, -torch.inf)
+        return guided.repeat(2, 1)
+
+
+def generate_image_tokens(
+    model: LiquidForCausalLM,
+    input_ids: torch.LongTensor,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    attention_mask: torch.Tensor | None = None,
+    negative_prompt_ids: torch.LongTensor | None = None,
+    negative_prompt_attention_mask: torch.Tensor | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    generation_config: GenerationConfig | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    streamer: BaseStreamer | None = None,
+    **kwargs: Any,
+) -> ModelOutput | torch.LongTensor:
+    """`generate(generation_mode="image")`: arguments and result as documented there.
+
+    1. settings: the defaults, then the model's, then the caller's;
+    2. rows: the conditional ones, then the unconditional ones, padded together;
+    3. transformers' `generate()` prepares cache, processors and criteria, and runs [`sample_image_tokens`].
+    """
+    settings, model_kwargs = _image_settings(model, generation_config, kwargs)
+    guidance_scale = settings.pop("guidance_scale")
+    guidance = GuidanceLogitsProcessor(guidance_scale, settings.pop("guidance_min_p", None))
+    rows, columns = model.config.grid(height, width)
+    _check_image_inputs(model, input_ids, rows * columns, generator, settings.get("num_return_sequences") or 1)
+
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    batch_size = len(input_ids)
+    if guidance_scale > 1:
+        if negative_prompt_ids is None:
+            negative_prompt_ids = _unconditional_prompt(model.config, input_ids)
+        input_ids, attention_mask = _stack_left_padded(
+            (input_ids, attention_mask),
+            _repeat_to(batch_size, negative_prompt_ids, negative_prompt_attention_mask),
+        )
+        _check_context(model, input_ids, rows * columns)
+    if streamer is not None:
+        streamer.put(input_ids[:batch_size].cpu())
+
+    loop = functools.partial(
+        sample_image_tokens,
+        guidance=guidance if guidance_scale > 1 else None,
+        generator=generator,
+        image_streamer=streamer,
+    )
+    # The view has logits of the image rows only, so processors and scores are `codebook_size` wide.
+    return GenerationMixin.generate(
+        model.image_head_view(),
+        input_ids,
+        attention_mask=attention_mask,
+        generation_config=GenerationConfig(max_new_tokens=rows * columns, **settings),
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        custom_generate=loop,
+        **model_kwargs,
+    )
+
+
+def sample_image_tokens(
+    model: LiquidForCausalLM,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    guidance: GuidanceLogitsProcessor | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    image_streamer: BaseStreamer | None = None,
+    **model_kwargs: Any,
+) -> ModelOutput | torch.LongTensor:
+    """The image decoding loop: one forward for all rows, guidance, filters, one draw for both rows of a pair.
+
+    Args:
+        model ([`LiquidForCausalLM`]): A view whose logits are those of the codes
+            ([`~LiquidForCausalLM.image_head_view`]).
+        input_ids (`torch.LongTensor` of shape `(R, L)`): R = B, or 2 B with guidance: conditional, then unconditional.
+        logits_processor, stopping_criteria, generation_config, model_kwargs: As prepared by `generate()`.
+        guidance ([`GuidanceLogitsProcessor`], *optional*): Merges the halves.
+        generator (`torch.Generator` or a list of B of them, *optional*): For the draws.
+        image_streamer (`BaseStreamer`, *optional*): Receives the B new ids of every step.
+
+    Returns:
+        `torch.LongTensor` of shape `(B, new ids)`, or a `GenerateDecoderOnlyOutput`.
+    """
+    offset = model.config.image_token_offset
+    prompt_length = input_ids.shape[1]
+    num_pictures = len(input_ids) // 2 if guidance is not None else len(input_ids)
+    if isinstance(generator, list) and len(generator) != num_pictures:
+        raise ValueError(f"A list of generators needs one for each of the {num_pictures} pictures, got {len(generator)}.")
+    recorded: dict[str, list[Any]] = {
+        name: [] for name in ("scores", "logits", "attentions", "hidden_states") if _is_recorded(name, generation_config)
+    }
+
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    while True:
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+        guided = logits if guidance is None else guidance(input_ids, logits)[:num_pictures]
+        scores = logits_processor(input_ids[:num_pictures], guided)
+        codes = _draw(scores, generator) if generation_config.do_sample else scores.argmax(-1)
+
+        new_ids = codes + offset
+        input_ids = torch.cat([input_ids, new_ids.repeat(len(input_ids) // num_pictures)[:, None]], dim=1)
+        if image_streamer is not None:
+            image_streamer.put(new_ids.cpu())
+        step = {"scores": scores, "logits": logits, "attentions": outputs.get("attentions")}
+        step["hidden_states"] = outputs.get("hidden_states")
+        for name, values in recorded.items():
+            values.append(step[name])
+        if stopping_criteria(input_ids[:num_pictures], scores).all():
+            break
+        # Freed before the next forward, or two sets of outputs would be alive at once.
+        del outputs, logits
+        inputs = model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
+        )
+        outputs = model(**inputs, return_dict=True)
+
+    if image_streamer is not None:
+        image_streamer.end()
+    sequences = input_ids[:num_pictures, prompt_length:]
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences,
+        past_key_values=model_kwargs.get("past_key_values"),
+        **{name: tuple(values) for name, values in recorded.items()},
+    )
+
+
+def _draw(scores: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.LongTensor:
+    """One index per row by inverting the distribution function at one uniform number per row.
+
+    Unlike `torch.multinomial` this takes a generator per row, and generators of the CPU for any device.
+    """
+    if isinstance(generator, list):
+        uniform = torch.cat([torch.rand(1, generator=one, device=one.device).to(scores.device) for one in generator])
+    elif generator is not None:
+        uniform = torch.rand(len(scores), generator=generator, device=generator.device).to(scores.device)
+    else:
+        uniform = torch.rand(len(scores), device=scores.device)
+    # In float64 the largest float32 uniform stays below the total: an entry of probability 0 is never drawn.
+    cumulative = scores.softmax(-1).double().cumsum(-1)
+    return torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True).squeeze(1)
+
+
+def _image_settings(
+    model: LiquidForCausalLM, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits keyword arguments into the settings of an image and what is left for the model."""
+    own = model.generation_config if generation_config is None else generation_config
+    settings = DEFAULT_IMAGE_GENERATION_CONFIG | (getattr(own, "image_generation_config", None) or {})
+    if generation_config is not None:
+        given = generation_config.to_diff_dict()
+        settings |= {name: value for name, value in given.items() if name in _IMAGE_SETTINGS and value is not None}
+    known = GenerationConfig._get_default_generation_params().keys() | GenerationConfig().to_dict().keys()
+    model_kwargs = {}
+    for name, value in kwargs.items():
+        if name in _IMAGE_SETTINGS:
+            settings = settings if value is None and name == "guidance_min_p" else settings | {name: value}
+        elif name not in known:
+            model_kwargs[name] = value
+        elif value is not None:
+            raise ValueError(
+                f"{name}={value} has no meaning for images: a picture is exactly rows x columns codes, drawn greedily "
+                f"or by sampling. Settings for images: {', '.join(sorted(_IMAGE_SETTINGS))}, height, width."
+            )
+    if not settings["do_sample"]:
+        # As transformers does not: sampling settings of the repository say nothing against a greedy call.
+        settings = {name: value for name, value in settings.items() if name not in ("temperature", "top_k", "top_p")}
+    if settings["guidance_scale"] is None:
+        settings["guidance_scale"] = 1.0
+    return settings, model_kwargs
+
+
+def _check_image_inputs(
+    model: LiquidForCausalLM,
+    input_ids: torch.LongTensor | None,
+    num_codes: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+    num_return_sequences: int,
+) -> None:
+    if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
+        shape = None if input_ids is None else tuple(input_ids.shape)
+        raise ValueError(f'generation_mode="image" needs input_ids of shape (batch, length), got {shape}.')
+    boi = model.config.boi_token_id
+    wrong = (input_ids[:, -1] != boi).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"Every prompt must end with the begin-of-image token ({boi}); row {wrong[0]} ends with "
+            f'{int(input_ids[wrong[0], -1])}. Use the processor with generation_mode="image" (it pads on the left).'
+        )
+    if isinstance(generator, list) and len(generator) != len(input_ids) * num_return_sequences:
+        raise ValueError(
+            f"A list of generators needs one for each of the {len(input_ids) * num_return_sequences} pictures, "
+            f"got {len(generator)}."
+        )
+    _check_context(model, input_ids, num_codes)
+
+
+def _check_context(model: LiquidForCausalLM, input_ids: torch.LongTensor, num_codes: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and input_ids.shape[1] + num_codes > limit:
+        raise ValueError(
+            f"The prompt has {input_ids.shape[1]} tokens and the picture {num_codes} codes, together more than the "
+            f"model's {limit} positions. Shorten the prompt or draw a smaller picture."
+        )
+
+
+def _unconditional_prompt(config: LiquidConfig, input_ids: torch.LongTensor) -> torch.LongTensor:
+    """`bos <unconditional> <boi>`, with bos where the prompts have one."""
+    bos = getattr(config, "bos_token_id", None)
+    has_bos = bos is not None and bool((input_ids == bos).any())
+    ids = [bos] * has_bos + [config.uncond_token_id, config.boi_token_id]
+    return torch.tensor([ids], dtype=input_ids.dtype, device=input_ids.device)
+
+
+def _repeat_to(
+    batch_size: int, ids: torch.LongTensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.LongTensor, torch.Tensor]:
+    """One unconditional prompt serves all rows; else there must be one for each."""
+    if len(ids) not in (1, batch_size):
+        raise ValueError(f"negative_prompt_ids must have 1 or {batch_size} rows (the prompts), got {len(ids)}.")
+    attention_mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+    repeats = batch_size // len(ids)
+    return ids.repeat(repeats, 1), attention_mask.repeat(repeats, 1)
+
+
+def _stack_left_padded(*batches: tuple[torch.LongTensor, torch.Tensor]) -> tuple[torch.LongTensor, torch.Tensor]:
+    """Stacks left-padded batches of (ids, mask); every row keeps its own mask, so no row attends to a pad."""
+    length = max(ids.shape[1] for ids, _ in batches)
+    device = batches[0][0].device
+    padded = [
+        [torch.nn.functional.pad(part.to(device), (length - part.shape[1], 0)) for part in batch] for batch in batches
+    ]
+    ids, masks = zip(*padded, strict=True)
+    return torch.cat(ids), torch.cat(masks)
+
+
+def _is_recorded(name: str, generation_config: GenerationConfig) -> bool:
+    return bool(generation_config.return_dict_in_generate and getattr(generation_config, f"output_{name}"))

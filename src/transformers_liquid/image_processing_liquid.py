@@ -1,0 +1,279 @@
+"""Pictures to `pixel_values` in [-1, 1] and back, with Pillow only."""
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from huggingface_hub import get_session
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
+from transformers.utils import TensorType
+
+
+FRAMINGS = ("crop", "pad")
+
+# The mean colour of CLIP's training data, which the reference pads questions' pictures with.
+PAD_COLOR = (122, 116, 104)
+
+# A picture so elongated that framing would blow it up beyond this (0.8 GB of RGB) is refused.
+MAX_FRAMED_PIXELS = 2**28
+
+
+class LiquidImageProcessorKwargs(TypedDict, total=False):
+    """What can be overridden by `from_pretrained(..., name=value)`."""
+
+    size: int
+    downsample_factor: int
+    framing: str
+
+
+class LiquidImageProcessor(BaseImageProcessor):
+    """Frames pictures for the codec, and turns what the codec decodes into pictures.
+
+    Args:
+        size (`int`, defaults to 512): Height and width in pixels of the result when none are asked for.
+        downsample_factor (`int`, defaults to 16): Pixels per code along one side; sides must be its multiples.
+        framing (`str`, defaults to `"crop"`): How a picture is brought to the target's proportions. `"crop"` resizes
+            until the target is covered and keeps the centre (the reference's training data). `"pad"` centres the whole
+            picture on a canvas of colour (122, 116, 104), then resizes (the reference's questions about pictures).
+
+    Raises:
+        ValueError: If `size` is no positive multiple of `downsample_factor`, or `framing` is unknown.
+
+    Example:
+
+    ```python
+    >>> image_processor = LiquidImageProcessor()
+    >>> pixel_values = image_processor(PIL.Image.open("cat.png"))["pixel_values"]  # (1, 3, 512, 512)
+    >>> picture = image_processor.postprocess(pixel_values)[0]
+    ```
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012 (transformers' convention)
+    valid_kwargs = LiquidImageProcessorKwargs
+
+    def __init__(self, size: int = 512, downsample_factor: int = 16, framing: str = "crop", **kwargs):
+        super().__init__(**kwargs)
+        self.size = size
+        self.downsample_factor = downsample_factor
+        self.framing = framing
+        self._check(framing, size, size)
+
+    def preprocess(
+        self,
+        images: Any,
+        framing: Literal["crop", "pad"] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        return_tensors: str | TensorType | None = "pt",
+    ) -> BatchFeature:
+        """Frames pictures to one size.
+
+        Args:
+            images: A picture, or a (nested) list of them, flattened in reading order. A picture is what [`load_image`]
+                takes, or a numpy array or torch tensor `(H, W)`, `(H, W, C)` or `(C, H, W)` with C of 1 (grey), 2
+                (grey, alpha), 3 (RGB) or 4 (RGBA); uint8, uint16, or floats in [0, 1]. A 4-D array is a batch.
+            framing (`str`, *optional*): `"crop"` or `"pad"`. Defaults to `self.framing`.
+            height, width (`int`, *optional*): Size of the result in pixels. Each defaults to `self.size`.
+            return_tensors (`str`, defaults to `"pt"`): `"pt"`, `"np"`, or `None` for numpy as well.
+
+        Returns:
+            `BatchFeature` with `pixel_values`: float32 `(N, 3, height, width)` in [-1, 1].
+
+        Raises:
+            ValueError: If a picture, `framing` or the size cannot be used.
+        """
+        framing = self.framing if framing is None else framing
+        height = self.size if height is None else height
+        width = self.size if width is None else width
+        self._check(framing, height, width)
+        frame = _crop if framing == "crop" else _pad
+        pictures = [frame(_to_rgb(image), height, width) for image in _flatten(images)]
+        if not pictures:
+            raise ValueError("Got no images: expected at least one.")
+        # float64 until the end, as the reference computes it.
+        pixel_values = (np.stack(pictures) / 255.0 * 2.0 - 1.0).astype(np.float32).transpose(0, 3, 1, 2)
+        return BatchFeature({"pixel_values": np.ascontiguousarray(pixel_values)}, tensor_type=return_tensors)
+
+    def postprocess(
+        self, pixel_values: torch.Tensor, output_type: Literal["pil", "np", "pt"] = "pil"
+    ) -> "list[PIL.Image.Image] | np.ndarray | torch.Tensor":
+        """Turns decoded pixels into pictures, with diffusers' conventions.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pixels, nominally in [-1, 1]; clamped.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` or `"pt"`.
+
+        Returns:
+            A list of B RGB pictures, an array `(B, H, W, 3)` in [0, 1], or a tensor `(B, 3, H, W)` in [0, 1].
+
+        Raises:
+            ValueError: If the shape or `output_type` is wrong, or `pixel_values` are not finite.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}.")
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(
+                f"pixel_values must have shape (batch, 3, height, width), got {tuple(pixel_values.shape)}."
+            )
+        if not pixel_values.isfinite().all():
+            raise ValueError("pixel_values contain NaN or infinity: decode in float32 or bfloat16 instead of float16.")
+        pixels = VaeImageProcessor.denormalize(pixel_values.detach())
+        if output_type == "pt":
+            return pixels
+        array = VaeImageProcessor.pt_to_numpy(pixels)
+        return array if output_type == "np" else VaeImageProcessor.numpy_to_pil(array)
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Loads what `ProcessorMixin` is given, nested as it came; arrays and tensors pass through."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        if isinstance(image_url_or_urls, (np.ndarray, torch.Tensor)):
+            return image_url_or_urls
+        return load_image(image_url_or_urls)
+
+    def _check(self, framing: str, height: int, width: int) -> None:
+        if framing not in FRAMINGS:
+            raise ValueError(f"framing must be one of {FRAMINGS}, got {framing!r}.")
+        factor = self.downsample_factor
+        if any(not isinstance(side, int) or side <= 0 or side % factor for side in (height, width)):
+            raise ValueError(
+                f"height and width must be positive multiples of {factor} pixels (one code covers {factor} x {factor}), "
+                f"got height {height!r} and width {width!r}."
+            )
+
+
+def load_image(image: "str | Path | bytes | PIL.Image.Image") -> PIL.Image.Image:
+    """Loads one picture as RGB.
+
+    The EXIF orientation is applied, transparency is blended on white, and 16-bit grey is brought to 8 bits.
+
+    Args:
+        image: A path, an `http(s)://` or `data:image/` URL, the bytes of a picture file, or a Pillow picture.
+
+    Returns:
+        `PIL.Image.Image` in mode RGB.
+
+    Raises:
+        ValueError: If the picture is corrupt, truncated, animated, empty, too large to be trusted, or of a kind whose
+            brightness range is unknown.
+        TypeError: If `image` is nothing of the above.
+    """
+    name = "the picture" if isinstance(image, (bytes, PIL.Image.Image)) else f"{str(image)[:200]!r}"
+    if not isinstance(image, PIL.Image.Image):
+        data = _read(image)
+        try:
+            image = PIL.Image.open(io.BytesIO(data))
+        except PIL.Image.DecompressionBombError as error:
+            raise ValueError(f"Refusing to open {name}: {error} Downscale it first.") from error
+        except Exception as error:  # decoders raise anything from OSError to struct.error on broken files
+            raise ValueError(
+                f"Cannot read {name} as a picture ({error}): it is corrupt or of no known format."
+            ) from error
+    if 0 in image.size:
+        raise ValueError(f"Cannot use {name}: it has no pixels ({image.width} x {image.height}).")
+    try:
+        frames = getattr(image, "n_frames", 1)  # Pillow defines it only for formats that can hold several
+        if frames == 1 or image.format == "MPO":  # cameras' MPO: the picture, then thumbnails or depth
+            return _blend_on_white(_to_8_bit(PIL.ImageOps.exif_transpose(image), image.format))
+    except Exception as error:
+        raise ValueError(f"Cannot decode {name} ({error}). It may be truncated: re-save it as an RGB PNG.") from error
+    raise ValueError(f"Cannot use {name}: it has {frames} frames. Choose one and save it as a PNG.")
+
+
+def _read(source: str | Path | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        return get_session().get(source, follow_redirects=True).raise_for_status().content
+    if isinstance(source, str) and source.startswith("data:image/"):
+        return base64.b64decode(source.partition(",")[2])
+    if isinstance(source, (str, Path)):
+        return Path(source).read_bytes()
+    raise TypeError(f"Expected a path, a URL, bytes, a Pillow picture, an array or a tensor, got {type(source)}.")
+
+
+def _to_8_bit(image: PIL.Image.Image, file_format: str | None) -> PIL.Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
+        return PIL.Image.fromarray((np.asarray(image) / 257.0).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode!r} have no known range; scale them to 8 bits")
+    return image
+
+
+def _blend_on_white(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _flatten(images: Any) -> Iterator[Any]:
+    is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+    if is_batch or isinstance(images, (list, tuple)):
+        for image in images:
+            yield from _flatten(image)
+    else:
+        yield images
+
+
+def _to_rgb(image: Any) -> PIL.Image.Image:
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    return load_image(_array_to_pil(image) if isinstance(image, np.ndarray) else image)
+
+
+def _array_to_pil(array: np.ndarray) -> PIL.Image.Image:
+    if array.ndim not in (2, 3) or 0 in array.shape:
+        raise ValueError(f"A picture must have shape (H, W), (H, W, C) or (C, H, W), got {array.shape}.")
+    if array.ndim == 3:
+        if infer_channel_dimension_format(array, num_channels=(1, 2, 3, 4)) == ChannelDimension.FIRST:
+            array = array.transpose(1, 2, 0)
+        array = array[..., 0] if array.shape[-1] == 1 else array
+    if np.issubdtype(array.dtype, np.floating):
+        if not (array.min() >= 0 and array.max() <= 1):  # NaN fails too
+            raise ValueError(
+                f"A picture of floats must lie in [0, 1], got {array.min()} to {array.max()}: rescale it, or pass uint8."
+            )
+        array = array * 255.0
+    elif array.dtype == np.uint16:
+        array = array / 257.0
+    elif array.dtype != np.uint8:
+        raise ValueError(f"A picture must be uint8, uint16 or floats in [0, 1], got {array.dtype}: convert it first.")
+    return PIL.Image.fromarray(np.ascontiguousarray(array.round().astype(np.uint8)))
+
+
+def _crop(image: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
+    scale = max(height / image.height, width / image.width)
+    size = (round(image.width * scale), round(image.height * scale))
+    _check_framed(image, *size)
+    image = image.resize(size, PIL.Image.Resampling.LANCZOS)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _pad(image: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
+    size = (
+        max(image.width, round(image.height * width / height)),
+        max(image.height, round(image.width * height / width)),
+    )
+    _check_framed(image, *size)
+    canvas = PIL.Image.new("RGB", size, PAD_COLOR)
+    canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    return canvas.resize((width, height), PIL.Image.Resampling.LANCZOS)
+
+
+def _check_framed(image: PIL.Image.Image, width: int, height: int) -> None:
+    if width * height > MAX_FRAMED_PIXELS:
+        raise ValueError(
+            f"A picture of {image.width} x {image.height} is too elongated: framing it would need {width} x {height} "
+            "pixels. Crop or downscale it first."
+        )

@@ -1,0 +1,474 @@
+"""Liquid (arXiv 2412.04332): any causal language model whose vocabulary also holds the codes of an image codec.
+
+The base model is nested whole, head included, so that whatever it does to its logits (soft-capping, scaling, biases)
+stays its own. Images exist only as token ids: nothing here but the codec knows about pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import Cache
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_liquid import LiquidConfig
+from .generation_liquid import SuppressImageTokensLogitsProcessor, generate_image_tokens
+from .modeling_liquid_vq import LiquidVQModel
+
+
+class LiquidPreTrainedModel(PreTrainedModel):
+    config_class = LiquidConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["vq_model"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, vq_checkpoint=None, **kwargs):
+        """Loads a Liquid repository, or a reference one such as `Junfeng5/Liquid_V1_7B`.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A repository saved by this package, or a plain
+                causal language model whose vocabulary already holds the image codes (the reference layout); its
+                codec is then fetched from where the reference keeps it.
+            vq_checkpoint (`str` or `os.PathLike`, *optional*): Where the codec of a reference repository lies
+                instead: a folder with `vqgan.ckpt` and `vqgan.yaml`, or a codec saved by [`LiquidVQModel`].
+            kwargs: As in transformers' `from_pretrained`.
+
+        Raises:
+            ValueError: If the checkpoint is neither of the two, or holds no codec.
+        """
+        from .convert_checkpoint import is_reference_checkpoint, load_reference
+
+        if is_reference_checkpoint(pretrained_model_name_or_path, **kwargs):
+            return load_reference(cls, pretrained_model_name_or_path, vq_checkpoint=vq_checkpoint, **kwargs)
+        if vq_checkpoint is not None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a Liquid repository and holds its own codec: `vq_checkpoint` is "
+                "for reference checkpoints."
+            )
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        missing = sorted(key for key in info["missing_keys"] if "vq_model." in key)
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no codec weights ({len(missing)} are missing, the first is "
+                f"{missing[0]!r}). Save the model with its codec, or use `expand_vocabulary` to add one."
+            )
+        for module in model.modules():
+            if isinstance(module, LiquidVQModel):
+                module.requires_grad_(False)
+        return (model, info) if wants_info else model
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers, but refuses to delete image rows.
+
+        Raises:
+            ValueError: If fewer rows would remain than the image ids need, as in
+                `resize_token_embeddings(len(tokenizer))`.
+        """
+        needed = self.config.image_token_range.stop
+        if new_num_tokens is not None and new_num_tokens < needed:
+            raise ValueError(
+                f"Resizing to {new_num_tokens} rows would delete image rows: image ids end at {needed - 1}, so at "
+                f"least {needed} rows must remain. The tokenizer does not count image ids: do not resize to its length."
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+
+class LiquidModel(LiquidPreTrainedModel):
+    """The whole base language model (`text_model`) beside the codec (`vq_model`)."""
+
+    def __init__(self, config: LiquidConfig):
+        super().__init__(config)
+        self.text_model = AutoModelForCausalLM.from_config(config.text_config)
+        # One object: what resizing writes to the one must be read from the other.
+        config.text_config = self.text_model.config
+        self.vq_model = LiquidVQModel(**config.vq_config).requires_grad_(False)
+        self._cache_argument = next(
+            name
+            for name in ("past_key_values", "cache_params")
+            if name in inspect.signature(self.text_model.forward).parameters
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    def train(self, mode: bool = True) -> LiquidModel:
+        super().train(mode)
+        self.vq_model.eval()
+        return self
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
+        """Turns pictures into image token ids.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(N, 3, H, W)` or a list of N tensors `(3, H, W)`): In [-1, 1].
+
+        Returns:
+            N tensors of `rows * columns` ids, row by row.
+        """
+        if isinstance(pixel_values, torch.Tensor):
+            codes = self.vq_model.encode_codes(pixel_values.to(self.vq_model.device))
+            return list(self.config.codes_to_ids(codes).flatten(1))
+        return [self.encode_images(picture[None])[0] for picture in pixel_values]
+
+    def fill_image_placeholders(
+        self, input_ids: torch.LongTensor, pixel_values: torch.Tensor | list[torch.Tensor]
+    ) -> torch.LongTensor:
+        """Replaces every run of placeholders with the ids of the next picture.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`): With one run of `image_token_id` per picture.
+            pixel_values: The pictures in reading order, as in [`~LiquidModel.encode_images`].
+
+        Raises:
+            ValueError: If the runs and the pictures do not match, saying which and where.
+        """
+        pictures = self.encode_images(pixel_values)
+        is_placeholder = input_ids == self.config.image_token_id
+        runs = _placeholder_runs(is_placeholder)
+        if len(runs) != len(pictures):
+            raise ValueError(f"The prompts have room for {len(runs)} images, but {len(pictures)} were given.")
+        for index, ((row, start, length), picture) in enumerate(zip(runs, pictures, strict=True)):
+            if length != len(picture):
+                raise ValueError(
+                    f"Image {index} has {len(picture)} codes, but its place in row {row} from position {start} on "
+                    f"has {length} placeholders. Prepare text and images with one call of the processor."
+                )
+        if not pictures:
+            return input_ids
+        return input_ids.masked_scatter(is_placeholder, torch.cat(pictures).to(input_ids))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of the base model's body; arguments as in [`LiquidForCausalLM.forward`]."""
+        inputs = self._text_inputs(input_ids, pixel_values, inputs_embeds, past_key_values)
+        outputs = self.text_model.base_model(
+            **inputs, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **kwargs
+        )
+        return BaseModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get(self._cache_argument),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    def _text_inputs(self, input_ids, pixel_values, inputs_embeds, past_key_values) -> dict[str, Any]:
+        """What the base model is given in place of ids, pictures and a cache."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if pixel_values is not None:
+            if input_ids is None:
+                raise ValueError("pixel_values need input_ids: their placeholders say where the images go.")
+            input_ids = self.fill_image_placeholders(input_ids, pixel_values)
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        if past_key_values is not None:
+            inputs[self._cache_argument] = past_key_values
+        return inputs
+
+
+class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
+    """A causal language model that reads and draws.
+
+    Example:
+
+    ```python
+    >>> from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidProcessor
+    >>> model = LiquidForCausalLM.from_pretrained(EMOJI_CHECKPOINT)
+    >>> processor = LiquidProcessor.from_pretrained(EMOJI_CHECKPOINT)
+    >>> inputs = processor(text=["red apple"], generation_mode="image", return_tensors="pt")
+    >>> ids = model.generate(**inputs, generation_mode="image")
+    >>> images = processor.post_process_multimodal_output(model.decode_image_tokens(ids), generation_mode="image")
+    ```
+    """
+
+    output_modalities = ("image", "text")
+
+    def __init__(self, config: LiquidConfig):
+        super().__init__(config)
+        self.model = LiquidModel(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.text_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.model.text_model.set_output_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | list[torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits over text and image ids together.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Text ids, image ids and, where pictures are given in
+                `pixel_values`, one placeholder (`config.image_token_id`) per code.
+            pixel_values (`torch.Tensor` of shape `(N, 3, H, W)` or a list of N tensors `(3, H, W)`, *optional*):
+                Pictures in [-1, 1] in reading order over the batch.
+            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 where a token is attended to.
+            position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): Positions.
+            past_key_values (`Cache`, *optional*): The base model's cache.
+            inputs_embeds (`torch.Tensor` of shape `(B, L, hidden)`, *optional*): Instead of `input_ids`.
+            use_cache (`bool`, *optional*): Whether to return the cache.
+            labels (`torch.LongTensor` of shape `(B, L)`, *optional*): Text and image ids to predict, -100 elsewhere.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): As in transformers; 0 keeps all positions.
+            kwargs: Handed to the base model and its loss (`num_items_in_batch`, `shift_labels`, ...).
+
+        Returns:
+            The base model's own output: `loss`, `logits` of shape `(B, L, vocabulary)`, `past_key_values`, ...
+
+        Raises:
+            ValueError: If placeholders and pictures do not match.
+        """
+        inputs = self.model._text_inputs(input_ids, pixel_values, inputs_embeds, past_key_values)
+        outputs = self.model.text_model(
+            **inputs,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        if self.model._cache_argument == "past_key_values":
+            return outputs
+        return CausalLMOutputWithPast(
+            loss=outputs.loss,
+            logits=outputs.logits,
+            past_key_values=outputs.get(self.model._cache_argument),
+            hidden_states=outputs.hidden_states,
+        )
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.model.text_model.prepare_inputs_for_generation(*args, **kwargs)
+
+    def encode_images(self, pixel_values: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
+        """Turns pictures into image token ids: see [`LiquidModel.encode_images`]."""
+        return self.model.encode_images(pixel_values)
+
+    @torch.no_grad()
+    def decode_image_tokens(
+        self, image_tokens: torch.LongTensor, height: int | None = None, width: int | None = None
+    ) -> torch.Tensor:
+        """Turns image token ids into pictures.
+
+        Args:
+            image_tokens (`torch.LongTensor` of shape `(B, rows * columns)` or `(rows * columns,)`): Image ids, row by
+                row, as returned by `generate(generation_mode="image")`.
+            height (`int`, *optional*): Of the picture in pixels; defaults to `config.image_size`.
+            width (`int`, *optional*): Of the picture in pixels; defaults to `config.image_size`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, 3, height, width)` in [-1, 1].
+
+        Raises:
+            ValueError: If an id is no image id, or if there are not `rows * columns` of them.
+        """
+        rows, columns = self.config.grid(height, width)
+        image_tokens = image_tokens[None] if image_tokens.ndim == 1 else image_tokens
+        if image_tokens.shape[-1] != rows * columns:
+            raise ValueError(
+                f"A picture of {rows} x {columns} codes needs {rows * columns} image ids, got "
+                f"{image_tokens.shape[-1]}. Pass the height and width that the ids were generated with."
+            )
+        codes = self.config.ids_to_codes(image_tokens).view(-1, rows, columns)
+        return self.model.vq_model.decode_codes(codes.to(self.model.vq_model.device)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        streamer: BaseStreamer | None = None,
+        generation_mode: str = "text",
+        pixel_values: torch.Tensor | list[torch.Tensor] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_min_p: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        suppress_image_tokens: bool = True,
+        **kwargs: Any,
+    ) -> ModelOutput | torch.LongTensor:
+        """Writes text or draws pictures with transformers' own `generate()`.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(B, L)`, *optional*): The prompts; or as `input_ids`.
+            generation_config (`GenerationConfig`, *optional*): Defaults to the model's; in image mode to its
+                `image_generation_config`.
+            logits_processor (`LogitsProcessorList`, *optional*): Yours. In image mode they see scores of shape
+                `(B, codebook_size)`, one column per code, after guidance.
+            stopping_criteria (`StoppingCriteriaList`, *optional*): Yours.
+            streamer (`BaseStreamer`, *optional*): Receives ids as they are drawn.
+            generation_mode (`"text"` or `"image"`, defaults to `"text"`): What to generate.
+            pixel_values (`torch.Tensor` of shape `(N, 3, H, W)` or a list of N tensors, *optional*): Pictures for
+                the placeholders in the prompts.
+            height (`int`, *optional*): Image mode: in pixels, a multiple of the codec's factor.
+            width (`int`, *optional*): Image mode: likewise.
+            guidance_min_p (`float`, *optional*): Image mode: guidance chooses only among codes that the prompt alone
+                gives at least this fraction of the best code's probability. Off in the reference.
+            generator (`torch.Generator` or a list of B * num_return_sequences of them, *optional*): Image mode: where
+                the draws come from. With one for each picture, a picture does not depend on its batch.
+            suppress_image_tokens (`bool`, defaults to `True`): Text mode: never emit an image id or one of the four
+                image specials.
+            kwargs: As in transformers' `generate`: `input_ids`, `attention_mask`, `negative_prompt_ids`,
+                `negative_prompt_attention_mask`, `guidance_scale`, `temperature`, `top_k`, ...
+
+        Returns:
+            Text mode: as in transformers (prompts and continuations). Image mode: `torch.LongTensor` of shape
+            `(B * num_return_sequences, rows * columns)`, the image ids alone, for
+            [`~LiquidForCausalLM.decode_image_tokens`]; or an output with these as `sequences` if
+            `return_dict_in_generate`.
+
+        Raises:
+            ValueError: On settings that cannot be met, before any work.
+        """
+        if generation_mode not in self.output_modalities:
+            raise ValueError(f"generation_mode must be one of {self.output_modalities}, got {generation_mode!r}.")
+        input_ids = kwargs.pop("input_ids", inputs)
+        if pixel_values is not None:
+            if input_ids is None:
+                raise ValueError("pixel_values need input_ids: their placeholders say where the images go.")
+            input_ids = self.model.fill_image_placeholders(input_ids, pixel_values)
+        elif input_ids is not None and (input_ids == self.config.image_token_id).any():
+            raise ValueError("The prompts hold image placeholders, but no pixel_values were given.")
+
+        if generation_mode == "image":
+            return generate_image_tokens(
+                self,
+                input_ids,
+                height=height,
+                width=width,
+                guidance_min_p=guidance_min_p,
+                generator=generator,
+                generation_config=generation_config,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                streamer=streamer,
+                **kwargs,
+            )
+
+        image_only = {"height": height, "width": width, "guidance_min_p": guidance_min_p, "generator": generator}
+        given = [name for name, value in image_only.items() if value is not None]
+        if given:
+            raise ValueError(f'{", ".join(given)} only make sense with generation_mode="image".')
+        if suppress_image_tokens:
+            suppress = SuppressImageTokensLogitsProcessor(self.config)
+            logits_processor = LogitsProcessorList([*(logits_processor or []), suppress])
+        return super().generate(
+            input_ids,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            streamer=streamer,
+            **kwargs,
+        )
+
+    def image_head_view(self) -> LiquidForCausalLM:
+        """This model with only the image rows in its head: logits have `codebook_size` columns, column c is code c.
+
+        Weights are shared and this model is left as it is. The base's own head path still runs, so soft-capping,
+        scaling and biases hold. Its generation config is empty: what the base has there is about text.
+        """
+        view, view.model = _shallow_copy(self), _shallow_copy(self.model)
+        view.model.text_model = _shallow_copy(self.model.text_model)
+        view.set_output_embeddings(_sliced_head(self.get_output_embeddings(), self.config.image_slice))
+        view.generation_config = GenerationConfig()
+        return view
+
+
+def _placeholder_runs(is_placeholder: torch.Tensor) -> list[tuple[int, int, int]]:
+    """(row, start, length) of every run of True in a 2-D mask, in reading order."""
+    edges = nn.functional.pad(is_placeholder.int(), (1, 1)).diff(dim=1)
+    starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
+    return [(row, start, end - start) for (row, start), (_, end) in zip(starts, ends, strict=True)]
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """A module that shares every child and weight, but whose children can be swapped without touching the original."""
+    view = copy.copy(module)
+    view.__dict__["_modules"] = dict(module._modules)
+    # accelerate's hooks bind `forward` to the original module.
+    view.__dict__.pop("forward", None)
+    return view
+
+
+def _sliced_head(head: nn.Module, rows: slice) -> nn.Module:
+    """A linear layer over views of a head's rows; heads with hooks, adapters or quantized weights run whole."""
+    if type(head) is not nn.Linear or "forward" in head.__dict__:
+        return _HeadThenSlice(head, rows)
+    sliced = nn.Linear(head.in_features, rows.stop - rows.start, bias=head.bias is not None, device="meta")
+    sliced.weight = nn.Parameter(head.weight[rows], requires_grad=False)
+    if head.bias is not None:
+        sliced.bias = nn.Parameter(head.bias[rows], requires_grad=False)
+    return sliced
+
+
+class _HeadThenSlice(nn.Module):
+    def __init__(self, head: nn.Module, rows: slice):
+        super().__init__()
+        self.head, self.rows = head, rows
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.head(hidden_states)[..., self.rows]
+
+
+__all__ = ["LiquidForCausalLM", "LiquidModel", "LiquidPreTrainedModel"]
