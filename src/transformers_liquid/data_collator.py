@@ -124,7 +124,7 @@ class LiquidDataCollator:
         return prompt + target, [IGNORE_INDEX] * len(prompt) + target
 
     def _with_text(self, prompt: list[int], text: str) -> tuple[list[int], list[int]]:
-        self._check_room(len(prompt) + 1, "the image and a token of its caption" if prompt else "a token")
+        self._check_room(len(prompt) + 1, "the prompt and a token of text")
         room = None if self.max_length is None else self.max_length - len(prompt)
         target = [*self.processor.encode(text), self.eos_token_id][:room]
         return prompt + target, [IGNORE_INDEX] * len(prompt) + target

@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_liquid import LiquidConfig
 from .generation_liquid import SuppressImageTokensLogitsProcessor, generate_image_tokens
+from .model_card import write_model_card
 from .modeling_liquid_vq import LiquidVQModel
 
 
@@ -81,6 +82,11 @@ class LiquidPreTrainedModel(PreTrainedModel):
             if isinstance(module, LiquidVQModel):
                 module.requires_grad_(False)
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As in transformers, and writes a model card (`README.md`) unless there is one; so does `push_to_hub`."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_model_card(self, save_directory)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True

@@ -1,0 +1,475 @@
+"""The prompts are the reference's, token for token, and nothing that is no image passes for one."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from transformers_liquid import LiquidConfig, LiquidImageProcessor, LiquidProcessor
+from transformers_liquid.processing_liquid import TEXT_TO_IMAGE_INSTRUCTIONS
+
+
+SENTENCES = [
+    "a red apple on a dog face",
+    "Generate an image based on this description.",
+    "The caption of this image is:",
+]
+BASE_TOKENS = ["<pad>", "<bos>", "<eos>"]
+IMAGE_TOKENS = ["<boi>", "<eoi>", "<unconditional>", "<image>"]
+OFFSET = 600  # beyond the tokenizer, as where a base pads its embeddings
+CODEBOOK_SIZE = 32
+GEMMA_QUESTION = "<start_of_turn>user\n{image}\n{question}<end_of_turn>\n<start_of_turn>model\n"
+
+
+def build_tokenizer(extra_tokens=IMAGE_TOKENS, adds_bos=False, **kwargs):
+    tokens = [*BASE_TOKENS, *extra_tokens]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(SENTENCES * 4, trainer)
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", tokens.index("<bos>"))]
+        )
+    kwargs = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", **kwargs}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **kwargs)
+
+
+def build_processor(tokenizer=None, size=8, **kwargs):
+    tokenizer = build_tokenizer() if tokenizer is None else tokenizer
+    image_processor = LiquidImageProcessor(size=size, downsample_factor=4)
+    return LiquidProcessor(image_processor, tokenizer, image_token_offset=OFFSET, codebook_size=CODEBOOK_SIZE, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor()
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    return build_processor(build_tokenizer([*IMAGE_TOKENS, "<start_of_turn>", "<end_of_turn>"], adds_bos=True))
+
+
+@pytest.fixture(scope="module")
+def reserved():
+    """A base that lends its reserved tokens."""
+    names = {
+        "image_token": "<unused3>",
+        "boi_token": "<unused0>",
+        "eoi_token": "<unused1>",
+        "uncond_token": "<unused2>",
+    }
+    return build_processor(build_tokenizer(list(names.values())), **names)
+
+
+def whole(processor, text):
+    """Ids of a whole string, special tokens included: how the reference tokenizes its prompts."""
+    return processor.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def picture(color="red", size=(20, 10)):
+    return PIL.Image.new("RGB", size, color)
+
+
+# Prompts of an image
+
+
+def test_image_prompt_is_bos_prompt_instruction_boi(processor):
+    expected = whole(processor, "<bos>red apple Generate an image based on this description.<boi>")
+    assert processor.image_prompt_ids("red apple") == expected
+    assert processor(text="red apple", generation_mode="image")["input_ids"].tolist() == [expected]
+
+
+def test_unconditional_prompt_is_three_tokens(processor):
+    vocabulary = processor.tokenizer.get_vocab()
+    expected = [vocabulary[token] for token in ("<bos>", "<unconditional>", "<boi>")]
+    assert processor.unconditional_ids() == expected
+    inputs = processor(text=["red apple", "dog"], generation_mode="image")
+    assert inputs["negative_prompt_ids"].tolist() == [expected] * 2
+    assert inputs["negative_prompt_attention_mask"].tolist() == [[1, 1, 1]] * 2
+
+
+def test_other_sizes_are_said_in_both_prompts_and_carried_as_ints(processor):
+    inputs = processor(text="red apple", generation_mode="image", height=8, width=12)
+    sentence = "Image Size: Width is 12 Height is 8."
+    instruction = " Generate an image based on this description."
+    assert inputs["input_ids"].tolist() == [whole(processor, f"<bos>red apple{sentence}{instruction}<boi>")]
+    assert inputs["negative_prompt_ids"].tolist() == [whole(processor, f"<bos>{sentence} <unconditional><boi>")]
+    assert (inputs["height"], inputs["width"]) == (8, 12)
+    assert type(inputs["height"]) is int
+
+
+def test_the_default_size_is_not_said(processor):
+    inputs = processor(text="red apple", generation_mode="image", height=8, width=8)
+    assert inputs["input_ids"].tolist() == [processor.image_prompt_ids("red apple")]
+    assert set(inputs) == {"input_ids", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask"}
+
+
+def test_one_given_side_leaves_the_other_at_its_default(processor):
+    inputs = processor(text="red apple", generation_mode="image", width=16)
+    assert (inputs["height"], inputs["width"]) == (8, 16)
+
+
+def test_image_prompts_are_padded_on_the_left_whatever_the_tokenizer_prefers():
+    processor = build_processor(build_tokenizer(padding_side="right"))
+    inputs = processor(text=["red apple", "a red apple on a dog face"], generation_mode="image")
+    rows = [processor.image_prompt_ids("red apple"), processor.image_prompt_ids("a red apple on a dog face")]
+    pads = len(rows[1]) - len(rows[0])
+    assert pads > 0
+    assert inputs["input_ids"].tolist() == [[0] * pads + rows[0], rows[1]]
+    assert inputs["attention_mask"].tolist() == [[0] * pads + [1] * len(rows[0]), [1] * len(rows[1])]
+    assert inputs["input_ids"].dtype == inputs["attention_mask"].dtype == torch.int64
+
+
+def test_a_negative_prompt_replaces_the_unconditional_text(processor):
+    inputs = processor(text=["red apple", "dog"], negative_prompt="a face", generation_mode="image")
+    assert inputs["negative_prompt_ids"].tolist() == [processor.image_prompt_ids("a face")] * 2
+
+
+def test_negative_prompts_are_padded_apart_from_prompts(processor):
+    inputs = processor(text=["red apple", "dog"], negative_prompt=["a dog face", "red"], generation_mode="image")
+    long, short = processor.image_prompt_ids("a dog face"), processor.image_prompt_ids("red")
+    pads = len(long) - len(short)
+    assert inputs["negative_prompt_ids"].tolist() == [long, [0] * pads + short]
+    assert inputs["negative_prompt_attention_mask"].tolist() == [[1] * len(long), [0] * pads + [1] * len(short)]
+
+
+def test_a_tokenizer_without_bos_and_pad_makes_prompts_too():
+    processor = build_processor(build_tokenizer(bos_token=None, pad_token=None))
+    inputs = processor(text=["red apple", "dog"], generation_mode="image")
+    assert inputs["input_ids"][0].tolist() == whole(
+        processor, "red apple Generate an image based on this description.<boi>"
+    )
+    assert inputs["attention_mask"][1].tolist().count(0) == len(processor.encode("red apple")) - len(
+        processor.encode("dog")
+    )
+
+
+def test_there_are_ten_instructions_and_the_first_is_used_at_inference():
+    assert len(set(TEXT_TO_IMAGE_INSTRUCTIONS)) == 10
+    assert TEXT_TO_IMAGE_INSTRUCTIONS[0] == " Generate an image based on this description."
+
+
+def test_a_description_that_is_too_long_loses_its_end_and_keeps_the_instruction(processor):
+    text = "a red apple on a dog face"
+    ending = whole(processor, " Generate an image based on this description.<boi>")
+    ids = processor.image_prompt_ids(text, max_length=1 + 2 + len(ending))
+    assert ids == [*processor.bos_ids, *whole(processor, text)[:2], *ending]
+    with pytest.raises(ValueError, match="no room for text before ' Generate an image"):
+        processor.image_prompt_ids(text, max_length=1 + len(ending))
+
+
+def test_reserved_tokens_of_the_base_play_the_parts(reserved):
+    assert reserved.image_prompt_ids("dog") == whole(
+        reserved, "<bos>dog Generate an image based on this description.<unused0>"
+    )
+    assert reserved.unconditional_ids() == whole(reserved, "<bos><unused2><unused0>")
+    inputs = reserved(text="<image>dog", images=picture())
+    assert inputs["input_ids"].tolist() == [whole(reserved, "<unused0>" + "<unused3>" * 4 + "<unused1>dog")]
+
+
+# Prompts about an image
+
+
+def test_caption_prompt_is_bos_image_instruction(processor):
+    expected = "<bos><boi>{}<eoi>The caption of this image is:"
+    assert processor.caption_ids() == whole(processor, expected.format("<image>" * 4))
+    ids = processor.caption_ids([[3, 0], [31, 7]])
+    placeholder = processor.image_token_id
+    codes = iter([OFFSET + 3, OFFSET, OFFSET + 31, OFFSET + 7])
+    assert ids == [next(codes) if index == placeholder else index for index in processor.caption_ids()]
+
+
+def test_question_of_a_gemma_base_is_the_references_conversation(gemma):
+    text = "<bos>" + GEMMA_QUESTION.format(image="<boi>" + "<image>" * 6 + "<eoi>", question="What is this?")
+    expected = whole(gemma, text)
+    assert gemma.question_ids("What is this?", height=8, width=12) == expected
+    codes = [1, 2, 3, 4, 5, 6]
+    start = expected.index(gemma.image_token_id)
+    with_codes = expected[:start] + [OFFSET + code for code in codes] + expected[start + 6 :]
+    assert gemma.question_ids("What is this?", codes=codes) == with_codes
+
+
+def test_question_without_bos_token_is_tokenized_as_in_a_call():
+    processor = build_processor(build_tokenizer(bos_token=None))
+    ids = processor.question_ids("What?")
+    assert ids == whole(processor, "user: <boi>" + "<image>" * 4 + "<eoi>\nWhat?\nassistant: ")
+
+
+def test_marks_become_as_many_placeholders_as_the_image_has_codes(processor):
+    inputs = processor(text="<image>What is this?", images=picture(), height=4, width=12)
+    assert inputs["input_ids"].tolist() == [whole(processor, "<boi><image><image><image><eoi>What is this?")]
+    assert inputs["pixel_values"].shape == (1, 3, 4, 12)
+
+
+def test_several_images_per_prompt_keep_reading_order_and_rows_are_padded_on_the_left():
+    processor = build_processor(build_tokenizer(padding_side="right"))
+    colors = ["red", "lime", "blue"]
+    inputs = processor(
+        text=["<image>dog", "a <image> and a <image>"], images=[picture(color, (8, 8)) for color in colors]
+    )
+    image = "<boi>" + "<image>" * 4 + "<eoi>"
+    short, long = whole(processor, f"{image}dog"), whole(processor, f"a {image} and a {image}")
+    pads = len(long) - len(short)
+    assert inputs["input_ids"].tolist() == [[0] * pads + short, long]
+    assert inputs["attention_mask"].tolist() == [[0] * pads + [1] * len(short), [1] * len(long)]
+    assert inputs["pixel_values"].shape == (3, 3, 8, 8)
+    brightest_channel = inputs["pixel_values"].mean(dim=(2, 3)).argmax(dim=1)
+    assert brightest_channel.tolist() == [0, 1, 2]
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
+
+
+def test_images_are_padded_to_the_frame_unless_asked_otherwise(processor):
+    padded = processor(text="<image>", images=picture("white", (8, 4)))["pixel_values"]
+    cropped = processor(text="<image>", images=picture("white", (8, 4)), framing="crop")["pixel_values"]
+    assert cropped.min() == 1.0
+    assert padded[0, :, 0, 0].tolist() == pytest.approx([value / 127.5 - 1 for value in (122, 116, 104)])
+
+
+def test_plain_text_is_tokenized_as_the_tokenizer_does(processor, gemma):
+    assert processor(text="red apple")["input_ids"].tolist() == [whole(processor, "red apple")]
+    assert gemma(text="red apple")["input_ids"].tolist() == [whole(gemma, "<bos>red apple")]
+
+
+def test_images_alone_give_pixel_values(processor):
+    assert set(processor(images=picture())) == {"pixel_values"}
+
+
+def test_lists_are_returned_without_return_tensors(processor):
+    inputs = processor(text="red apple", generation_mode="image", return_tensors=None)
+    assert inputs["input_ids"] == [processor.image_prompt_ids("red apple")]
+
+
+# Chats
+
+
+def test_a_chat_with_image_parts_equals_the_question_prompt(gemma):
+    content = [{"type": "image", "image": picture()}, {"type": "text", "text": "What is this?"}]
+    inputs = gemma.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    assert inputs["input_ids"].tolist() == [gemma.question_ids("What is this?")]
+    assert inputs["pixel_values"].shape == (1, 3, 8, 8)
+
+
+def test_chat_of_a_gemma_base_closes_the_models_turn_with_eos(gemma):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    rendered = gemma.apply_chat_template(messages)
+    turns = "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHo<end_of_turn>\n"
+    assert rendered == f"<bos>{turns}<eos>"
+    with pytest.raises(Exception, match="Roles are user and assistant, got system"):
+        gemma.apply_chat_template([{"role": "system", "content": "Hi"}])
+
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind<|im_end|>\n' }}{% endif %}"
+    "{%- for message in messages %}\n"
+    "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] | trim + '<|im_end|>' + '\n' }}"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+
+
+def test_a_text_only_template_of_the_base_takes_image_parts_and_is_else_unchanged():
+    tokenizer = build_tokenizer(chat_template=CHATML)
+    plain = [{"role": "system", "content": "Hi"}, {"role": "user", "content": " Who? "}]
+    expected = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+    processor = build_processor(tokenizer)
+    assert processor.apply_chat_template(plain, add_generation_prompt=True) == expected
+
+    parts = [{"type": "text", "text": "Is "}, {"type": "image"}, {"type": "image"}, {"type": "text", "text": "a dog?"}]
+    rendered = processor.apply_chat_template([{"role": "user", "content": parts}])
+    assert rendered == (
+        "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nIs <image>\n<image>\na dog?<|im_end|>\n"
+    )
+
+
+def test_an_unknown_part_of_a_message_is_refused(processor):
+    with pytest.raises(Exception, match="parts of type image and text, got video"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
+
+
+def test_batched_chats_keep_each_conversations_images(processor):
+    def chat(number):
+        content = [{"type": "image", "image": picture()}] * number + [{"type": "text", "text": "Well?"}]
+        return [{"role": "user", "content": content}]
+
+    inputs = processor.apply_chat_template([chat(1), chat(2)], tokenize=True, return_dict=True)
+    placeholders = (inputs["input_ids"] == processor.image_token_id).sum(dim=1)
+    assert placeholders.tolist() == [4, 8]
+    assert inputs["pixel_values"].shape[0] == 3
+
+
+# Outputs
+
+
+def test_decoding_leaves_out_image_ids(processor):
+    text = whole(processor, "red apple")
+    row = [*text, processor.boi_token_id, OFFSET, OFFSET + CODEBOOK_SIZE - 1, processor.eoi_token_id, *text]
+    assert processor.decode(row) == "red apple<boi><eoi>red apple"
+    for rows in ([row, row], torch.tensor([row, row]), np.array([row, row]), [torch.tensor(row)] * 2):
+        assert processor.batch_decode(rows, skip_special_tokens=True) == ["red applered apple"] * 2
+        assert processor.post_process_image_text_to_text(rows) == ["red applered apple"] * 2
+        assert processor.post_process_multimodal_output(rows) == ["red applered apple"] * 2
+
+
+def test_reserved_tokens_are_skipped_though_the_tokenizer_calls_them_ordinary():
+    tokenizer = build_tokenizer([])
+    names = ["<unused0>", "<unused1>", "<unused2>", "<unused3>"]
+    tokenizer.add_tokens(names)
+    roles = ("image_token", "boi_token", "eoi_token", "uncond_token")
+    processor = build_processor(tokenizer, **dict(zip(roles, names, strict=True)))
+    ids = [*processor.caption_ids(), *processor.unconditional_ids()]
+    assert processor.decode(ids, skip_special_tokens=True) == "The caption of this image is:"
+
+
+def test_pictures_come_from_pixel_values(processor):
+    pixel_values = torch.stack([torch.full((3, 8, 12), value) for value in (-1.0, 1.0)])
+    images = processor.post_process_multimodal_output(pixel_values, generation_mode="image")
+    assert [image.size for image in images] == [(12, 8)] * 2
+    assert [image.getpixel((0, 0)) for image in images] == [(0, 0, 0), (255, 255, 255)]
+    tensor = processor.post_process_multimodal_output(pixel_values, generation_mode="image", output_type="pt")
+    assert torch.equal(tensor, (pixel_values + 1) / 2)
+    with pytest.raises(ValueError, match=r"pass model\.decode_image_tokens"):
+        processor.post_process_multimodal_output(torch.tensor([[OFFSET]]), generation_mode="image")
+    with pytest.raises(ValueError, match="must be 'text' or 'image', got 'audio'"):
+        processor.post_process_multimodal_output(pixel_values, generation_mode="audio")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("mode", ["text", "image"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "text 0 is empty"),
+        (["dog", " \n"], "text 1 is empty"),
+        ([], "empty list"),
+        (7, "must be a string or a list of strings, got 7"),
+        (["dog", None], "must be a string or a list of strings"),
+        ("a <boi> dog", "contains '<boi>', which is reserved for images"),
+        ("a dog<eoi>", "contains '<eoi>'"),
+        ("<unconditional>", "contains '<unconditional>'"),
+    ],
+)
+def test_bad_texts_are_refused(processor, mode, text, message):
+    with pytest.raises(ValueError, match=message):
+        processor(text=text, generation_mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["text", "image"])
+def test_placeholders_in_a_text_are_refused(reserved, mode):
+    with pytest.raises(ValueError, match="contains '<unused3>'"):
+        reserved(text="a <unused3> dog", generation_mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": "<image> dog"}, "contains '<image>'"),
+        ({"text": "<bos>dog"}, "begins with '<bos>'"),
+        ({"text": "dog", "images": [PIL.Image.new("RGB", (8, 8))]}, "draws from text alone"),
+        ({"text": "dog", "negative_prompt": ""}, "negative_prompt 0 is empty"),
+        ({"text": "dog", "negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+        ({"text": "dog", "height": 10}, "multiples of 4 pixels .* height=10, width=8"),
+        ({"text": "dog", "height": 0}, "height=0, width=8"),
+        ({"text": "dog", "width": -4}, "height=8, width=-4"),
+        ({"text": None}, "must be a string or a list of strings, got None"),
+    ],
+)
+def test_bad_image_requests_are_refused(processor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        processor(generation_mode="image", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "message"),
+    [
+        ("<image> dog", 0, "have 1 <image> marks for 0 images"),
+        ("dog", 1, "have 0 <image> marks for 1 images"),
+        (["<image> dog", "<image>"], 3, "have 2 <image> marks for 3 images"),
+    ],
+)
+def test_marks_and_images_must_match(processor, text, number, message):
+    with pytest.raises(ValueError, match=message):
+        processor(text=text, images=[picture()] * number or None)
+
+
+def test_nested_images_must_match_row_by_row(processor):
+    with pytest.raises(ValueError, match="Text 0 has 1 <image> marks for 2 images"):
+        processor(text=["<image> a", "<image><image> b"], images=[[picture()] * 2, [picture()]])
+
+
+def test_other_modes_and_a_negative_prompt_for_text_are_refused(processor):
+    with pytest.raises(ValueError, match="must be 'text' or 'image', got 'audio'"):
+        processor(text="dog", generation_mode="audio")
+    with pytest.raises(ValueError, match="negative_prompt needs generation_mode='image'"):
+        processor(text="dog", negative_prompt="cat")
+    with pytest.raises(ValueError, match="Give text, images or both"):
+        processor()
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        ([0, 1, 32], "Code 32 at position 2 is outside of the codebook 0 ... 31"),
+        (torch.tensor([[0, -1]]), "Code -1 at position 1"),
+        (np.array([0.5]), "must be integers"),
+        (np.zeros((1, 1, 1), dtype=int), r"got shape \(1, 1, 1\)"),
+        ([], r"got shape \(0,\)"),
+    ],
+)
+def test_codes_outside_the_codebook_are_refused(processor, codes, message):
+    with pytest.raises(ValueError, match=message):
+        processor.codes_to_ids(codes)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="'<boi>' must be one token of the tokenizer, but it is encoded as"):
+        build_processor(build_tokenizer(["<image>", "<eoi>", "<unconditional>"]))
+    with pytest.raises(ValueError, match="must differ"):
+        build_processor(boi_token="<image>")
+    image_processor, tokenizer = LiquidImageProcessor(size=8, downsample_factor=4), build_tokenizer()
+    with pytest.raises(ValueError, match=r"has id 300, one of the image ids 300 \.\.\. 331"):
+        LiquidProcessor(image_processor, tokenizer, image_token_offset=300, codebook_size=32)
+
+
+def test_check_fits_names_every_difference(processor):
+    layout = {f"{name}_token_id": getattr(processor, f"{name}_token_id") for name in ("image", "boi", "eoi", "uncond")}
+    vq_config = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
+        "block_out_channels": [32] * 3,
+        "num_vq_embeddings": CODEBOOK_SIZE,
+    }
+    base = {"text_config": LlamaConfig(vocab_size=OFFSET + CODEBOOK_SIZE), "vq_config": vq_config, "image_size": 8}
+    processor.check_fits(LiquidConfig(**base, **layout))
+    other = LiquidConfig(**{**base, **layout, "image_size": 16, "eoi_token_id": 99})
+    with pytest.raises(ValueError, match="eoi_token_id is 4 in the processor, 99 in the model; image_size is 8 in"):
+        processor.check_fits(other)
+
+
+# Saving
+
+
+@pytest.mark.parametrize("name", ["processor", "gemma", "reserved"])
+def test_every_argument_survives_saving(name, request, tmp_path):
+    processor = request.getfixturevalue(name)
+    processor.save_pretrained(tmp_path)
+    loaded = LiquidProcessor.from_pretrained(tmp_path)
+    assert loaded.to_dict() == processor.to_dict()
+    assert loaded.chat_template == processor.chat_template
+    assert loaded.image_processor.to_dict() == processor.image_processor.to_dict()
+    assert loaded.image_prompt_ids("a dog") == processor.image_prompt_ids("a dog")
+    assert loaded.question_ids("What?", height=4) == processor.question_ids("What?", height=4)
+    again = tmp_path / "again"
+    loaded.save_pretrained(again)
+    assert LiquidProcessor.from_pretrained(again).chat_template == processor.chat_template
