@@ -77,8 +77,8 @@ class GuidanceLogitsProcessor(LogitsProcessor):
 
     Both halves of what it returns are the guided scores `u + guidance_scale * (c - u)`, so that in a stock greedy
     `generate()` call both rows of a pair get the same token. (When sampling, stock `generate()` draws for each row
-    apart; `generate(generation_mode="image")` draws once for both.) Put it before restrictions such as
-    [`ImageTokenLogitsProcessor`].
+    apart; `generate(generation_mode="image")` draws once for both.) With `guidance_min_p`, put it after restrictions
+    such as [`ImageTokenLogitsProcessor`], so that the best token is an allowed one; else the order does not matter.
 
     Args:
         guidance_scale (`float`): 1 follows the prompt alone, more follows it more strongly.
@@ -103,10 +103,11 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             raise ValueError(f"Guidance needs conditional and unconditional rows in equal number, got {len(scores)} rows.")
         conditional, unconditional = scores.chunk(2)
         guided = torch.lerp(unconditional, conditional, self.guidance_scale)
+        # What is forbidden in both rows stays forbidden: -inf minus -inf would be NaN.
+        excluded = conditional == -torch.inf
         if self.log_min_p is not None:
-            threshold = conditional.amax(-1, keepdim=True) + self.log_min_p
-            guided = guided.masked_fill(conditional < threshold, -torch.inf)
-        return guided.repeat(2, 1)
+            excluded = conditional < conditional.amax(-1, keepdim=True) + self.log_min_p
+        return guided.masked_fill(excluded, -torch.inf).repeat(2, 1)
 
 
 def generate_image_tokens(
@@ -261,10 +262,11 @@ def _image_settings(
     model: LiquidForCausalLM, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits keyword arguments into the settings of an image and what is left for the model."""
-    own = model.generation_config if generation_config is None else generation_config
-    settings = DEFAULT_IMAGE_GENERATION_CONFIG | (getattr(own, "image_generation_config", None) or {})
+    own = getattr(model.generation_config, "image_generation_config", None)
+    settings = DEFAULT_IMAGE_GENERATION_CONFIG | (own or {})
     if generation_config is not None:
-        given = generation_config.to_diff_dict()
+        # A config with image settings, such as the copy of the model's that pipelines pass, is about text elsewhere.
+        given = getattr(generation_config, "image_generation_config", None) or generation_config.to_diff_dict()
         settings |= {name: value for name, value in given.items() if name in _IMAGE_SETTINGS and value is not None}
     known = GenerationConfig._get_default_generation_params().keys() | GenerationConfig().to_dict().keys()
     model_kwargs = {}

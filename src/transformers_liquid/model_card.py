@@ -23,7 +23,7 @@ def model_card(model: LiquidPreTrainedModel, name: str) -> str:
     config, vq_config = model.config, model.config.vq_config
     text_config = config.get_text_config()
     rows, columns = config.grid()
-    base = getattr(text_config, "_name_or_path", "") or text_config.name_or_path
+    base = text_config.name_or_path
     settings = getattr(model.generation_config, "image_generation_config", None) if model.can_generate() else None
     image_ids = config.image_token_range
     return Template((Path(__file__).parent / "model_card_template.md").read_text(encoding="utf-8")).substitute(

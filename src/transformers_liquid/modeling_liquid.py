@@ -26,7 +26,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_liquid import LiquidConfig
-from .generation_liquid import SuppressImageTokensLogitsProcessor, generate_image_tokens
+from .generation_liquid import (
+    DEFAULT_IMAGE_GENERATION_CONFIG,
+    SuppressImageTokensLogitsProcessor,
+    generate_image_tokens,
+)
 from .model_card import write_model_card
 from .modeling_liquid_vq import LiquidVQModel
 
@@ -233,6 +237,9 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
     def __init__(self, config: LiquidConfig):
         super().__init__(config)
         self.model = LiquidModel(config)
+        # transformers drops custom entries from a generation config that says it was derived from a model config.
+        self.generation_config._from_model_config = False
+        self.generation_config.image_generation_config = dict(DEFAULT_IMAGE_GENERATION_CONFIG)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

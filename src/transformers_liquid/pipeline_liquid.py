@@ -1,0 +1,373 @@
+"""`pipeline("text-to-image")`: prompts in, pictures out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
+from transformers.utils import logging
+
+from .configuration_liquid import LiquidConfig
+from .generation_liquid import GuidanceLogitsProcessor, _check_context
+from .image_processing_liquid import LiquidImageProcessor
+from .modeling_liquid import LiquidForCausalLM
+from .processing_liquid import LiquidProcessor
+
+
+# The trained checkpoint inside the package: the default of `pipeline("text-to-image")`, without any network.
+EMOJI_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "liquid-emoji")
+
+# Pictures that are drawn side by side unless the caller says otherwise.
+DEFAULT_BATCH_SIZE = 8
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+
+class LiquidImageGenerationPipeline(Pipeline):
+    r"""Draws pictures from prompts with a [`LiquidForCausalLM`]; the task `"text-to-image"`.
+
+    Settings that are not passed come from the model's `generation_config.image_generation_config`. Every argument of
+    [`~LiquidImageGenerationPipeline.__call__`] can also be given to `pipeline(...)`, as a default for all calls.
+
+    Args:
+        model ([`LiquidForCausalLM`]): The model.
+        processor ([`LiquidProcessor`], *optional*): Its processor.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): In place of a processor, as for reference repositories,
+            which have none: the processor is then built from the tokenizer and the model's configuration.
+        kwargs: As for every `transformers.Pipeline`: `device`, `batch_size` (defaults to 8 pictures), ...
+
+    Raises:
+        ValueError: If the model is no Liquid model, or the processor is missing or does not fit it.
+
+    Example:
+
+    ```python
+    >>> import transformers_liquid
+    >>> from transformers import pipeline
+    >>> pipe = pipeline("text-to-image")
+    >>> images = pipe("red apple", num_images_per_prompt=4, seed=0)
+    ```
+    """
+
+    # Reference repositories have a tokenizer alone, ours a processor that holds it: neither is mandatory.
+    _load_processor = None
+    _load_tokenizer = None
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_video_processor = False
+
+    def __init__(
+        self,
+        model: LiquidForCausalLM,
+        processor: LiquidProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(model.config, LiquidConfig) or not model.can_generate():
+            raise ValueError(
+                f"text-to-image needs a LiquidForCausalLM, got {type(model).__name__}. If the checkpoint should be one, "
+                "`LiquidForCausalLM.from_pretrained` says why it is not."
+            )
+        if not isinstance(processor, LiquidProcessor):
+            if tokenizer is None:
+                raise ValueError(
+                    f"text-to-image needs a LiquidProcessor (or a tokenizer to build it from), got {processor!r}. Save "
+                    "the processor with the model, or pass `processor=`."
+                )
+            processor = build_processor(model.config, tokenizer)
+        processor.check_fits(model.config)
+        self._progress_bar_config: dict[str, Any] = {}
+        super().__init__(model, processor=processor, **kwargs)
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | list[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int | None = None,
+        output_type: str | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        progress_bar: bool | None = None,
+        **generate_kwargs: Any,
+    ) -> Any:
+        """Draws pictures: in the order of the prompts, those of one prompt after each other.
+
+        Args:
+            prompt (`str` or `list[str]`): What the pictures show.
+            negative_prompt (`str` or `list[str]`, *optional*): What they should not show, one for all prompts or one
+                each. It takes the place of "no text" in guidance, so it needs a `guidance_scale` above 1.
+            num_images_per_prompt (`int`, *optional*, defaults to 1): Pictures of each prompt.
+            height (`int`, *optional*): In pixels, a multiple of the codec's factor. Defaults to the model's size.
+            width (`int`, *optional*): Likewise.
+            guidance_scale (`float`, *optional*): At least 1; 1 is no guidance. Defaults to the model's settings.
+            seed (`int` or `list[int]`, *optional*): Picture i of the call is drawn from seed `seed + i` (or `seed[i]`),
+                and is the same whatever pictures are drawn beside it.
+            generator (`torch.Generator` or a list of them, *optional*): Instead of `seed`: one for all pictures in
+                turn, or one each.
+            batch_size (`int`, *optional*, defaults to 8): Pictures that are drawn side by side.
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"` or `"pt"`.
+            callback_on_step_end (`Callable`, *optional*): Called after every code of a batch with `(pipe, step,
+                timestep, callback_kwargs)`, as diffusers does: `step` counts up from 0, `timestep` is the number of
+                codes still to come, and `callback_kwargs["image_tokens"]` holds the ids so far, `(B, step + 1)`. What
+                it returns is ignored; an exception ends the call.
+            progress_bar (`bool`, *optional*, defaults to `True`): Whether to show one.
+            generate_kwargs: Further settings of [`LiquidForCausalLM.generate`], such as `do_sample`, `temperature`,
+                `top_k`, `top_p` or `guidance_min_p`.
+
+        Returns:
+            For N pictures a list of N `PIL.Image.Image`; or an array `(N, H, W, 3)` or tensor `(N, 3, H, W)` in [0, 1].
+
+        Raises:
+            ValueError: On inputs that cannot be met, for all prompts, before any drawing.
+        """
+        preprocess_params, forward_params, postprocess_params = self._sanitize_parameters(
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            height=height,
+            width=width,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            generator=generator,
+            batch_size=self._batch_size if batch_size is None else batch_size,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            progress_bar=progress_bar,
+            **generate_kwargs,
+        )
+        return self.run_single(
+            prompt,
+            {**self._preprocess_params, **preprocess_params},
+            {**self._forward_params, **forward_params},
+            {**self._postprocess_params, **postprocess_params},
+        )
+
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        for name, instead in _NOT_HERE.items():
+            if name in kwargs:
+                raise ValueError(f"The pipeline takes no {name}: {instead}.")
+        if kwargs.get("output_type", "pil") not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {kwargs['output_type']!r}.")
+        if "guidance_scale" in kwargs or "guidance_min_p" in kwargs:
+            # What it raises is raised now.
+            GuidanceLogitsProcessor(kwargs.get("guidance_scale", 1.0), kwargs.get("guidance_min_p"))
+        postprocess = {"output_type": kwargs.pop("output_type")} if "output_type" in kwargs else {}
+        size = {name: kwargs[name] for name in ("height", "width") if name in kwargs}
+        only_before = ("negative_prompt", "num_images_per_prompt", "seed", "generator", "batch_size")
+        preprocess = {name: kwargs.pop(name) for name in only_before if name in kwargs}
+        return preprocess | size, kwargs, postprocess
+
+    def preprocess(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | list[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+    ) -> list[dict[str, Any]]:
+        """Checks everything and makes the inputs of `generate` for each batch of pictures."""
+        # 1. Checks
+        prompts, negative_prompts = self._check_prompts(prompt, negative_prompt)
+        _check_count("num_images_per_prompt", num_images_per_prompt)
+        _check_count("batch_size", batch_size)
+        rows, columns = self.model.config.grid(height, width)
+
+        # 2. One row and one source of randomness per picture
+        prompts = [one for one in prompts for _ in range(num_images_per_prompt)]
+        if negative_prompts is not None:
+            negative_prompts = [one for one in negative_prompts for _ in range(num_images_per_prompt)]
+        generators = _generators(seed, generator, len(prompts))
+
+        # 3. Inputs
+        batches = []
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            inputs = self.processor(
+                text=prompts[part],
+                negative_prompt=None if negative_prompts is None else negative_prompts[part],
+                generation_mode="image",
+                height=height,
+                width=width,
+                return_tensors="pt",
+            )
+            for name in ("input_ids", "negative_prompt_ids"):
+                _check_context(self.model, inputs[name], rows * columns)
+            part_of_generators = generators[part] if isinstance(generators, list) else generators
+            batches.append({**inputs, "generator": part_of_generators})
+        return batches
+
+    def _forward(
+        self,
+        batches: list[dict[str, Any]],
+        height: int | None = None,
+        width: int | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        progress_bar: bool = True,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        **generate_kwargs: Any,
+    ) -> torch.Tensor:
+        """Draws the batches; pixel values (N, 3, H, W) in [-1, 1]."""
+        rows, columns = self.model.config.grid(height, width)
+        pixel_values = []
+        total = rows * columns * sum(len(batch["input_ids"]) for batch in batches)
+        with self.progress_bar(total=total, disable=not progress_bar) as bar:
+            for batch in batches:
+                on_step_end = _OnStepEnd(self, rows * columns, bar, callback_on_step_end)
+                ids = self.model.generate(
+                    **batch,
+                    generation_mode="image",
+                    stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), on_step_end]),
+                    **generate_kwargs,
+                )
+                pixel_values.append(self.model.decode_image_tokens(ids, height=height, width=width).float().cpu())
+        return torch.cat(pixel_values)
+
+    def postprocess(self, pixel_values: torch.Tensor, output_type: str = "pil") -> Any:
+        """Pixel values to pictures."""
+        return self.processor.post_process_multimodal_output(
+            pixel_values, generation_mode="image", output_type=output_type
+        )
+
+    def progress_bar(self, total: int, disable: bool = False) -> Any:
+        """A bar over codes; silent too if `transformers.utils.logging.disable_progress_bar()` was called."""
+        return logging.tqdm(**{"total": total, "unit": "code", "disable": disable, **self._progress_bar_config})
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Arguments of `tqdm` for every later bar, such as `disable=True`; as in diffusers."""
+        self._progress_bar_config = kwargs
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Saves model and processor as one repository.
+
+        The base class would note this pipeline as custom code, which then nobody could load without
+        `trust_remote_code`.
+        """
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
+    def _check_prompts(self, prompt: Any, negative_prompt: Any) -> tuple[list[str], list[str] | None]:
+        prompts = _as_list(prompt, "prompt")
+        if negative_prompt is None:
+            return prompts, None
+        negative_prompts = _as_list(negative_prompt, "negative_prompt")
+        if isinstance(negative_prompt, str):
+            negative_prompts = negative_prompts * len(prompts)
+        if len(negative_prompts) != len(prompts):
+            raise ValueError(
+                f"Got {len(negative_prompts)} negative prompts for {len(prompts)} prompts: give one, or one each."
+            )
+        return prompts, negative_prompts
+
+
+def build_processor(config: LiquidConfig, tokenizer: PreTrainedTokenizerBase) -> LiquidProcessor:
+    """The processor of a model whose repository has only a tokenizer, as in the reference layout.
+
+    Args:
+        config ([`LiquidConfig`]): Says which ids are the image tokens, and the sizes.
+        tokenizer (`PreTrainedTokenizerBase`): Holds the four image tokens.
+
+    Raises:
+        ValueError: If the tokenizer does not fit the configuration.
+    """
+    names = ("image_token", "boi_token", "eoi_token", "uncond_token")
+    tokens = {name: tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_id")) for name in names}
+    if missing := [name for name, token in tokens.items() if token is None]:
+        raise ValueError(
+            f"The tokenizer does not fit the model: it has {len(tokenizer)} tokens, but {missing[0]}_id is "
+            f"{getattr(config, missing[0] + '_id')}. Load both from one repository."
+        )
+    return LiquidProcessor(
+        LiquidImageProcessor(size=config.image_size, downsample_factor=config.downsample_factor),
+        tokenizer,
+        image_token_offset=config.image_token_offset,
+        codebook_size=config.codebook_size,
+        **tokens,
+    )
+
+
+class _OnStepEnd(StoppingCriteria):
+    """Moves the bar and calls the callback; never stops."""
+
+    def __init__(
+        self, pipe: LiquidImageGenerationPipeline, num_codes: int, bar: Any, callback: Callable[..., Any] | None
+    ) -> None:
+        self.pipe, self.num_codes, self.bar, self.callback = pipe, num_codes, bar, callback
+        self.step = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.BoolTensor:
+        self.bar.update(len(input_ids))
+        if self.callback is not None:
+            still_to_come = self.num_codes - self.step - 1
+            self.callback(self.pipe, self.step, still_to_come, {"image_tokens": input_ids[:, -(self.step + 1) :]})
+        self.step += 1
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+# Arguments of `generate()` that would change what comes back.
+_NOT_HERE = {
+    "num_return_sequences": "use num_images_per_prompt",
+    "return_dict_in_generate": "it returns pictures; call model.generate() for scores and states",
+    "generation_mode": "it always draws",
+}
+
+
+def _as_list(value: Any, name: str) -> list[str]:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)) or not all(isinstance(one, str) for one in values):
+        raise ValueError(f"{name} must be a string or a list of strings, got {value!r}.")
+    if not values:
+        raise ValueError(f"{name} is an empty list: give at least one.")
+    for index, one in enumerate(values):
+        if not one.strip():
+            raise ValueError(f"{name} {index} is empty: write what the picture shows.")
+    return list(values)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
+def _generators(
+    seed: int | Sequence[int] | None, generator: torch.Generator | list[torch.Generator] | None, number: int
+) -> torch.Generator | list[torch.Generator] | None:
+    """The source of randomness of each picture. Generators of the CPU give the same picture on every device."""
+    if seed is not None and generator is not None:
+        raise ValueError("Give seed or generator, not both.")
+    if seed is None:
+        if isinstance(generator, (list, tuple)) and len(generator) != number:
+            raise ValueError(f"Got {len(generator)} generators for {number} pictures: give one each, or a single one.")
+        return list(generator) if isinstance(generator, (list, tuple)) else generator
+    seeds = [seed + index for index in range(number)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != number:
+        raise ValueError(f"Got {len(seeds)} seeds for {number} pictures: give one each, or a single number.")
+    for one in seeds:
+        if not isinstance(one, int) or not 0 <= one < 2**63:
+            raise ValueError(f"A seed must be a whole number in 0 ... 2**63 - 1, got {one!r}.")
+    return [torch.Generator().manual_seed(one) for one in seeds]
+
+
+PIPELINE_REGISTRY.register_pipeline(
+    "text-to-image",
+    pipeline_class=LiquidImageGenerationPipeline,
+    pt_model=LiquidForCausalLM,
+    default={"model": (EMOJI_CHECKPOINT, None)},
+    type="multimodal",
+)
+
+
+__all__ = ["EMOJI_CHECKPOINT", "LiquidImageGenerationPipeline", "build_processor"]

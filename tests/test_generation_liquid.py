@@ -1,0 +1,627 @@
+"""Drawing: every step is recomputed here by hand, one row at a time, without cache, padding or transformers' filters."""
+
+import math
+import threading
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from transformers_liquid.configuration_liquid import LiquidConfig
+from transformers_liquid.generation_liquid import (
+    DEFAULT_IMAGE_GENERATION_CONFIG,
+    GuidanceLogitsProcessor,
+    ImageTokenLogitsProcessor,
+    SuppressImageTokensLogitsProcessor,
+)
+from transformers_liquid.modeling_liquid import LiquidForCausalLM
+
+
+OFFSET, CODES, VOCABULARY = 40, 32, 80  # eight text rows follow the image rows
+BOS, EOS, BOI, UNCONDITIONAL = 1, 2, 7, 9
+UNCONDITIONAL_PROMPT = [BOS, UNCONDITIONAL, BOI]
+PROMPTS = [[BOS, 21, 22, BOI], [BOS, 23, 24, 25, 26, 27, BOI], [BOS, BOI]]
+VQ_CONFIG = {
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "block_out_channels": [8, 8, 8],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "vq_embed_dim": 4,
+    "norm_num_groups": 4,
+    "num_vq_embeddings": CODES,
+    "sample_size": 8,  # 2 x 2 codes of 4 x 4 pixels
+}
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+}
+BASES = {
+    "llama": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "gemma2": lambda: Gemma2Config(**SHAPE, sliding_window=4, final_logit_softcapping=3.0, query_pre_attn_scalar=8),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=BOS, eos_token_id=EOS
+    ),
+}
+
+
+def build(base: str = "llama") -> LiquidForCausalLM:
+    torch.manual_seed(0)
+    config = LiquidConfig(text_config=BASES[base](), vq_config=VQ_CONFIG, image_token_offset=OFFSET)
+    model = LiquidForCausalLM(config).eval()
+    # Large weights, so that every id of the context shows in the next scores.
+    for name, weight in model.model.text_model.named_parameters():
+        if weight.ndim == 2:
+            weight.data.normal_(std=1.0 if "embed" in name or "wte" in name else 0.25)
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build()
+
+
+@pytest.fixture(params=BASES, scope="module")
+def model(request):
+    return build(request.param)
+
+
+def left_padded(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
+    length = max(map(len, prompts))
+    # The pad is an id that changes everything if it is attended to.
+    return {
+        "input_ids": torch.tensor([[30] * (length - len(ids)) + ids for ids in prompts]),
+        "attention_mask": torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts]),
+    }
+
+
+def draw(model, prompts=PROMPTS, **kwargs):
+    return model.generate(**left_padded(prompts), generation_mode="image", **kwargs)
+
+
+@torch.no_grad()
+def code_scores(model, ids: list[int]) -> torch.Tensor:
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1, OFFSET : OFFSET + CODES].double()
+
+
+def oracle(
+    model,
+    prompt,
+    uniforms=None,
+    unconditional=UNCONDITIONAL_PROMPT,
+    codes=4,
+    guidance_scale=7.0,
+    guidance_min_p=None,
+    temperature=1.0,
+    top_k=CODES,
+    top_p=1.0,
+):
+    """One picture: two forwards per code over everything so far; greedy without uniforms."""
+    drawn = []
+    for step in range(codes):
+        conditional = code_scores(model, prompt + drawn)
+        scores = conditional
+        if unconditional is not None:
+            other = code_scores(model, unconditional + drawn)
+            scores = other + guidance_scale * (conditional - other)
+        candidates = range(CODES)
+        if guidance_min_p is not None:
+            support = conditional.softmax(0)
+            candidates = [code for code in candidates if support[code] >= guidance_min_p * support.max()]
+        candidates = sorted(candidates, key=lambda code: -scores[code])
+        if uniforms is None:
+            drawn.append(OFFSET + candidates[0])
+            continue
+        candidates = candidates[:top_k]
+        weights = {code: math.exp((scores[code] - scores[candidates[0]]) / temperature) for code in candidates}
+        kept, mass = [], 0.0
+        for code in candidates:
+            if mass < top_p * sum(weights.values()):
+                kept.append(code)
+            mass += weights[code]
+        target, reached = uniforms[step] * sum(weights[code] for code in kept), 0.0
+        for code in sorted(kept):
+            reached += weights[code]
+            if reached > target:
+                break
+        drawn.append(OFFSET + code)
+    return drawn
+
+
+def uniforms(seed: int, steps: int = 4) -> list[float]:
+    generator = torch.Generator().manual_seed(seed)
+    return [float(torch.rand(1, generator=generator)) for _ in range(steps)]
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+# --- the loop against the oracle ---
+
+
+def test_each_cfg_row_attends_only_its_own_prompt(model):
+    together = draw(model, do_sample=False, guidance_scale=3.0).tolist()
+    assert together == [oracle(model, prompt, guidance_scale=3.0) for prompt in PROMPTS]
+    assert together == [draw(model, [prompt], do_sample=False, guidance_scale=3.0)[0].tolist() for prompt in PROMPTS]
+    assert len({tuple(ids) for ids in together}) == len(PROMPTS)
+
+
+SAMPLING = [
+    {"guidance_scale": 3.0, "temperature": 0.99, "top_k": 20, "top_p": 0.96},
+    {"guidance_scale": 1.5, "temperature": 2.0, "top_k": 5, "top_p": 1.0},
+    {"guidance_scale": 1.5, "temperature": 1.7, "top_k": CODES, "top_p": 0.5},
+    {"guidance_scale": 2.0, "temperature": 1.0, "top_k": CODES, "top_p": 1.0, "guidance_min_p": 0.1},
+]
+
+
+@pytest.mark.parametrize("settings", SAMPLING)
+def test_sampling_inverts_the_guided_and_filtered_distribution(model, settings):
+    ids = draw(model, **settings, generator=generators(1, 2, 3))
+    expected = [oracle(model, prompt, uniforms(seed), **settings) for seed, prompt in enumerate(PROMPTS, 1)]
+    assert ids.tolist() == expected
+
+
+def test_one_generator_draws_for_the_rows_of_a_step_in_order(llama):
+    settings = SAMPLING[1]
+    generator = torch.Generator().manual_seed(5)
+    steps = [torch.rand(3, generator=generator).tolist() for _ in range(4)]
+    expected = [
+        oracle(llama, prompt, numbers, **settings)
+        for prompt, numbers in zip(PROMPTS, zip(*steps, strict=True), strict=True)
+    ]
+    assert draw(llama, **settings, generator=torch.Generator().manual_seed(5)).tolist() == expected
+
+
+def test_without_a_generator_the_global_seed_decides(llama):
+    torch.manual_seed(3)
+    first = draw(llama, temperature=2.0, guidance_scale=1.0)
+    assert not torch.equal(first, draw(llama, temperature=2.0, guidance_scale=1.0))
+    torch.manual_seed(3)
+    assert torch.equal(first, draw(llama, temperature=2.0, guidance_scale=1.0))
+
+
+@pytest.mark.parametrize("cache", [{"cache_implementation": "static"}, {"use_cache": False}])
+def test_the_kind_of_cache_does_not_change_the_picture(model, cache):
+    settings = {"guidance_scale": 2.0, "temperature": 1.5}
+    expected = draw(model, **settings, generator=generators(1, 2, 3))
+    assert torch.equal(draw(model, **settings, **cache, generator=generators(1, 2, 3)), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (8, 16), (20, 4), (12, 12)])
+def test_a_picture_has_exactly_rows_times_columns_image_ids(llama, height, width):
+    codes = (height // 4) * (width // 4)
+    ids = draw(llama, height=height, width=width, do_sample=False, guidance_scale=2.0)
+    assert ids.tolist() == [oracle(llama, prompt, codes=codes, guidance_scale=2.0) for prompt in PROMPTS]
+    assert ids.dtype == torch.int64
+    assert llama.decode_image_tokens(ids, height, width).shape == (3, 3, height, width)
+
+
+def test_an_end_of_text_id_within_the_codes_does_not_end_a_picture():
+    model = build()
+    greedy = draw(model, do_sample=False, guidance_scale=1.0)
+    model.generation_config.eos_token_id = greedy.unique().tolist()
+    model.generation_config.max_new_tokens = 1
+    assert torch.equal(draw(model, do_sample=False, guidance_scale=1.0), greedy)
+
+
+# --- prompts and rows ---
+
+
+def test_a_negative_prompt_takes_the_place_of_the_unconditional_one(llama):
+    negative = [[BOS, 33, BOI], [BOS, 34, 35, 36, 37, 38, 39, 20, BOI], [BOS, 31, 32, BOI]]
+    padded = left_padded(negative)
+    names = {"negative_prompt_ids": padded["input_ids"], "negative_prompt_attention_mask": padded["attention_mask"]}
+    ids = draw(llama, do_sample=False, guidance_scale=3.0, **names)
+    assert ids.tolist() == [
+        oracle(llama, prompt, unconditional=other, guidance_scale=3.0)
+        for prompt, other in zip(PROMPTS, negative, strict=True)
+    ]
+    shared = draw(llama, do_sample=False, guidance_scale=3.0, negative_prompt_ids=torch.tensor(negative[1:2]))
+    assert shared.tolist() == [
+        oracle(llama, prompt, unconditional=negative[1], guidance_scale=3.0) for prompt in PROMPTS
+    ]
+    with pytest.raises(ValueError, match=r"negative_prompt_ids must have 1 or 3 rows \(the prompts\), got 2"):
+        draw(llama, negative_prompt_ids=torch.tensor([UNCONDITIONAL_PROMPT] * 2))
+
+
+def test_prompts_without_bos_get_an_unconditional_prompt_without_bos(llama):
+    ids = draw(llama, [[21, 22, BOI]], do_sample=False, guidance_scale=3.0)
+    without = oracle(llama, [21, 22, BOI], unconditional=[UNCONDITIONAL, BOI], guidance_scale=3.0)
+    assert ids.tolist() == [without]
+    assert without != oracle(llama, [21, 22, BOI], guidance_scale=3.0)
+
+
+def test_num_return_sequences_keeps_the_pictures_of_a_prompt_together(llama):
+    settings = {"guidance_scale": 2.0, "temperature": 1.5, "top_k": CODES, "top_p": 1.0}
+    ids = draw(llama, **settings, num_return_sequences=2, generator=generators(*range(6)))
+    expected = [oracle(llama, PROMPTS[seed // 2], uniforms(seed), **settings) for seed in range(6)]
+    assert ids.tolist() == expected
+    assert len({tuple(picture) for picture in expected}) > 3
+
+
+def test_a_generator_of_its_own_gives_the_same_picture_in_any_batch(llama):
+    settings = {"guidance_scale": 2.0, "temperature": 1.5}
+    together = draw(llama, **settings, generator=generators(7, 8, 9))
+    assert torch.equal(draw(llama, PROMPTS[::-1], **settings, generator=generators(9, 8, 7)), together.flip(0))
+    for row, seed in enumerate((7, 8, 9)):
+        assert torch.equal(draw(llama, [PROMPTS[row]], **settings, generator=generators(seed)), together[row : row + 1])
+
+
+def test_guidance_1_runs_no_unconditional_rows(llama):
+    output = draw(llama, do_sample=False, guidance_scale=1.0, return_dict_in_generate=True, output_logits=True)
+    assert output.logits[0].shape == (3, CODES)
+    assert output.past_key_values.layers[0].keys.shape[0] == 3
+    assert output.sequences.tolist() == [oracle(llama, prompt, unconditional=None) for prompt in PROMPTS]
+    ignored = draw(llama, do_sample=False, guidance_scale=1.0, negative_prompt_ids=torch.tensor([[33, BOI]]))
+    assert torch.equal(ignored, output.sequences)
+
+
+# --- transformers' own options ---
+
+
+class Recorder(BaseStreamer):
+    def __init__(self):
+        self.received, self.ended = [], 0
+
+    def put(self, value):
+        self.received.append(value)
+
+    def end(self):
+        self.ended += 1
+
+
+def test_a_streamer_gets_the_prompts_then_the_ids_of_every_step(llama):
+    streamer = Recorder()
+    ids = draw(llama, streamer=streamer, do_sample=False)
+    prompts, *steps = streamer.received
+    assert torch.equal(prompts, left_padded(PROMPTS)["input_ids"])
+    assert torch.equal(torch.stack(steps, dim=1), ids)
+    assert streamer.ended == 1
+
+
+class Forbid(LogitsProcessor):
+    def __init__(self, code):
+        self.code, self.seen = code, []
+
+    def __call__(self, input_ids, scores):
+        self.seen.append((input_ids.clone(), scores.clone()))
+        return scores.index_fill(1, torch.tensor(self.code), -torch.inf)
+
+
+def test_a_users_logits_processor_sees_guided_scores_of_the_codes_and_is_obeyed(llama):
+    free = draw(llama, do_sample=False, guidance_scale=2.0)
+    forbid = Forbid(int(free[0, 0]) - OFFSET)
+    ids = draw(llama, do_sample=False, guidance_scale=2.0, logits_processor=LogitsProcessorList([forbid]))
+    assert not (ids == free[0, 0]).any()
+    assert len(forbid.seen) == 4
+    for step, (input_ids, scores) in enumerate(forbid.seen):
+        assert torch.equal(input_ids[:, -step - 1], torch.tensor([BOI] * 3))
+        assert torch.equal(input_ids[:, input_ids.shape[1] - step :], ids[:, :step])
+        for row, prompt in enumerate(PROMPTS):
+            drawn = ids[row, :step].tolist()
+            conditional = code_scores(llama, prompt + drawn)
+            unconditional = code_scores(llama, UNCONDITIONAL_PROMPT + drawn)
+            expected = unconditional + 2.0 * (conditional - unconditional)
+            torch.testing.assert_close(scores[row].double(), expected, atol=1e-4, rtol=1e-5)
+
+
+class StopAfter(StoppingCriteria):
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+def test_a_users_stopping_criterion_is_obeyed(llama):
+    criteria = StoppingCriteriaList([StopAfter(max(map(len, PROMPTS)) + 3)])
+    stopped = draw(llama, do_sample=False, stopping_criteria=criteria)
+    assert torch.equal(stopped, draw(llama, do_sample=False)[:, :3])
+
+
+def test_return_dict_holds_what_was_asked_for(llama):
+    names = ("scores", "logits", "attentions", "hidden_states")
+    llama.set_attn_implementation("eager")
+    try:
+        output = draw(
+            llama,
+            generator=generators(1, 2, 3),
+            guidance_scale=3.0,
+            top_k=5,
+            return_dict_in_generate=True,
+            **{f"output_{name}": True for name in names},
+        )
+        plain = draw(llama, generator=generators(1, 2, 3), guidance_scale=3.0, top_k=5)
+    finally:
+        llama.set_attn_implementation("sdpa")
+    assert torch.equal(output.sequences, plain)
+    assert all(len(output[name]) == 4 for name in names)
+    length = max(map(len, PROMPTS))
+    for step in range(4):
+        queries = length if step == 0 else 1
+        assert output.logits[step].shape == (6, CODES)
+        assert output.scores[step].shape == (3, CODES)
+        assert [tuple(layer.shape) for layer in output.attentions[step]] == [(6, 4, queries, length + step)] * 2
+        assert [tuple(layer.shape) for layer in output.hidden_states[step]] == [(6, queries, 32)] * 3
+        assert ((output.scores[step] > -torch.inf).sum(-1) <= 5).all()
+    # Recorded logits are those of the model, whatever happened to the scores afterwards.
+    expected = torch.stack([code_scores(llama, prompt) for prompt in [*PROMPTS, *[UNCONDITIONAL_PROMPT] * 3]])
+    torch.testing.assert_close(output.logits[0].double(), expected, atol=1e-4, rtol=1e-5)
+    assert output.past_key_values.get_seq_length() == length + 3
+
+
+def test_only_what_was_asked_for_is_recorded(llama):
+    output = draw(llama, return_dict_in_generate=True)
+    assert output.scores is None
+    assert output.logits is None
+    assert output.attentions is None
+
+
+# --- settings ---
+
+
+def first_step(model, **kwargs):
+    """(temperature, guidance, number of codes kept) read back from the first step's logits and scores."""
+    output = draw(
+        model, PROMPTS[:1], height=4, width=4, return_dict_in_generate=True, output_scores=True, output_logits=True,
+        **kwargs,
+    )  # fmt: skip
+    scores, logits = output.scores[0][0].double(), output.logits[0].double()
+    kept = scores > -torch.inf
+    conditional, unconditional = logits[:, kept]
+    # scores * temperature = unconditional + guidance * (conditional - unconditional)
+    columns = torch.stack([scores[kept], unconditional - conditional], dim=1)
+    temperature, guidance = torch.linalg.lstsq(columns, unconditional).solution.tolist()
+    return round(temperature, 3), round(guidance, 3), int(kept.sum())
+
+
+def test_settings_are_defaults_then_the_models_then_the_configs_then_keywords():
+    model = build()
+    all_kept = {"top_p": 1.0}
+    assert first_step(model, **all_kept) == (0.99, 7.0, CODES)
+    model.generation_config.temperature = 0.1  # says something about text, nothing about images
+    model.generation_config.image_generation_config = {"temperature": 3.0, "guidance_scale": 4.0, "top_k": 20}
+    assert first_step(model, **all_kept) == (3.0, 4.0, 20)
+    config = GenerationConfig(temperature=2.0, guidance_scale=5.0)
+    assert first_step(model, **all_kept, generation_config=config) == (2.0, 5.0, 20)
+    assert first_step(model, **all_kept, generation_config=config, guidance_scale=1.5) == (2.0, 1.5, 20)
+
+
+def test_a_config_with_image_settings_of_its_own_speaks_through_them():
+    model = build()
+    model.generation_config.image_generation_config = {"temperature": 3.0, "guidance_scale": 4.0}
+    # What pipelines pass: a copy of the model's config, text settings and all.
+    config = GenerationConfig(temperature=0.1, do_sample=True, max_new_tokens=1)
+    config.image_generation_config = {"guidance_scale": 2.0}
+    assert first_step(model, top_p=1.0, generation_config=config) == (3.0, 2.0, CODES)
+
+
+def test_the_models_image_settings_survive_saving(tmp_path):
+    model = build()
+    model.generation_config.image_generation_config = {"do_sample": False, "guidance_scale": 2.0}
+    model.generation_config.save_pretrained(tmp_path)
+    other = build()
+    other.generation_config = GenerationConfig.from_pretrained(tmp_path)
+    assert draw(other).tolist() == [oracle(model, prompt, guidance_scale=2.0) for prompt in PROMPTS]
+
+
+def test_the_default_settings_are_the_references():
+    # Liquid evaluation/sample.py: --cfg 7.0, --temperature 0.99, --top_k 4096, --top_p 0.96.
+    reference = {"guidance_scale": 7.0, "do_sample": True, "temperature": 0.99, "top_k": 4096, "top_p": 0.96}
+    assert reference == DEFAULT_IMAGE_GENERATION_CONFIG
+
+
+# --- processors, alone and in stock generate() ---
+
+
+def test_guidance_extrapolates_from_unconditional_to_conditional_rows():
+    scores = torch.tensor([[1.0, 2.0, 0.0], [4.0, 0.0, 1.0]])
+    guided = torch.tensor([[-5.0, 6.0, -2.0]])
+    assert torch.equal(GuidanceLogitsProcessor(3.0)(None, scores), guided.repeat(2, 1))
+    assert torch.equal(GuidanceLogitsProcessor(1.0)(None, scores), scores[:1].repeat(2, 1))
+    with pytest.raises(ValueError, match="equal number, got 3 rows"):
+        GuidanceLogitsProcessor(3.0)(None, torch.zeros(3, 4))
+
+
+def test_guidance_min_p_removes_codes_that_the_conditional_row_does_not_support():
+    conditional = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    unconditional = torch.tensor([[0.5, 0.3, 0.1999, 0.0001]]).log()
+    guided = GuidanceLogitsProcessor(3.0)(None, torch.cat([conditional, unconditional]))
+    assert guided[0].argmax() == 3
+    limited = GuidanceLogitsProcessor(3.0, 0.2)(None, torch.cat([conditional, unconditional]))
+    assert torch.equal(limited[:, :3], guided[:, :3])
+    assert (limited[:, 3] == -torch.inf).all()
+    only_best = GuidanceLogitsProcessor(3.0, 1.0)(None, torch.cat([conditional, unconditional]))
+    assert (only_best[0] > -torch.inf).tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize(("guidance_min_p", "guidance_first"), [(None, True), (None, False), (0.3, False)])
+def test_stock_generate_with_our_processors_draws_the_same_picture(model, guidance_min_p, guidance_first):
+    settings = {"guidance_scale": 2.0, "guidance_min_p": guidance_min_p}
+    rows = left_padded([*PROMPTS, *[UNCONDITIONAL_PROMPT] * len(PROMPTS)])
+    processors = [GuidanceLogitsProcessor(**settings), ImageTokenLogitsProcessor(model.config)]
+    processors = processors if guidance_first else processors[::-1]
+    stock = model.generate(
+        **rows,
+        do_sample=False,
+        max_new_tokens=4,
+        logits_processor=LogitsProcessorList(processors),
+        suppress_image_tokens=False,
+    )[:, -4:]
+    assert torch.equal(stock[:3], stock[3:])
+    assert torch.equal(stock[:3], draw(model, do_sample=False, **settings))
+    assert stock[:3].tolist() == [oracle(model, prompt, **settings) for prompt in PROMPTS]
+
+
+def test_image_and_text_restrictions_leave_the_other_scores_alone(llama):
+    scores = torch.randn(2, VOCABULARY)
+    before = scores.clone()
+    image = ImageTokenLogitsProcessor(llama.config)(None, scores)
+    assert torch.equal(image[:, OFFSET : OFFSET + CODES], scores[:, OFFSET : OFFSET + CODES])
+    assert (image == -torch.inf).sum(-1).tolist() == [VOCABULARY - CODES] * 2
+
+    text = SuppressImageTokensLogitsProcessor(llama.config)(None, scores)
+    removed = [7, 8, 9, 10, *range(OFFSET, OFFSET + CODES)]
+    assert (text[:, removed] == -torch.inf).all()
+    kept = [index for index in range(VOCABULARY) if index not in removed]
+    assert torch.equal(text[:, kept], scores[:, kept])
+    assert torch.equal(scores, before)
+
+
+def test_text_mode_emits_image_ids_only_when_asked_to(llama):
+    prompts = torch.randint(20, 40, (16, 3), generator=torch.Generator().manual_seed(0))
+    free = llama.generate(prompts, do_sample=False, max_new_tokens=5, eos_token_id=None, suppress_image_tokens=False)
+    text = llama.generate(prompts, do_sample=False, max_new_tokens=5, eos_token_id=None)[:, 3:]
+    is_image = (free[:, 3:] >= OFFSET) & (free[:, 3:] < OFFSET + CODES)
+    assert is_image.any()
+    assert not ((text >= OFFSET) & (text < OFFSET + CODES)).any()
+    assert not torch.isin(text, torch.tensor([7, 8, 9, 10])).any()
+
+
+# --- the view on the image head ---
+
+
+def test_the_image_head_is_a_view_and_the_model_stays_as_it_is(model):
+    head, modules = model.get_output_embeddings(), dict(model.named_modules())
+    view = model.image_head_view()
+    sliced = view.get_output_embeddings()
+    assert sliced.weight.shape == (CODES, 32)
+    assert sliced.weight.data_ptr() == head.weight[OFFSET].data_ptr()
+    assert sliced.weight.untyped_storage().data_ptr() == head.weight.untyped_storage().data_ptr()
+    assert model.get_output_embeddings() is head
+    assert head.weight.shape == (VOCABULARY, 32)
+    assert head.weight.requires_grad
+    assert dict(model.named_modules()) == modules
+
+    ids = torch.tensor([PROMPTS[1]])
+    with torch.no_grad():
+        torch.testing.assert_close(view(ids).logits, model(ids).logits[..., OFFSET : OFFSET + CODES])
+
+
+def test_drawing_leaves_settings_and_head_of_the_model_untouched(llama):
+    head, settings = llama.get_output_embeddings(), llama.generation_config.to_dict()
+    draw(llama, temperature=0.5)
+    assert llama.get_output_embeddings() is head
+    assert llama.generation_config.to_dict() == settings
+
+
+def test_threads_that_draw_and_write_with_one_model_do_not_disturb_each_other(llama):
+    text = torch.tensor([[BOS, 21, 22]])
+    jobs = {
+        "image": lambda: draw(llama, height=12, width=12, do_sample=False, guidance_scale=2.0).tolist(),
+        "text": lambda: llama.generate(text, do_sample=False, max_new_tokens=9, eos_token_id=None).tolist(),
+    }
+    expected = {name: job() for name, job in jobs.items()}
+    results = {name: [] for name in jobs}
+    threads = [
+        threading.Thread(target=lambda name=name: results[name].extend(jobs[name]() for _ in range(5))) for name in jobs
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {name: [expected[name]] * 5 for name in jobs}
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.0, -1.0, math.nan, math.inf])
+def test_guidance_that_is_no_guidance_is_refused(llama, scale):
+    with pytest.raises(ValueError, match=rf"guidance_scale must be a finite number >= 1 .*, got {scale}"):
+        draw(llama, guidance_scale=scale)
+
+
+@pytest.mark.parametrize("min_p", [0.0, -0.1, 1.1, math.nan])
+def test_guidance_min_p_that_is_no_fraction_is_refused(llama, min_p):
+    with pytest.raises(ValueError, match=rf"guidance_min_p must be in \(0, 1\], got {min_p}"):
+        draw(llama, guidance_min_p=min_p)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"num_beams": 4}, {"repetition_penalty": 1.2}, {"max_new_tokens": 3}, {"eos_token_id": 2}]
+)
+def test_settings_without_a_meaning_for_pictures_are_refused(llama, setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=rf"{name}={value} has no meaning for images.*height, width"):
+        draw(llama, **setting)
+
+
+def test_a_keyword_that_nobody_knows_is_refused(llama):
+    with pytest.raises(ValueError, match="gudance_scale"):
+        draw(llama, gudance_scale=3.0)
+
+
+def test_a_prompt_that_does_not_begin_an_image_is_refused(llama):
+    with pytest.raises(ValueError, match=r"begin-of-image token \(7\); row 1 ends with 25"):
+        draw(llama, [[BOS, 21, BOI], [BOS, 21, 25]])
+
+
+@pytest.mark.parametrize("input_ids", [None, torch.zeros(1, 0, dtype=torch.long), torch.tensor([BOI])])
+def test_an_empty_prompt_is_refused(llama, input_ids):
+    with pytest.raises(ValueError, match=r"needs input_ids of shape \(batch, length\)"):
+        llama.generate(input_ids, generation_mode="image")
+
+
+def test_a_prompt_that_leaves_no_room_for_the_picture_is_refused(llama):
+    fits = [[BOS] + [21] * 58 + [BOI]]
+    assert draw(llama, fits, do_sample=False).shape == (1, 4)
+    message = "The prompt has 61 tokens and the picture 4 codes, together more than the model's 64 positions"
+    with pytest.raises(ValueError, match=message):
+        draw(llama, [[BOS] + [21] * 59 + [BOI]])
+    with pytest.raises(ValueError, match=message):
+        draw(llama, PROMPTS, negative_prompt_ids=torch.tensor([[BOS] + [21] * 59 + [BOI]]))
+    with pytest.raises(ValueError, match="the picture 100 codes"):
+        draw(llama, height=40, width=40)
+
+
+@pytest.mark.parametrize(("count", "copies"), [(2, 1), (3, 2)])
+def test_a_wrong_number_of_generators_is_refused(llama, count, copies):
+    with pytest.raises(ValueError, match=f"one for each of the {3 * copies} pictures, got {count}"):
+        draw(llama, generator=generators(*range(count)), num_return_sequences=copies)
+
+
+@pytest.mark.parametrize("size", [{"height": 0}, {"width": 6}, {"height": -4}, {"height": 8, "width": 2}])
+def test_a_size_that_is_no_multiple_of_the_factor_is_refused(llama, size):
+    with pytest.raises(ValueError, match=r"positive multiples of 4 pixels \(the codec's factor\), got height="):
+        draw(llama, **size)
+
+
+def test_an_unknown_mode_and_image_settings_for_text_are_refused(llama):
+    with pytest.raises(ValueError, match="generation_mode must be one of .* got 'picture'"):
+        llama.generate(torch.tensor([[BOS]]), generation_mode="picture")
+    with pytest.raises(ValueError, match='height, guidance_min_p only make sense with generation_mode="image"'):
+        llama.generate(torch.tensor([[BOS]]), height=8, guidance_min_p=0.1)
+
+
+def test_decoding_says_which_id_is_wrong_and_where(llama):
+    ids = torch.full((2, 4), OFFSET)
+    assert llama.decode_image_tokens(ids).shape == (2, 3, 8, 8)
+    assert torch.equal(llama.decode_image_tokens(ids[0]), llama.decode_image_tokens(ids)[:1])
+    ids[1, 2] = OFFSET + CODES
+    with pytest.raises(ValueError, match=r"Id 72 at position \[1, 2\] is not an image id: those are 40 ... 71"):
+        llama.decode_image_tokens(ids)
+    with pytest.raises(ValueError, match=r"2 x 2 codes needs 4 image ids, got 3"):
+        llama.decode_image_tokens(ids[:, :3])
+    with pytest.raises(ValueError, match=r"2 x 3 codes needs 6 image ids, got 4"):
+        llama.decode_image_tokens(ids, width=12)
