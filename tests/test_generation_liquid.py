@@ -325,6 +325,25 @@ def test_a_users_logits_processor_sees_guided_scores_of_the_codes_and_is_obeyed(
             torch.testing.assert_close(scores[row].double(), expected, atol=1e-4, rtol=1e-5)
 
 
+class AddInPlace(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores.add_(torch.arange(CODES))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_recorded_logits_are_the_models_whatever_a_users_processor_does(llama, guidance_scale):
+    output = draw(
+        llama,
+        do_sample=False,
+        guidance_scale=guidance_scale,
+        logits_processor=LogitsProcessorList([AddInPlace()]),
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    expected = torch.stack([code_scores(llama, prompt) for prompt in PROMPTS])
+    torch.testing.assert_close(output.logits[0][:3].double(), expected, atol=1e-4, rtol=1e-5)
+
+
 class StopAfter(StoppingCriteria):
     def __init__(self, length):
         self.length = length
@@ -364,7 +383,6 @@ def test_return_dict_holds_what_was_asked_for(llama):
         assert [tuple(layer.shape) for layer in output.attentions[step]] == [(6, 4, queries, length + step)] * 2
         assert [tuple(layer.shape) for layer in output.hidden_states[step]] == [(6, queries, 32)] * 3
         assert ((output.scores[step] > -torch.inf).sum(-1) <= 5).all()
-    # Recorded logits are those of the model, whatever happened to the scores afterwards.
     expected = torch.stack([code_scores(llama, prompt) for prompt in [*PROMPTS, *[UNCONDITIONAL_PROMPT] * 3]])
     torch.testing.assert_close(output.logits[0].double(), expected, atol=1e-4, rtol=1e-5)
     assert output.past_key_values.get_seq_length() == length + 3
@@ -608,7 +626,7 @@ def test_a_size_that_is_no_multiple_of_the_factor_is_refused(llama, size):
 
 
 def test_an_unknown_mode_and_image_settings_for_text_are_refused(llama):
-    with pytest.raises(ValueError, match="generation_mode must be one of .* got 'picture'"):
+    with pytest.raises(ValueError, match=r"generation_mode must be one of .* got 'picture'"):
         llama.generate(torch.tensor([[BOS]]), generation_mode="picture")
     with pytest.raises(ValueError, match='height, guidance_min_p only make sense with generation_mode="image"'):
         llama.generate(torch.tensor([[BOS]]), height=8, guidance_min_p=0.1)
@@ -617,7 +635,7 @@ def test_an_unknown_mode_and_image_settings_for_text_are_refused(llama):
 def test_decoding_says_which_id_is_wrong_and_where(llama):
     ids = torch.full((2, 4), OFFSET)
     assert llama.decode_image_tokens(ids).shape == (2, 3, 8, 8)
-    assert torch.equal(llama.decode_image_tokens(ids[0]), llama.decode_image_tokens(ids)[:1])
+    torch.testing.assert_close(llama.decode_image_tokens(ids[0]), llama.decode_image_tokens(ids)[:1])
     ids[1, 2] = OFFSET + CODES
     with pytest.raises(ValueError, match=r"Id 72 at position \[1, 2\] is not an image id: those are 40 ... 71"):
         llama.decode_image_tokens(ids)

@@ -38,9 +38,7 @@ from transformers_liquid.processing_liquid import CAPTION_INSTRUCTION, TEXT_TO_I
 # Besides the standard caption prompt, these ask for the name of a picture too.
 QUESTIONS = ("What is this?", "Describe this image.", "What is in this image?")
 # One turn: the picture and the question, without roles.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{%- for message in messages -%}{{ message['content'] | replace('<image>\n', '<image>') }}{%- endfor -%}"
-)
+CHAT_TEMPLATE = "{{ bos_token }}{%- for message in messages -%}{{ message['content'] | replace('<image>\n', '<image>') }}{%- endfor -%}"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -203,7 +201,13 @@ class EmojiDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, names: list[str], codec: LiquidVQModel, pixels: torch.Tensor, resampled: float, seed: int, nearest: int = 8
+        self,
+        names: list[str],
+        codec: LiquidVQModel,
+        pixels: torch.Tensor,
+        resampled: float,
+        seed: int,
+        nearest: int = 8,
     ) -> None:
         self.names = names
         self.draw = np.random.default_rng(seed)

@@ -1,1 +1,64 @@
+"""One language model that reads and draws: Liquid (arXiv 2412.04332) for transformers and diffusers.
 
+Importing this package registers its classes with the Auto classes and its pipeline as the task "text-to-image".
+"""
+
+from pathlib import Path
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from .configuration_liquid import LiquidConfig
+from .convert_checkpoint import export_base_model, load_taming_codec, save_taming_codec
+from .data_collator import LiquidDataCollator
+from .expand_vocabulary import expand_vocabulary
+from .generation_liquid import (
+    DEFAULT_IMAGE_GENERATION_CONFIG,
+    GuidanceLogitsProcessor,
+    ImageTokenLogitsProcessor,
+    SuppressImageTokensLogitsProcessor,
+)
+from .image_processing_liquid import LiquidImageProcessor
+from .modeling_liquid import LiquidForCausalLM, LiquidModel, LiquidPreTrainedModel
+from .modeling_liquid_vq import CHAMELEON_VQ_CONFIG, LiquidVQModel
+from .pipeline_liquid import EMOJI_CHECKPOINT, LiquidImageGenerationPipeline
+from .processing_liquid import LiquidProcessor
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register("liquid", LiquidConfig)
+AutoModel.register(LiquidConfig, LiquidModel)
+for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    auto_class.register(LiquidConfig, LiquidForCausalLM)
+AutoImageProcessor.register(LiquidConfig, image_processor_classes={"pil": LiquidImageProcessor})
+AutoProcessor.register(LiquidConfig, LiquidProcessor)
+
+__all__ = [
+    "CHAMELEON_VQ_CONFIG",
+    "DEFAULT_IMAGE_GENERATION_CONFIG",
+    "EMOJI_CHECKPOINT",
+    "GuidanceLogitsProcessor",
+    "ImageTokenLogitsProcessor",
+    "LiquidConfig",
+    "LiquidDataCollator",
+    "LiquidForCausalLM",
+    "LiquidImageGenerationPipeline",
+    "LiquidImageProcessor",
+    "LiquidModel",
+    "LiquidPreTrainedModel",
+    "LiquidProcessor",
+    "LiquidVQModel",
+    "SuppressImageTokensLogitsProcessor",
+    "expand_vocabulary",
+    "export_base_model",
+    "load_taming_codec",
+    "save_taming_codec",
+]

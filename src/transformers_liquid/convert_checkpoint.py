@@ -1,23 +1,62 @@
 """Checkpoints of the reference layout to ours and back.
 
+The model: a plain causal language model with image rows at the end of its vocabulary and `<boi>`, `<eoi>` and
+`<unconditional>` in its tokenizer <-> [`LiquidForCausalLM`].
+
 The codec: taming-transformers' `vqgan.ckpt` + `vqgan.yaml` <-> [`LiquidVQModel`]. One table of names
 ([`vq_key_table`]) serves both directions.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import hf_hub_download
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import CONFIG_NAME, cached_file
 
+from .configuration_liquid import LiquidConfig
+from .expand_vocabulary import _RESERVED_TOKEN, _assemble
+from .modeling_liquid import LiquidForCausalLM, LiquidModel, LiquidPreTrainedModel
 from .modeling_liquid_vq import LiquidVQModel
+from .pipeline_liquid import build_processor
+from .processing_liquid import IMAGE_MARK, LiquidProcessor
 
+
+# Where the reference keeps its codec: in `chameleon/` of the Space.
+REFERENCE_CODEC_REPO = "Junfeng5/Liquid_demo"
+REFERENCE_CODEC_FOLDER = "chameleon"
+# What the reference's tokenizer calls the tokens of [`LiquidConfig`].
+REFERENCE_TOKENS = {"boi_token_id": "<boi>", "eoi_token_id": "<eoi>", "uncond_token_id": "<unconditional>"}
+# The key that our exports add to the plain `config.json`: what that layout cannot say otherwise.
+EXPORTED_LAYOUT_KEY = "liquid_layout"
+# An export's codec that taming cannot express lies here, as diffusers saves it.
+DIFFUSERS_CODEC_FOLDER = "vq_model"
 
 TAMING_CHECKPOINT_NAME = "vqgan.ckpt"
 TAMING_CONFIG_NAME = "vqgan.yaml"
+DIFFUSERS_CHECKPOINT_NAME = "diffusion_pytorch_model.safetensors"
+# Where a repository of the reference layout may hold a codec of its own: folder, configuration, weights.
+CODEC_PLACES = (
+    (REFERENCE_CODEC_FOLDER, TAMING_CONFIG_NAME, TAMING_CHECKPOINT_NAME),
+    ("", TAMING_CONFIG_NAME, TAMING_CHECKPOINT_NAME),
+    (DIFFUSERS_CODEC_FOLDER, CONFIG_NAME, DIFFUSERS_CHECKPOINT_NAME),
+)
+
+# Arguments of `from_pretrained` that say where files come from.
+HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 # taming's discriminator and perceptual loss: training only, and the one thing in a checkpoint that is skipped.
 TAMING_TRAINING_PREFIX = "loss."
@@ -48,6 +87,186 @@ DDCONFIG_FIXED = {
 RESNET_NAMES = (("norm1", "norm1"), ("conv1", "conv1"), ("norm2", "norm2"), ("conv2", "conv2"))
 SHORTCUT_NAMES = (("nin_shortcut", "conv_shortcut"),)
 ATTENTION_NAMES = (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
+
+
+def is_reference_checkpoint(name_or_path: str | os.PathLike | None, **kwargs: Any) -> bool:
+    """Tells the two layouts that [`LiquidForCausalLM.from_pretrained`] takes apart, without reading weights.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): A repository.
+        kwargs: As in `from_pretrained`; those that say where files come from are used.
+
+    Returns:
+        `bool`: `False` for a repository of this package, `True` for a plain causal language model with `<boi>`,
+        `<eoi>`, `<unconditional>` in its tokenizer and rows for codes after its text ids.
+
+    Raises:
+        ValueError: If it is neither of the two.
+    """
+    if name_or_path is None or isinstance(kwargs.get("config"), LiquidConfig):
+        return False
+    try:
+        config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub_arguments(kwargs))
+    except OSError:
+        # An adapter's folder, or nothing at all: transformers finds its base or says what is missing.
+        return False
+    if config_dict.get("model_type") == LiquidConfig.model_type:
+        return False
+    _reference_tokenizer(name_or_path, _text_config(name_or_path, **kwargs), **kwargs)
+    return True
+
+
+def load_reference(
+    cls: type[LiquidPreTrainedModel],
+    name_or_path: str | os.PathLike,
+    vq_checkpoint: str | os.PathLike | None = None,
+    image_token_offset: int | None = None,
+    output_loading_info: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Loads a checkpoint of the reference layout, such as `Junfeng5/Liquid_V1_7B`.
+
+    Args:
+        cls (`type`): [`LiquidForCausalLM`] or [`LiquidModel`].
+        name_or_path (`str` or `os.PathLike`): The language model: a name on the Hub or a local copy.
+        vq_checkpoint (`str` or `os.PathLike`, *optional*): The codec: a folder with `vqgan.ckpt` and `vqgan.yaml`,
+            such a `.ckpt`, or a folder or name on the Hub of a saved [`LiquidVQModel`]. Defaults to the one in the
+            repository, and else to `chameleon/` of the reference's Space.
+        image_token_offset (`int`, *optional*): Id of code 0, for checkpoints from which it cannot be told.
+        output_loading_info (`bool`, defaults to `False`): Whether to return transformers' report as well.
+        kwargs: As in `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`, `quantization_config`, ...
+
+    Returns:
+        A `cls` in eval mode, or that and the report. The weights of the language model are not copied.
+
+    Raises:
+        ValueError: If no codec can be reached, the parts do not fit, or a key of theirs is unknown or missing.
+    """
+    config = reference_config(name_or_path, vq_checkpoint, image_token_offset, **kwargs)
+    codec = _load_codec(_find_codec(name_or_path, vq_checkpoint, weights=True, **kwargs), **kwargs)
+    # The class itself: AutoModelForCausalLM asks the network for an adapter even if told `local_files_only`.
+    base_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
+    base, info = base_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    _check_loading_info(f"The language model {name_or_path}", info)
+
+    settings = getattr(base.generation_config, "image_generation_config", None)
+    config.dtype = base.config.dtype
+    config._attn_implementation = base.config._attn_implementation
+    model = _assemble(config, base, codec)
+    if settings is not None:
+        model.generation_config.image_generation_config = settings
+    _adopt_placement(model, base)
+    model = model.model if issubclass(cls, LiquidModel) else model
+    return (model, info) if output_loading_info else model
+
+
+def reference_config(
+    name_or_path: str | os.PathLike,
+    vq_checkpoint: str | os.PathLike | None = None,
+    image_token_offset: int | None = None,
+    **kwargs: Any,
+) -> LiquidConfig:
+    """The configuration of a checkpoint of the reference layout, without reading weights.
+
+    Args:
+        name_or_path, vq_checkpoint, image_token_offset, kwargs: As in [`load_reference`].
+
+    Returns:
+        [`LiquidConfig`]. The codes take the last rows of the vocabulary, behind the tokenizer's: there the reference's
+        `liquid/expand_vocabulary.py` puts them. The placeholder, which the reference lacks, is a token that the base
+        reserved.
+
+    Raises:
+        ValueError: As in [`load_reference`].
+    """
+    text_config = _text_config(name_or_path, **kwargs)
+    tokenizer = _reference_tokenizer(name_or_path, text_config, **kwargs)
+    vq_config = _codec_config(_find_codec(name_or_path, vq_checkpoint, weights=False, **kwargs), **kwargs)
+    layout = dict(getattr(text_config, EXPORTED_LAYOUT_KEY, {}))
+    if image_token_offset is not None:
+        layout["image_token_offset"] = image_token_offset
+    if "image_token_offset" not in layout:
+        layout["image_token_offset"] = _reference_offset(name_or_path, text_config, tokenizer, vq_config)
+    if "image_token_id" not in layout:
+        layout["image_token_id"] = _placeholder_id(tokenizer)
+    token_ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in REFERENCE_TOKENS.items()}
+    return LiquidConfig(text_config=text_config, vq_config=vq_config, **layout, **token_ids)
+
+
+def reference_processor(
+    name_or_path: str | os.PathLike, config: LiquidConfig | None = None, **kwargs: Any
+) -> LiquidProcessor:
+    """The processor of a checkpoint of the reference layout, which has a tokenizer alone.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): The language model: a name on the Hub or a local copy.
+        config ([`LiquidConfig`], *optional*): The loaded model's. Defaults to [`reference_config`].
+        kwargs: Those of [`reference_config`], if there is no `config`, and those that say where files come from.
+
+    Raises:
+        ValueError: If the tokenizer does not fit.
+    """
+    if config is None:
+        config = reference_config(name_or_path, **kwargs)
+    tokenizer = _reference_tokenizer(name_or_path, config.text_config, **hub_arguments(kwargs))
+    processor = build_processor(config, tokenizer)
+    processor.check_fits(config)
+    return processor
+
+
+def export_base_model(
+    model: LiquidForCausalLM,
+    processor: LiquidProcessor | PreTrainedTokenizerBase,
+    directory: str | os.PathLike,
+    **kwargs: Any,
+) -> None:
+    """Writes the reference layout: a plain causal language model that needs nothing of this package.
+
+    Its logits are equal; its tokenizer calls the image tokens `<boi>`, `<eoi>` and `<unconditional>`, whichever
+    reserved tokens they were. The codec lies beside it: as `chameleon/vqgan.ckpt` and `vqgan.yaml`, or, if taming
+    cannot express it, as diffusers saves it in `vq_model/`. [`LiquidForCausalLM.from_pretrained`] reads all of it back.
+
+    Args:
+        model ([`LiquidForCausalLM`]): The model.
+        processor ([`LiquidProcessor`] or `PreTrainedTokenizerBase`): Its processor, or the processor's tokenizer.
+        directory (`str` or `os.PathLike`): Where to write; made if it does not exist.
+        kwargs: As in transformers' `save_pretrained`, such as `max_shard_size`.
+
+    Raises:
+        ValueError: If the model is no [`LiquidForCausalLM`] or the tokenizer does not fit it; nothing is written then.
+    """
+    if not isinstance(model, LiquidForCausalLM):
+        raise ValueError(
+            f"Only a LiquidForCausalLM can be exported, got {type(model).__name__}. (Merge adapters first.)"
+        )
+    config, directory = model.config, Path(directory)
+    if isinstance(processor, LiquidProcessor):
+        processor.check_fits(config)
+        tokenizer = processor.tokenizer
+    else:
+        tokenizer = build_processor(config, processor).tokenizer
+    renamed = {}
+    for name, token in REFERENCE_TOKENS.items():
+        given = tokenizer.convert_ids_to_tokens(getattr(config, name))
+        if given == token:
+            continue
+        if token in tokenizer.get_vocab():
+            raise ValueError(
+                f"{name} is {getattr(config, name)} ({given!r}), but the tokenizer has another token {token!r}."
+            )
+        renamed[given] = token
+
+    text_model = model.model.text_model
+    text_model.save_pretrained(directory, **kwargs)
+    layout = {name: getattr(config, name) for name in ("image_token_offset", "image_token_id", "image_size")}
+    config_dict = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    _write_json(directory / CONFIG_NAME, {**config_dict, EXPORTED_LAYOUT_KEY: layout})
+    model.generation_config.save_pretrained(directory)
+    _save_tokenizer(tokenizer, renamed, directory)
+    try:
+        save_taming_codec(model.model.vq_model, directory / REFERENCE_CODEC_FOLDER)
+    except ValueError:
+        model.model.vq_model.save_pretrained(directory / DIFFUSERS_CODEC_FOLDER)
 
 
 def load_taming_codec(path: str | Path, config: str | Path | dict[str, Any] | None = None) -> LiquidVQModel:
@@ -326,3 +545,217 @@ def _check_keys(name: str, given: Any, required: Iterable[str], optional: Iterab
         raise ValueError(f"{name} lacks {len(missing)} keys that are needed: {', '.join(missing[:10])}.")
     if optional is not None and (unknown := sorted(given.keys() - required - set(optional))):
         raise ValueError(f"{name} has {len(unknown)} unknown keys: {', '.join(map(str, unknown[:10]))}.")
+
+
+# The reference layout
+
+
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments of `from_pretrained` that say where files come from."""
+    return {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+
+
+def _text_config(
+    name_or_path: str | os.PathLike, config: PreTrainedConfig | str | None = None, **kwargs: Any
+) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    try:
+        return AutoConfig.from_pretrained(name_or_path if config is None else config, **hub_arguments(kwargs))
+    except ValueError as error:
+        raise _not_a_checkpoint(
+            name_or_path, f"its config.json is of no model that transformers knows. {error}"
+        ) from error
+
+
+def _reference_tokenizer(
+    name_or_path: str | os.PathLike, text_config: PreTrainedConfig, **kwargs: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a reference checkpoint; raises if it is the tokenizer of something else."""
+    kind = f"it is of model type {text_config.model_type!r}"
+    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _not_a_checkpoint(name_or_path, f"{kind}, which is no causal language model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub_arguments(kwargs))
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_a_checkpoint(name_or_path, f"{kind} and has no tokenizer ({error})") from error
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in REFERENCE_TOKENS.values() if token not in vocabulary]
+    if missing:
+        raise _not_a_checkpoint(name_or_path, f"{kind} and its tokenizer has no {', '.join(missing)}")
+    num_rows = getattr(text_config.get_text_config(), "vocab_size", 0)
+    if num_rows <= max(vocabulary.values()) + 1:
+        raise _not_a_checkpoint(
+            name_or_path,
+            f"{kind}, and its vocabulary of {num_rows} has no room for image codes after the tokenizer's "
+            f"{max(vocabulary.values()) + 1} ids",
+        )
+    return tokenizer
+
+
+def _not_a_checkpoint(name_or_path: str | os.PathLike, reason: str) -> ValueError:
+    return ValueError(
+        f"{name_or_path} is not a Liquid checkpoint: {reason}. Expected model type 'liquid', or a causal language model "
+        f"in the reference layout ({', '.join(REFERENCE_TOKENS.values())} in its tokenizer, image codes after the text "
+        "ids). Turn a language model into a Liquid model with `transformers_liquid.expand_vocabulary`."
+    )
+
+
+def _reference_offset(
+    name_or_path: str | os.PathLike,
+    text_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vq_config: dict[str, Any],
+) -> int:
+    """The reference expands behind the base's rows, but trains and draws behind the tokenizer's tokens."""
+    num_rows, num_codes = text_config.get_text_config().vocab_size, vq_config["num_vq_embeddings"]
+    behind_rows, behind_tokens = num_rows - num_codes, max(tokenizer.get_vocab().values()) + 1
+    if behind_rows < behind_tokens:
+        raise ValueError(
+            f"{name_or_path}: the tokenizer has {behind_tokens} ids and the codec {num_codes} codes, more than the "
+            f"vocabulary of {num_rows} holds. Pass the codec that the model was trained with as `vq_checkpoint=`."
+        )
+    if behind_rows > behind_tokens:
+        raise ValueError(
+            f"{name_or_path}: with {num_rows} rows, {behind_tokens} tokens and {num_codes} codes, the codes may begin "
+            f"at id {behind_rows} (the last rows) or {behind_tokens} (where the reference's own scripts train and draw "
+            "on a base with padded rows). Pass the one that the model was trained with as `image_token_offset=`."
+        )
+    return behind_rows
+
+
+def _placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    vocabulary = tokenizer.get_vocab()
+    if IMAGE_MARK in vocabulary:
+        return vocabulary[IMAGE_MARK]
+    special = {str(token) for token in tokenizer.special_tokens_map.values()} | set(REFERENCE_TOKENS.values())
+    for token, token_id in sorted(vocabulary.items(), key=lambda item: item[1]):
+        is_free = _RESERVED_TOKEN.fullmatch(token) and token not in special
+        if is_free and tokenizer.encode(token, add_special_tokens=False) == [token_id]:
+            return token_id
+    raise ValueError(
+        f"The tokenizer has neither {IMAGE_MARK!r} nor a reserved token such as '<unused3>' to stand for the codes of "
+        "an input image. Rename an unused token of it to " + repr(IMAGE_MARK) + "."
+    )
+
+
+def _find_codec(
+    name_or_path: str | os.PathLike, vq_checkpoint: str | os.PathLike | None, weights: bool, **kwargs: Any
+) -> str | Path:
+    """A folder or `.ckpt` here, or a name on the Hub. Files of the reference's Space are fetched; the weights on demand."""
+    if vq_checkpoint is not None:
+        return Path(vq_checkpoint) if Path(vq_checkpoint).exists() else str(vq_checkpoint)
+    hub = hub_arguments(kwargs)
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    for folder, config_file, weights_file in CODEC_PLACES:
+        local_weights = Path(name_or_path, hub.get("subfolder", ""), folder, weights_file)
+        if local_weights.is_file():
+            return local_weights.parent
+        found = [
+            cached_file(name_or_path, str(Path(folder, file)), **hub, **quiet)
+            for file in (config_file, weights_file)[: 1 + weights]
+        ]
+        if None not in found:
+            return Path(found[0]).parent
+    try:
+        found = [
+            hf_hub_download(
+                REFERENCE_CODEC_REPO,
+                f"{REFERENCE_CODEC_FOLDER}/{file}",
+                repo_type="space",
+                **_codec_hub_arguments(kwargs),
+            )
+            for file in (TAMING_CONFIG_NAME, TAMING_CHECKPOINT_NAME)[: 1 + weights]
+        ]
+    except OSError as error:
+        raise ValueError(
+            f"{name_or_path} holds no codec ({REFERENCE_CODEC_FOLDER}/{TAMING_CHECKPOINT_NAME}), and the reference's "
+            f"Space {REFERENCE_CODEC_REPO} cannot be reached. Pass `vq_checkpoint=`, a folder with "
+            f"{TAMING_CHECKPOINT_NAME} and {TAMING_CONFIG_NAME}. {error}"
+        ) from error
+    return Path(found[0]).parent
+
+
+def _codec_config(location: str | Path, **kwargs: Any) -> dict[str, Any]:
+    if _is_taming(location):
+        folder_or_file = Path(location)
+        file = folder_or_file / TAMING_CONFIG_NAME if folder_or_file.is_dir() else folder_or_file.with_suffix(".yaml")
+        return vq_config_from_taming(_read_yaml(file))
+    try:
+        config = LiquidVQModel.load_config(location, **_codec_hub_arguments(kwargs))
+    except (OSError, ValueError) as error:
+        raise _not_a_codec(location, error) from error
+    if "num_vq_embeddings" not in config:
+        raise _not_a_codec(location, f"Its config.json is of a {config.get('_class_name', 'model')}.")
+    return config
+
+
+def _load_codec(location: str | Path, **kwargs: Any) -> LiquidVQModel:
+    if _is_taming(location):
+        return load_taming_codec(location)
+    try:
+        codec, info = LiquidVQModel.from_pretrained(location, output_loading_info=True, **_codec_hub_arguments(kwargs))
+    except (OSError, ValueError) as error:
+        raise _not_a_codec(location, error) from error
+    _check_loading_info(f"The codec {location}", info)
+    return codec.eval()
+
+
+def _is_taming(location: str | Path) -> bool:
+    return isinstance(location, Path) and (location.is_file() or not (location / CONFIG_NAME).is_file())
+
+
+def _codec_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A codec of another repository has a revision and a folder of its own."""
+    return {name: value for name, value in hub_arguments(kwargs).items() if name not in ("revision", "subfolder")}
+
+
+def _not_a_codec(location: str | Path, error: Any) -> ValueError:
+    return ValueError(
+        f"vq_checkpoint={str(location)!r} is no codec: expected a folder with {TAMING_CHECKPOINT_NAME} and "
+        f"{TAMING_CONFIG_NAME}, such a .ckpt, or a folder or name on the Hub of a saved LiquidVQModel. {error}"
+    )
+
+
+def _check_loading_info(name: str, info: dict[str, Any]) -> None:
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(map(str, info[what]))
+        if keys:
+            raise ValueError(f"{name} has {len(keys)} {what.replace('_', ' ')}: {', '.join(keys[:10])}.")
+
+
+def _adopt_placement(model: LiquidForCausalLM, base: Any) -> None:
+    """What transformers and accelerate noted on the base about devices and quantization holds for the whole."""
+    if (device_map := getattr(base, "hf_device_map", None)) is not None:
+        model.hf_device_map = {
+            ".".join(filter(None, ("model.text_model", module))): device for module, device in device_map.items()
+        }
+        model.hf_device_map["model.vq_model"] = next(iter(device_map.values()))
+    if (quantizer := getattr(base, "hf_quantizer", None)) is not None:
+        model.hf_quantizer = quantizer
+        model.config.quantization_config = base.config.quantization_config
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, renamed: dict[str, str], directory: Path) -> None:
+    """Tokenizers cannot rename a token: as the reference's TRAIN.md says, its files are edited."""
+    tokenizer.save_pretrained(directory)
+    if not renamed:
+        return
+    for file in directory.glob("*.json"):
+        if file.name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+            _write_json(file, _rename(json.loads(file.read_text(encoding="utf-8")), renamed))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens(list(renamed.values()), special_tokens=True)
+    tokenizer.save_pretrained(directory)
+
+
+def _rename(tree: Any, names: dict[str, str]) -> Any:
+    if isinstance(tree, dict):
+        return {names.get(key, key): _rename(value, names) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_rename(value, names) for value in tree]
+    return names.get(tree, tree) if isinstance(tree, str) else tree
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,7 +15,6 @@ from transformers import (
 )
 
 from .configuration_liquid import LiquidConfig
-from .generation_liquid import DEFAULT_IMAGE_GENERATION_CONFIG
 from .image_processing_liquid import LiquidImageProcessor
 from .modeling_liquid import LiquidForCausalLM, LiquidPreTrainedModel
 from .modeling_liquid_vq import LiquidVQModel
@@ -96,12 +95,16 @@ def expand_vocabulary(
     image_size = codec.config.sample_size if image_size is None else image_size
     image_processor = LiquidImageProcessor(size=image_size, downsample_factor=codec.downsample_factor)
 
+    if _is_unpacked_gguf(base_model):
+        base_model.hf_quantizer.remove_quantization_config(base_model)
     num_text_tokens = max(tokenizer.get_vocab().values()) + 1
     tokens = _choose_tokens(base_model, tokenizer)
-    new_tokens = [AddedToken(token, special=True, normalized=False) for token in tokens.values()]
-    # Tokens that the base reserved are in the vocabulary: adding would only mark them as special.
+    # Those in the vocabulary stay as they are.
     vocabulary = tokenizer.get_vocab()
-    tokenizer.add_tokens([token for token in new_tokens if token.content not in vocabulary], special_tokens=True)
+    new_tokens = [token for token in tokens.values() if token not in vocabulary]
+    tokenizer.add_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in new_tokens], special_tokens=True
+    )
     token_ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
 
     image_token_offset = max(num_rows, max(token_ids.values()) + 1)
@@ -130,13 +133,13 @@ def _check_base_model(base_model: PreTrainedModel) -> None:
             f"The base model is a {type(base_model).__name__}: it has image rows already. Train it as it is, or give "
             "the plain language model."
         )
-    causal_lm = isinstance(base_model, PreTrainedModel) and MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base_model.config))
-    if not causal_lm or type(base_model) is not causal_lm:
+    is_model = isinstance(base_model, PreTrainedModel)
+    if not is_model or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base_model.config), None) is not type(base_model):
         raise ValueError(
             f"base_model must be a causal language model as AutoModelForCausalLM loads it, got "
             f"{type(base_model).__name__}. (Merge adapters first.)"
         )
-    if getattr(base_model.config, "quantization_config", None) is not None:
+    if getattr(base_model.config, "quantization_config", None) is not None and not _is_unpacked_gguf(base_model):
         raise ValueError("The base model is quantized: its rows cannot grow. Expand it in fp32 or bf16, then quantize.")
     embeddings, head = base_model.get_input_embeddings(), base_model.get_output_embeddings()
     if not isinstance(embeddings, nn.Embedding) or not isinstance(head, nn.Linear):
@@ -144,6 +147,14 @@ def _check_base_model(base_model: PreTrainedModel) -> None:
             f"{type(base_model).__name__} cannot be expanded: it needs an nn.Embedding before it and an nn.Linear as "
             f"its head, got {type(embeddings).__name__} and {type(head).__name__}."
         )
+
+
+def _is_unpacked_gguf(base_model: PreTrainedModel) -> bool:
+    """Whether transformers has turned a GGUF file into ordinary weights (it marks the model as quantized even so)."""
+    quantizer = getattr(base_model, "hf_quantizer", None)
+    return (
+        quantizer is not None and quantizer.quantization_config.quant_method == "gguf" and not quantizer.packed_modules
+    )
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
@@ -160,9 +171,10 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
 def _choose_tokens(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """The token for each argument of the processor; those that the tokenizer lacks have to be added."""
     vocabulary = tokenizer.get_vocab()
-    in_use = {*tokenizer.all_special_ids, *_stop_ids(base_model.generation_config)} - set(
-        tokenizer.convert_tokens_to_ids(token) for token in tokenizer.extra_special_tokens
-    )
+    in_use = {
+        *tokenizer.convert_tokens_to_ids([str(token) for token in tokenizer.special_tokens_map.values()]),
+        *_stop_ids(base_model.generation_config),
+    }
     chat_template = str(tokenizer.chat_template)
     reserved = (
         token
@@ -175,8 +187,8 @@ def _choose_tokens(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     return {argument: name if name in vocabulary else next(reserved, name) for argument, name in _TOKEN_NAMES.items()}
 
 
-def _stop_ids(generation_config: GenerationConfig | None) -> list[int]:
-    eos = None if generation_config is None else generation_config.eos_token_id
+def _stop_ids(generation_config: GenerationConfig) -> list[int]:
+    eos = generation_config.eos_token_id
     return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
 
@@ -213,12 +225,15 @@ def _assemble(config: LiquidConfig, base_model: PreTrainedModel, codec: LiquidVQ
     with torch.device("meta"):
         model = LiquidForCausalLM(config)
     model.model.text_model = base_model
-    model.model.vq_model = codec.to(base_model.device, torch.float32).requires_grad_(False)
+    model.model.vq_model = codec.to(base_model.device).float().requires_grad_(False)
     # One object: what resizing writes to the one must be read from the other.
     config.text_config = base_model.config
-    if base_model.generation_config is not None:
-        model.generation_config = base_model.generation_config
-    model.generation_config.image_generation_config = dict(DEFAULT_IMAGE_GENERATION_CONFIG)
+    # The base's settings for text, ours for images.
+    image_settings = model.generation_config.image_generation_config
+    model.generation_config = base_model.generation_config
+    model.generation_config.image_generation_config = image_settings
+    # Else transformers drops the image settings when it loads them.
+    model.generation_config._from_model_config = False
     return model.train(base_model.training)
 
 

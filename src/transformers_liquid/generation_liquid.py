@@ -209,7 +209,8 @@ def sample_image_tokens(
     while True:
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        guided = logits if guidance is None else guidance(input_ids, logits)[:num_pictures]
+        # Processors may work in place; recorded logits stay the model's.
+        guided = logits.clone() if guidance is None else guidance(input_ids, logits)[:num_pictures]
         scores = logits_processor(input_ids[:num_pictures], guided)
         codes = _draw(scores, generator) if generation_config.do_sample else scores.argmax(-1)
 

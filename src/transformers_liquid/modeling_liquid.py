@@ -291,7 +291,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             ValueError: If placeholders and pictures do not match.
         """
         inputs = self.model._text_inputs(input_ids, pixel_values, inputs_embeds, past_key_values)
-        outputs = self.model.text_model(
+        return self.model.text_model(
             **inputs,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -300,17 +300,15 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        if self.model._cache_argument == "past_key_values":
-            return outputs
-        return CausalLMOutputWithPast(
-            loss=outputs.loss,
-            logits=outputs.logits,
-            past_key_values=outputs.get(self.model._cache_argument),
-            hidden_states=outputs.hidden_states,
-        )
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self.model.text_model.prepare_inputs_for_generation(*args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        # transformers tells by the name of the class which models call their cache `cache_params`.
+        if "past_key_values" in model_kwargs:
+            model_kwargs[self.model._cache_argument] = model_kwargs.pop("past_key_values")
 
     def encode_images(self, pixel_values: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
         """Turns pictures into image token ids: see [`LiquidModel.encode_images`]."""

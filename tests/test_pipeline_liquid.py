@@ -1,0 +1,358 @@
+"""The pipelines: ours for text-to-image, and the stock ones that take our checkpoints."""
+
+import importlib.util
+import inspect
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from tiny import CODEBOOK_SIZE, EOS_ID, IMAGE_TOKEN_OFFSET, tiny_base, tiny_model, tiny_processor, tiny_tokenizer
+from transformers import AutoProcessor, pipeline
+from transformers.pipelines import AnyToAnyPipeline
+from transformers.utils import logging
+
+import transformers_liquid  # noqa: F401  (registers the classes and the pipeline)
+from transformers_liquid.modeling_liquid import LiquidForCausalLM, LiquidModel
+from transformers_liquid.pipeline_liquid import EMOJI_CHECKPOINT, LiquidImageGenerationPipeline
+from transformers_liquid.processing_liquid import LiquidProcessor
+
+
+IMAGE_IDS = range(IMAGE_TOKEN_OFFSET, IMAGE_TOKEN_OFFSET + CODEBOOK_SIZE)
+
+
+@pytest.fixture(autouse=True)
+def bars():
+    """Other tests may have switched them off."""
+    logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    model = tiny_model()
+    model.generation_config.image_generation_config = {"guidance_scale": 1.5, "do_sample": True}
+    model.generation_config.eos_token_id = EOS_ID
+    model.save_pretrained(path)
+    tiny_processor().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint):
+    pipe = pipeline("text-to-image", model=checkpoint, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def same(left, right):
+    left, right = ([np.asarray(image) for image in images] for images in (left, right))
+    return len(left) == len(right) and all(np.array_equal(*pair) for pair in zip(left, right, strict=True))
+
+
+# Loading
+
+
+def test_the_task_loads_model_and_processor_from_a_path(pipe):
+    assert type(pipe) is LiquidImageGenerationPipeline
+    assert type(pipe.model) is LiquidForCausalLM and type(pipe.processor) is LiquidProcessor
+    assert pipe.tokenizer is pipe.processor.tokenizer
+
+
+def test_without_a_model_the_embedded_checkpoint_is_meant(monkeypatch):
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    _, task, _ = PIPELINE_REGISTRY.check_task("text-to-image")
+    assert task["default"]["model"] == (EMOJI_CHECKPOINT, None)
+
+
+def test_a_tokenizer_is_enough_for_models_whose_repository_has_no_processor(pipe):
+    bare = LiquidImageGenerationPipeline(model=pipe.model, tokenizer=tiny_tokenizer(), device="cpu")
+    assert bare.processor.to_dict() == pipe.processor.to_dict()
+    assert same(bare("apple", seed=0, progress_bar=False), pipe("apple", seed=0))
+
+
+def test_a_saved_pipeline_loads_again_without_remote_code(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = pipeline("text-to-image", model=str(tmp_path), device="cpu")
+    assert same(again("apple", seed=3, progress_bar=False), pipe("apple", seed=3))
+    assert not list(tmp_path.glob("*.py"))
+
+
+def test_another_kind_of_model_is_refused():
+    with pytest.raises(ValueError, match="needs a LiquidForCausalLM, got LlamaForCausalLM"):
+        LiquidImageGenerationPipeline(model=tiny_base(), tokenizer=tiny_tokenizer())
+
+
+def test_a_model_without_its_head_is_refused(pipe):
+    with pytest.raises(ValueError, match="needs a LiquidForCausalLM, got LiquidModel"):
+        LiquidImageGenerationPipeline(model=LiquidModel(pipe.model.config), processor=pipe.processor)
+
+
+def test_a_missing_processor_is_named(pipe):
+    with pytest.raises(ValueError, match="needs a LiquidProcessor .* got None"):
+        LiquidImageGenerationPipeline(model=pipe.model)
+
+
+def test_a_processor_that_does_not_fit_is_refused(pipe):
+    other = tiny_processor(image_token_offset=IMAGE_TOKEN_OFFSET + 1)
+    with pytest.raises(ValueError, match="does not fit the model: image_token_offset is 264 .* 263 in the model"):
+        LiquidImageGenerationPipeline(model=pipe.model, processor=other)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(pipe):
+    text_only = tiny_tokenizer(special_tokens=["<pad>", "<s>", "</s>"])
+    with pytest.raises(ValueError, match="tokenizer does not fit the model: image_token_id is 3, in the tokenizer '!'"):
+        LiquidImageGenerationPipeline(model=pipe.model, tokenizer=text_only)
+
+
+# Pictures
+
+
+def test_one_prompt_gives_a_list_of_pil_pictures(pipe):
+    images = pipe("red apple", num_images_per_prompt=4, seed=0)
+    assert [type(image) for image in images] == [PIL.Image.Image] * 4
+    assert {image.size for image in images} == {(8, 8)}
+    assert not same(images[:1], images[1:2])
+
+
+def test_pictures_come_in_the_order_of_the_prompts(pipe):
+    images = pipe(["red apple", "dog"], num_images_per_prompt=2, seed=5)
+    alone = [pipe(prompt, seed=5 + index)[0] for index, prompt in enumerate(["red apple", "red apple", "dog", "dog"])]
+    assert same(images, alone)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_a_picture_is_the_same_in_any_batch(pipe, batch_size):
+    prompts = ["a", "red apple", "a much longer prompt"]
+    assert same(pipe(prompts, seed=1, batch_size=batch_size), pipe(prompts, seed=1))
+
+
+def test_seeds_can_be_listed(pipe):
+    assert same(pipe(["a", "b"], seed=[4, 9]), [pipe("a", seed=4)[0], pipe("b", seed=9)[0]])
+
+
+def test_a_seed_is_the_same_as_a_generator_of_it_per_picture(pipe):
+    generators = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
+    assert same(pipe(["a", "b"], generator=generators, batch_size=1), pipe(["a", "b"], seed=4))
+
+
+def test_one_generator_serves_all_batches_in_turn(pipe):
+    def draw():
+        return pipe(["a", "a"], generator=torch.Generator().manual_seed(0), batch_size=1)
+
+    images = draw()
+    assert same(images, draw()) and not same(images[:1], images[1:])
+
+
+def test_without_a_seed_torch_decides(pipe):
+    torch.manual_seed(0)
+    images = pipe("a")
+    torch.manual_seed(0)
+    assert same(images, pipe("a"))
+
+
+def test_the_settings_are_those_of_the_generation_config(pipe):
+    assert same(pipe("apple", seed=2), pipe("apple", seed=2, guidance_scale=1.5))
+    assert not same(pipe("apple", seed=2), pipe("apple", seed=2, guidance_scale=4.0))
+
+
+def test_the_pictures_are_what_generate_and_decode_give(pipe):
+    inputs = pipe.processor(text=["apple"], generation_mode="image", return_tensors="pt")
+    ids = pipe.model.generate(**inputs, generation_mode="image", do_sample=False, guidance_scale=2.0)
+    expected = (pipe.model.decode_image_tokens(ids) + 1) / 2
+    assert torch.equal(pipe("apple", do_sample=False, guidance_scale=2.0, output_type="pt"), expected)
+
+
+def test_settings_given_to_the_factory_are_defaults_for_all_calls(pipe, checkpoint):
+    own = pipeline("text-to-image", model=checkpoint, device="cpu", do_sample=False, batch_size=3, progress_bar=False)
+    assert own._batch_size == 3
+    assert same(own("apple"), pipe("apple", do_sample=False))
+    assert same(own("apple", do_sample=True, seed=1), pipe("apple", seed=1))
+
+
+def test_a_negative_prompt_replaces_no_text(pipe):
+    plain = pipe(["a", "b"], seed=0, guidance_scale=6.0)
+    negative = pipe(["a", "b"], seed=0, guidance_scale=6.0, negative_prompt="something else")
+    assert not same(plain, negative)
+    assert same(
+        pipe(["a", "b"], seed=0, guidance_scale=6.0, negative_prompt=["x", "y"]),
+        [
+            pipe("a", seed=0, guidance_scale=6.0, negative_prompt="x")[0],
+            pipe("b", seed=1, guidance_scale=6.0, negative_prompt="y")[0],
+        ],
+    )
+
+
+def test_sizes_other_than_the_default_can_be_drawn(pipe):
+    assert [image.size for image in pipe(["a", "b"], height=4, width=12, seed=0)] == [(12, 4)] * 2
+
+
+def test_output_types_hold_the_same_picture(pipe):
+    tensor, array = (pipe(["a", "b", "c"], seed=0, output_type=kind, batch_size=2) for kind in ("pt", "np"))
+    assert tensor.shape == (3, 3, 8, 8) and tensor.dtype == torch.float32
+    assert 0 <= tensor.min() and tensor.max() <= 1
+    np.testing.assert_array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
+    images = pipe(["a", "b", "c"], seed=0)
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in images]), (array * 255).round())
+
+
+# Progress
+
+
+def test_the_callback_sees_every_code_of_every_batch(pipe):
+    calls = []
+
+    def on_step_end(pipe_, step, timestep, callback_kwargs):
+        calls.append((pipe_, step, timestep, callback_kwargs["image_tokens"].clone()))
+
+    pipe(["a", "a longer prompt", "b"], seed=0, batch_size=2, callback_on_step_end=on_step_end)
+    assert all(call[0] is pipe for call in calls)
+    assert [call[1] for call in calls] == [*range(16), *range(16)]
+    assert [call[2] for call in calls] == [*reversed(range(16))] * 2
+    assert [tuple(call[3].shape) for call in calls] == [(rows, n + 1) for rows in (2, 1) for n in range(16)]
+    assert all(token in IMAGE_IDS for call in calls for token in call[3].flatten().tolist())
+
+
+def test_an_exception_of_the_callback_ends_the_call(pipe):
+    def stop(pipe_, step, timestep, callback_kwargs):
+        if step == 3:
+            raise InterruptedError(step)
+
+    with pytest.raises(InterruptedError, match="3"):
+        pipe("a", callback_on_step_end=stop)
+
+
+def test_a_bar_counts_codes_and_can_be_switched_off(checkpoint, capsys):
+    pipe = pipeline("text-to-image", model=checkpoint, device="cpu")
+    capsys.readouterr()
+    pipe(["a", "b", "c"], seed=0, batch_size=2)
+    shown = capsys.readouterr().err
+    assert "48/48" in shown and "code/s" in shown
+    pipe("a", seed=0, progress_bar=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe("a", seed=0)
+    pipe.set_progress_bar_config()
+    logging.disable_progress_bar()
+    pipe("a", seed=0)
+    assert capsys.readouterr().err == ""
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"prompt": ""}, "prompt 0 is empty"),
+        ({"prompt": ["a", "  "]}, "prompt 1 is empty"),
+        ({"prompt": []}, "prompt is an empty list"),
+        ({"prompt": None}, "prompt must be a string or a list of strings, got None"),
+        ({"prompt": ["a", 3]}, "prompt must be a string or a list of strings"),
+        ({"prompt": "a<image>"}, "reserved for images"),
+        ({"prompt": "a", "negative_prompt": ""}, "negative_prompt 0 is empty"),
+        ({"prompt": "a", "negative_prompt": ["x", "y"]}, "2 negative prompts for 1 prompts"),
+        ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt must be .* at least 1, got 0"),
+        ({"prompt": "a", "batch_size": 0}, "batch_size must be .* at least 1, got 0"),
+        ({"prompt": "a", "height": 7}, "positive multiples of 2 pixels .* height=7, width=8"),
+        ({"prompt": "a", "width": 0}, "positive multiples of 2 pixels .* height=8, width=0"),
+        ({"prompt": "a", "height": 800}, "together more than the model's 128 positions"),
+        ({"prompt": ["a", "word " * 30], "batch_size": 1}, "more than the model's 128 positions. Shorten the prompt"),
+        ({"prompt": "a", "guidance_scale": 0.5}, "guidance_scale must be a finite number >= 1 .* got 0.5"),
+        ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale must be a finite number >= 1 .* got nan"),
+        ({"prompt": "a", "guidance_min_p": 2.0}, r"guidance_min_p must be in \(0, 1\], got 2.0"),
+        ({"prompt": "a", "output_type": "jpg"}, "output_type must be one of .* got 'jpg'"),
+        ({"prompt": "a", "seed": 0, "generator": torch.Generator()}, "seed or generator, not both"),
+        ({"prompt": ["a", "b"], "seed": [1]}, "Got 1 seeds for 2 pictures"),
+        ({"prompt": "a", "seed": -1}, r"in 0 ... 2\*\*63 - 1, got -1"),
+        ({"prompt": "a", "seed": [1.5]}, "A seed must be a whole number .* got 1.5"),
+        ({"prompt": ["a", "b"], "generator": [torch.Generator()]}, "Got 1 generators for 2 pictures"),
+        ({"prompt": "a", "num_return_sequences": 2}, "use num_images_per_prompt"),
+        ({"prompt": "a", "return_dict_in_generate": True}, "call model.generate"),
+        ({"prompt": "a", "max_new_tokens": 3}, "max_new_tokens=3 has no meaning for images"),
+        ({"prompt": "a", "guidence_scale": 3}, "guidence_scale"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_drawn(pipe, arguments, message):
+    steps = []
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments, callback_on_step_end=lambda *args: steps.append(args))
+    assert not steps
+
+
+# The stock pipelines
+
+
+def test_text_generation_takes_the_checkpoint(checkpoint):
+    pipe = pipeline("text-generation", model=checkpoint, device="cpu")
+    assert type(pipe.model) is LiquidForCausalLM
+    text = pipe("red apple", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    inputs = pipe.tokenizer("red apple", return_tensors="pt")
+    ids = pipe.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert text == pipe.tokenizer.decode(ids[0], skip_special_tokens=True)
+    assert not any(token in IMAGE_IDS for token in ids[0].tolist())
+
+
+def test_image_text_to_text_answers_about_a_picture(checkpoint):
+    pipe = pipeline("image-text-to-text", model=checkpoint, device="cpu")
+    picture = PIL.Image.new("RGB", (20, 10), "red")
+    [answer] = pipe(picture, text="<image>What is this?", max_new_tokens=8, do_sample=False, return_full_text=False)
+    inputs = pipe.processor(text="<image>What is this?", images=picture, return_tensors="pt")
+    ids = pipe.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    whole, prompt = (pipe.processor.decode(row, skip_special_tokens=True) for row in (ids[0], inputs["input_ids"][0]))
+    assert answer["generated_text"] == whole.removeprefix(prompt)
+
+
+def test_image_text_to_text_takes_conversations(checkpoint):
+    pipe = pipeline("image-text-to-text", model=checkpoint, device="cpu")
+    content = [{"type": "image", "image": PIL.Image.new("RGB", (8, 8))}, {"type": "text", "text": "What is this?"}]
+    [answer] = pipe(text=[{"role": "user", "content": content}], max_new_tokens=4, do_sample=False)
+    assert [message["role"] for message in answer["generated_text"]] == ["user", "assistant"]
+
+
+@pytest.fixture
+def any_to_any(checkpoint, monkeypatch):
+    """The stock pipeline, which refuses to start without torchvision although it never uses it here."""
+    if importlib.util.find_spec("torchvision") is None:
+        monkeypatch.setattr("transformers.pipelines.any_to_any.requires_backends", lambda *args: None)
+    return pipeline("any-to-any", model=checkpoint, device="cpu")
+
+
+def test_any_to_any_draws_through_the_three_hooks(any_to_any, pipe):
+    assert type(any_to_any) is AnyToAnyPipeline and type(any_to_any.model) is LiquidForCausalLM
+    prompt = pipe.processor.decode(pipe.processor.image_prompt_ids("apple"))
+    [drawn] = any_to_any(
+        prompt.removeprefix("<s>").removesuffix("<boi>"),
+        generation_mode="image",
+        processor_kwargs={"generation_mode": "image"},
+        generate_kwargs={"do_sample": False},
+    )
+    assert drawn["generated_image"].size == (8, 8)
+
+
+def test_any_to_any_answers_about_a_picture(any_to_any):
+    picture = PIL.Image.new("RGB", (8, 8), "red")
+    [answer] = any_to_any("<image>What is this?", images=picture, max_new_tokens=8, return_full_text=False)
+    assert isinstance(answer["generated_text"], str)
+
+
+def test_the_hooks_of_any_to_any_have_the_signatures_that_it_calls(pipe):
+    source = inspect.getsource(AnyToAnyPipeline)
+    assert "self.model.decode_image_tokens(generated_sequence.to(self.model.device))" in source
+    assert 'forward_kwargs["generate_kwargs"]["generation_mode"] = generation_mode' in source
+    inputs = pipe.processor(text="apple", generation_mode="image")
+    ids = pipe.model.generate(**inputs, generation_mode="image")
+    [image] = pipe.processor.post_process_multimodal_output(
+        pipe.model.decode_image_tokens(ids), skip_special_tokens=True, generation_mode="image"
+    )
+    assert image.size == (8, 8)
+
+
+@pytest.mark.parametrize("task", ["text-generation", "image-text-to-text"])
+def test_stock_pipelines_do_not_call_the_model_unsupported(checkpoint, task, capsys):
+    pipeline(task, model=checkpoint, device="cpu")
+    assert "not supported" not in capsys.readouterr().err
+
+
+def test_the_processor_is_found_by_its_auto_class(checkpoint):
+    assert type(AutoProcessor.from_pretrained(checkpoint)) is LiquidProcessor
