@@ -5,11 +5,14 @@ import threading
 
 import pytest
 import torch
+from tiny import BOI_ID as BOI
+from tiny import BOS_ID as BOS
+from tiny import CODEBOOK_SIZE as CODES
+from tiny import IMAGE_TOKEN_OFFSET as OFFSET
+from tiny import UNCOND_ID as UNCONDITIONAL
+from tiny import VOCAB_SIZE, tiny_model
 from transformers import (
-    Gemma2Config,
     GenerationConfig,
-    GPT2Config,
-    LlamaConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -17,7 +20,6 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from transformers_liquid.configuration_liquid import LiquidConfig
 from transformers_liquid.generation_liquid import (
     DEFAULT_IMAGE_GENERATION_CONFIG,
     GuidanceLogitsProcessor,
@@ -27,51 +29,15 @@ from transformers_liquid.generation_liquid import (
 from transformers_liquid.modeling_liquid import LiquidForCausalLM
 
 
-OFFSET, CODES, VOCABULARY = 40, 32, 80  # eight text rows follow the image rows
-BOS, EOS, BOI, UNCONDITIONAL = 1, 2, 7, 9
+VOCABULARY = VOCAB_SIZE + 8  # eight text rows follow the image rows
+BASES = ["llama", "gemma2", "gpt2"]  # gemma2: windows and soft-capped logits; gpt2: learned positions
 UNCONDITIONAL_PROMPT = [BOS, UNCONDITIONAL, BOI]
 PROMPTS = [[BOS, 21, 22, BOI], [BOS, 23, 24, 25, 26, 27, BOI], [BOS, BOI]]
-VQ_CONFIG = {
-    "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "block_out_channels": [8, 8, 8],
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "vq_embed_dim": 4,
-    "norm_num_groups": 4,
-    "num_vq_embeddings": CODES,
-    "sample_size": 8,  # 2 x 2 codes of 4 x 4 pixels
-}
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-    "pad_token_id": 0,
-}
-BASES = {
-    "llama": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "gemma2": lambda: Gemma2Config(**SHAPE, sliding_window=4, final_logit_softcapping=3.0, query_pre_attn_scalar=8),
-    "gpt2": lambda: GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=BOS, eos_token_id=EOS
-    ),
-}
 
 
 def build(base: str = "llama") -> LiquidForCausalLM:
-    torch.manual_seed(0)
-    config = LiquidConfig(text_config=BASES[base](), vq_config=VQ_CONFIG, image_token_offset=OFFSET)
-    model = LiquidForCausalLM(config).eval()
-    # Large weights, so that every id of the context shows in the next scores.
-    for name, weight in model.model.text_model.named_parameters():
-        if weight.ndim == 2:
-            weight.data.normal_(std=1.0 if "embed" in name or "wte" in name else 0.25)
+    model = tiny_model(base, vocab_size=VOCABULARY)
+    model.config.image_size = 4  # 2 x 2 codes of 2 x 2 pixels
     return model
 
 
@@ -167,7 +133,7 @@ def test_each_cfg_row_attends_only_its_own_prompt(model):
 
 
 SAMPLING = [
-    {"guidance_scale": 3.0, "temperature": 0.99, "top_k": 20, "top_p": 0.96},
+    {"guidance_scale": 3.0, "temperature": 0.99, "top_k": 10, "top_p": 0.96},
     {"guidance_scale": 1.5, "temperature": 2.0, "top_k": 5, "top_p": 1.0},
     {"guidance_scale": 1.5, "temperature": 1.7, "top_k": CODES, "top_p": 0.5},
     {"guidance_scale": 2.0, "temperature": 1.0, "top_k": CODES, "top_p": 1.0, "guidance_min_p": 0.1},
@@ -207,9 +173,9 @@ def test_the_kind_of_cache_does_not_change_the_picture(model, cache):
     assert torch.equal(draw(model, **settings, **cache, generator=generators(1, 2, 3)), expected)
 
 
-@pytest.mark.parametrize(("height", "width"), [(4, 4), (8, 16), (20, 4), (12, 12)])
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (4, 8), (10, 2), (6, 6)])
 def test_a_picture_has_exactly_rows_times_columns_image_ids(llama, height, width):
-    codes = (height // 4) * (width // 4)
+    codes = (height // 2) * (width // 2)
     ids = draw(llama, height=height, width=width, do_sample=False, guidance_scale=2.0)
     assert ids.tolist() == [oracle(llama, prompt, codes=codes, guidance_scale=2.0) for prompt in PROMPTS]
     assert ids.dtype == torch.int64
@@ -401,7 +367,7 @@ def test_only_what_was_asked_for_is_recorded(llama):
 def first_step(model, **kwargs):
     """(temperature, guidance, number of codes kept) read back from the first step's logits and scores."""
     output = draw(
-        model, PROMPTS[:1], height=4, width=4, return_dict_in_generate=True, output_scores=True, output_logits=True,
+        model, PROMPTS[:1], height=2, width=2, return_dict_in_generate=True, output_scores=True, output_logits=True,
         **kwargs,
     )  # fmt: skip
     scores, logits = output.scores[0][0].double(), output.logits[0].double()
@@ -418,11 +384,11 @@ def test_settings_are_defaults_then_the_models_then_the_configs_then_keywords():
     all_kept = {"top_p": 1.0}
     assert first_step(model, **all_kept) == (0.99, 7.0, CODES)
     model.generation_config.temperature = 0.1  # says something about text, nothing about images
-    model.generation_config.image_generation_config = {"temperature": 3.0, "guidance_scale": 4.0, "top_k": 20}
-    assert first_step(model, **all_kept) == (3.0, 4.0, 20)
+    model.generation_config.image_generation_config = {"temperature": 3.0, "guidance_scale": 4.0, "top_k": 10}
+    assert first_step(model, **all_kept) == (3.0, 4.0, 10)
     config = GenerationConfig(temperature=2.0, guidance_scale=5.0)
-    assert first_step(model, **all_kept, generation_config=config) == (2.0, 5.0, 20)
-    assert first_step(model, **all_kept, generation_config=config, guidance_scale=1.5) == (2.0, 1.5, 20)
+    assert first_step(model, **all_kept, generation_config=config) == (2.0, 5.0, 10)
+    assert first_step(model, **all_kept, generation_config=config, guidance_scale=1.5) == (2.0, 1.5, 10)
 
 
 def test_a_config_with_image_settings_of_its_own_speaks_through_them():
@@ -499,7 +465,7 @@ def test_image_and_text_restrictions_leave_the_other_scores_alone(llama):
     assert (image == -torch.inf).sum(-1).tolist() == [VOCABULARY - CODES] * 2
 
     text = SuppressImageTokensLogitsProcessor(llama.config)(None, scores)
-    removed = [7, 8, 9, 10, *range(OFFSET, OFFSET + CODES)]
+    removed = [*range(3, 7), *range(OFFSET, OFFSET + CODES)]
     assert (text[:, removed] == -torch.inf).all()
     kept = [index for index in range(VOCABULARY) if index not in removed]
     assert torch.equal(text[:, kept], scores[:, kept])
@@ -513,7 +479,7 @@ def test_text_mode_emits_image_ids_only_when_asked_to(llama):
     is_image = (free[:, 3:] >= OFFSET) & (free[:, 3:] < OFFSET + CODES)
     assert is_image.any()
     assert not ((text >= OFFSET) & (text < OFFSET + CODES)).any()
-    assert not torch.isin(text, torch.tensor([7, 8, 9, 10])).any()
+    assert not torch.isin(text, torch.arange(3, 7)).any()
 
 
 # --- the view on the image head ---
@@ -546,7 +512,7 @@ def test_drawing_leaves_settings_and_head_of_the_model_untouched(llama):
 def test_threads_that_draw_and_write_with_one_model_do_not_disturb_each_other(llama):
     text = torch.tensor([[BOS, 21, 22]])
     jobs = {
-        "image": lambda: draw(llama, height=12, width=12, do_sample=False, guidance_scale=2.0).tolist(),
+        "image": lambda: draw(llama, height=6, width=6, do_sample=False, guidance_scale=2.0).tolist(),
         "text": lambda: llama.generate(text, do_sample=False, max_new_tokens=9, eos_token_id=None).tolist(),
     }
     expected = {name: job() for name, job in jobs.items()}
@@ -591,7 +557,7 @@ def test_a_keyword_that_nobody_knows_is_refused(llama):
 
 
 def test_a_prompt_that_does_not_begin_an_image_is_refused(llama):
-    with pytest.raises(ValueError, match=r"begin-of-image token \(7\); row 1 ends with 25"):
+    with pytest.raises(ValueError, match=rf"begin-of-image token \({BOI}\); row 1 ends with 25"):
         draw(llama, [[BOS, 21, BOI], [BOS, 21, 25]])
 
 
@@ -602,14 +568,14 @@ def test_an_empty_prompt_is_refused(llama, input_ids):
 
 
 def test_a_prompt_that_leaves_no_room_for_the_picture_is_refused(llama):
-    fits = [[BOS] + [21] * 58 + [BOI]]
+    fits = [[BOS] + [21] * 122 + [BOI]]
     assert draw(llama, fits, do_sample=False).shape == (1, 4)
-    message = "The prompt has 61 tokens and the picture 4 codes, together more than the model's 64 positions"
+    message = "The prompt has 125 tokens and the picture 4 codes, together more than the model's 128 positions"
     with pytest.raises(ValueError, match=message):
-        draw(llama, [[BOS] + [21] * 59 + [BOI]])
+        draw(llama, [[BOS] + [21] * 123 + [BOI]])
     with pytest.raises(ValueError, match=message):
-        draw(llama, PROMPTS, negative_prompt_ids=torch.tensor([[BOS] + [21] * 59 + [BOI]]))
-    with pytest.raises(ValueError, match="the picture 100 codes"):
+        draw(llama, PROMPTS, negative_prompt_ids=torch.tensor([[BOS] + [21] * 123 + [BOI]]))
+    with pytest.raises(ValueError, match="the picture 400 codes"):
         draw(llama, height=40, width=40)
 
 
@@ -619,9 +585,9 @@ def test_a_wrong_number_of_generators_is_refused(llama, count, copies):
         draw(llama, generator=generators(*range(count)), num_return_sequences=copies)
 
 
-@pytest.mark.parametrize("size", [{"height": 0}, {"width": 6}, {"height": -4}, {"height": 8, "width": 2}])
+@pytest.mark.parametrize("size", [{"height": 0}, {"width": 5}, {"height": -2}, {"height": 4, "width": 1}])
 def test_a_size_that_is_no_multiple_of_the_factor_is_refused(llama, size):
-    with pytest.raises(ValueError, match=r"positive multiples of 4 pixels \(the codec's factor\), got height="):
+    with pytest.raises(ValueError, match=r"positive multiples of 2 pixels \(the codec's factor\), got height="):
         draw(llama, **size)
 
 
@@ -634,12 +600,12 @@ def test_an_unknown_mode_and_image_settings_for_text_are_refused(llama):
 
 def test_decoding_says_which_id_is_wrong_and_where(llama):
     ids = torch.full((2, 4), OFFSET)
-    assert llama.decode_image_tokens(ids).shape == (2, 3, 8, 8)
+    assert llama.decode_image_tokens(ids).shape == (2, 3, 4, 4)
     torch.testing.assert_close(llama.decode_image_tokens(ids[0]), llama.decode_image_tokens(ids)[:1])
     ids[1, 2] = OFFSET + CODES
-    with pytest.raises(ValueError, match=r"Id 72 at position \[1, 2\] is not an image id: those are 40 ... 71"):
+    with pytest.raises(ValueError, match=rf"Id {OFFSET + CODES} at position \[1, 2\] is not an image id"):
         llama.decode_image_tokens(ids)
     with pytest.raises(ValueError, match=r"2 x 2 codes needs 4 image ids, got 3"):
         llama.decode_image_tokens(ids[:, :3])
     with pytest.raises(ValueError, match=r"2 x 3 codes needs 6 image ids, got 4"):
-        llama.decode_image_tokens(ids, width=12)
+        llama.decode_image_tokens(ids, width=6)

@@ -22,6 +22,8 @@ from tiny import (
     tiny_text_config,
 )
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from transformers_liquid.modeling_liquid import LiquidForCausalLM, LiquidModel
 
@@ -91,6 +93,18 @@ def test_every_base_draws_pictures_in_a_batch(model_type):
     pictures = model.generate(ids, attention_mask=mask, generation_mode="image", guidance_scale=3.0)
     assert pictures.shape == (2, 16)
     assert model.decode_image_tokens(pictures).shape == (2, 3, 8, 8)
+
+
+@ALL_BASES
+def test_every_base_writes_what_it_wrote_before(model_type):
+    model = tiny_model(model_type)
+    ids, mask = _prompts()
+    settings = {"attention_mask": mask, "max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
+    expected = _bare_base(model).generate(ids, **settings)
+    assert expected[:, 6:].unique().numel() > 1
+    assert torch.equal(model.generate(ids, **settings, suppress_image_tokens=False), expected)
+    beams = _bare_base(model).generate(ids, **settings, num_beams=2)
+    assert torch.equal(model.generate(ids, **settings, num_beams=2, suppress_image_tokens=False), beams)
 
 
 def _prompts() -> tuple[torch.Tensor, torch.Tensor]:
@@ -261,6 +275,24 @@ def test_a_device_map_changes_nothing(device_map, tmp_path):
     settings = {"generation_mode": "image", "do_sample": False, "guidance_scale": 2.0}
     expected = model.generate(ids, attention_mask=mask, **settings)
     assert torch.equal(mapped.generate(ids, attention_mask=mask, **settings), expected)
+
+
+@pytest.mark.parametrize("model_class", [LiquidForCausalLM, LiquidModel])
+def test_quantizers_leave_the_codec_alone_and_take_the_language_model(model_class):
+    # bitsandbytes itself needs a GPU for 8-bit matrix products: this asks transformers which layers it would hand over.
+    model = model_class(tiny_config())
+    left_out = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    taken = {name for name in linear if should_convert_module(name, left_out)}
+    codec = {name for name in linear if "vq_model" in name}
+    assert codec
+    assert not codec & taken
+    assert {name for name in linear if ".layers." in name} == taken
+
+
+def test_a_stateful_base_refuses_assisted_generation():
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        tiny_model("mamba").generate(_ids(1), prompt_lookup_num_tokens=2, max_new_tokens=4)
 
 
 # Embeddings

@@ -45,6 +45,10 @@ def main(args: argparse.Namespace) -> None:
         max_new_tokens=40,
         image_generation_config=args.image_generation_config,
     )
+    model.config.use_cache = True
+    # What the tokenizer remembers of the folder it came from says nothing about this one.
+    for name in ("is_local", "local_files_only"):
+        processor.tokenizer.init_kwargs.pop(name, None)
     model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
 

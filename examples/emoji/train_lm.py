@@ -88,6 +88,7 @@ def main(args: argparse.Namespace) -> None:
     )
     checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
+    model.config.use_cache = True  # the Trainer turns it off
     model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
 

@@ -702,7 +702,10 @@ def _load_codec(location: str | Path, **kwargs: Any) -> LiquidVQModel:
 
 
 def _is_taming(location: str | Path) -> bool:
-    return isinstance(location, Path) and (location.is_file() or not (location / CONFIG_NAME).is_file())
+    """A `config.json` alone is of a codec saved by diffusers; beside a `vqgan.yaml` it is the language model's."""
+    if not isinstance(location, Path) or location.is_file():
+        return isinstance(location, Path)
+    return (location / TAMING_CONFIG_NAME).is_file() or not (location / CONFIG_NAME).is_file()
 
 
 def _codec_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -99,9 +99,8 @@ def expand_vocabulary(
         base_model.hf_quantizer.remove_quantization_config(base_model)
     num_text_tokens = max(tokenizer.get_vocab().values()) + 1
     tokens = _choose_tokens(base_model, tokenizer)
-    # Those in the vocabulary stay as they are.
-    vocabulary = tokenizer.get_vocab()
-    new_tokens = [token for token in tokens.values() if token not in vocabulary]
+    # One that is in the vocabulary, but that texts are split within, keeps its id and becomes whole.
+    new_tokens = [token for token in tokens.values() if not _is_one_token(tokenizer, token)]
     tokenizer.add_tokens(
         [AddedToken(token, special=True, normalized=False) for token in new_tokens], special_tokens=True
     )
@@ -182,9 +181,13 @@ def _choose_tokens(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         if _RESERVED_TOKEN.fullmatch(token)
         and token_id not in in_use
         and token not in chat_template
-        and tokenizer.encode(token, add_special_tokens=False) == [token_id]
+        and _is_one_token(tokenizer, token)
     )
     return {argument: name if name in vocabulary else next(reserved, name) for argument, name in _TOKEN_NAMES.items()}
+
+
+def _is_one_token(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
+    return tokenizer.encode(token, add_special_tokens=False) == [tokenizer.get_vocab().get(token)]
 
 
 def _stop_ids(generation_config: GenerationConfig) -> list[int]:

@@ -100,7 +100,9 @@ class GuidanceLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if len(scores) % 2:
-            raise ValueError(f"Guidance needs conditional and unconditional rows in equal number, got {len(scores)} rows.")
+            raise ValueError(
+                f"Guidance needs conditional and unconditional rows in equal number, got {len(scores)} rows."
+            )
         conditional, unconditional = scores.chunk(2)
         guided = torch.lerp(unconditional, conditional, self.guidance_scale)
         # What is forbidden in both rows stays forbidden: -inf minus -inf would be NaN.
@@ -200,9 +202,13 @@ def sample_image_tokens(
     prompt_length = input_ids.shape[1]
     num_pictures = len(input_ids) // 2 if guidance is not None else len(input_ids)
     if isinstance(generator, list) and len(generator) != num_pictures:
-        raise ValueError(f"A list of generators needs one for each of the {num_pictures} pictures, got {len(generator)}.")
+        raise ValueError(
+            f"A list of generators needs one for each of the {num_pictures} pictures, got {len(generator)}."
+        )
     recorded: dict[str, list[Any]] = {
-        name: [] for name in ("scores", "logits", "attentions", "hidden_states") if _is_recorded(name, generation_config)
+        name: []
+        for name in ("scores", "logits", "attentions", "hidden_states")
+        if _is_recorded(name, generation_config)
     }
 
     outputs = model._prefill(input_ids, generation_config, model_kwargs)

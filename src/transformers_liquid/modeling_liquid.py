@@ -47,6 +47,8 @@ class LiquidPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["vq_model"]
+    # Quantizers leave out what is named here, matching whole names: of the head class and of the base class.
+    _keep_in_fp32_modules = ["model.vq_model", "vq_model"]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, vq_checkpoint=None, **kwargs):
@@ -237,6 +239,9 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
     def __init__(self, config: LiquidConfig):
         super().__init__(config)
         self.model = LiquidModel(config)
+        # What a state space model cannot do (assisted generation) or compile, its wrapper cannot either.
+        self._is_stateful = self.model.text_model._is_stateful
+        self._can_compile_fullgraph = self.model.text_model._can_compile_fullgraph
         # transformers drops custom entries from a generation config that says it was derived from a model config.
         self.generation_config._from_model_config = False
         self.generation_config.image_generation_config = dict(DEFAULT_IMAGE_GENERATION_CONFIG)
@@ -304,7 +309,9 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self.model.text_model.prepare_inputs_for_generation(*args, **kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any
+    ) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         # transformers tells by the name of the class which models call their cache `cache_params`.
         if "past_key_values" in model_kwargs:

@@ -1,0 +1,653 @@
+"""`transformers-liquid COMMAND`: each command calls the function of the package that does it.
+
+Bad input ends with exit code 2 and one line on stderr, before any long work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.utils import make_image_grid
+from PIL import Image, PngImagePlugin
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer, set_seed
+from transformers.utils import cached_file
+
+from .configuration_liquid import LiquidConfig
+from .convert_checkpoint import (
+    TAMING_CHECKPOINT_NAME,
+    export_base_model,
+    is_reference_checkpoint,
+    load_taming_codec,
+    reference_config,
+    reference_processor,
+    save_taming_codec,
+)
+from .expand_vocabulary import expand_vocabulary
+from .generation_liquid import DEFAULT_IMAGE_GENERATION_CONFIG
+from .image_processing_liquid import FRAMINGS, load_image
+from .modeling_liquid import LiquidForCausalLM
+from .modeling_liquid_vq import LiquidVQModel
+from .pipeline_liquid import DEFAULT_BATCH_SIZE, EMOJI_CHECKPOINT, LiquidImageGenerationPipeline
+from .processing_liquid import LiquidProcessor
+
+
+PROG = "transformers-liquid"
+
+# Where a PNG says how it was drawn: JSON, under this key.
+METADATA_KEY = "transformers_liquid"
+
+# What of a picture's settings `generate` has an option for.
+SETTINGS = ("guidance_scale", "guidance_min_p", "temperature", "top_k", "top_p")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv (list of `str`, *optional*): The arguments. Defaults to those of the process.
+
+    Returns:
+        `int`: The exit code: 0; 2 on bad input, with one line on stderr; 130 when interrupted.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+        _silence_libraries()
+        args.run(args)
+    except (ValueError, OSError, SafetensorError) as error:
+        message = " ".join(str(error).split())
+        print(f"{PROG}: error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+# Commands
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Draws pictures from prompts and writes them as PNGs, batch by batch."""
+    # 1. What can be checked without the model
+    prompts = _read_prompts(args)
+    if args.greedy and (
+        given := [name for name in ("temperature", "top_k", "top_p") if getattr(args, name) is not None]
+    ):
+        raise ValueError(f"--greedy draws nothing by chance: leave out --{given[0].replace('_', '-')}.")
+    pictures = [prompt for prompt in prompts for _ in range(args.num_images)]
+    paths = _picture_paths(args.output, pictures)
+    for path in (args.output, args.grid):
+        if path is not None:
+            _check_writable(path)
+
+    # 2. What needs it
+    pipe = _load_pipeline(args)
+    settings = _image_settings(pipe.model, args)
+    size = {"height": args.height, "width": args.width}
+    pipe.preprocess(pictures, negative_prompt=args.negative_prompt, **size)
+
+    # 3. Pictures are written as soon as they are drawn
+    seed = random.randrange(2**31) if args.seed is None else args.seed
+    drawn = []
+    for start in range(0, len(pictures), args.batch_size):
+        part = range(start, min(start + args.batch_size, len(pictures)))
+        of_all = f"pictures {part[0] + 1}-{part[-1] + 1} of {len(pictures)}"
+        pipe.set_progress_bar_config(desc=of_all if len(pictures) > 1 else None, disable=None)
+        images = pipe(
+            [pictures[index] for index in part],
+            negative_prompt=args.negative_prompt,
+            seed=[seed + index for index in part],
+            batch_size=args.batch_size,
+            **size,
+            **settings,
+        )
+        for index, image in zip(part, images, strict=True):
+            record = _record(args, pipe, pictures[index], seed + index, image, settings)
+            _save_picture(image, paths[index], record)
+            print(paths[index])
+            drawn.append((image, record))
+
+    # 4. The contact sheet
+    if args.grid is not None:
+        columns = args.num_images if args.num_images > 1 else math.ceil(math.sqrt(len(drawn)))
+        _save_picture(
+            _contact_sheet([image for image, _ in drawn], columns), args.grid, [record for _, record in drawn]
+        )
+        print(args.grid)
+
+
+def describe(args: argparse.Namespace) -> None:
+    """Prints what a picture shows, or the answer to a question about it."""
+    image = load_image(args.image)
+    if args.question is not None and not args.question.strip():
+        raise ValueError("The question is empty: write one, or leave it out for a caption.")
+    model, processor = _load(args)
+    input_ids = processor.caption_ids() if args.question is None else processor.question_ids(args.question)
+    pixel_values = processor.image_processor(image, framing=args.framing)["pixel_values"].to(model.device)
+    print(_write(model, processor, torch.tensor([input_ids]), args, pixel_values=pixel_values).strip())
+
+
+def chat(args: argparse.Namespace) -> None:
+    """A conversation on the terminal, with pictures in both directions."""
+    _check_writable(args.output, is_directory=True)
+    pipe = _load_pipeline(args)
+    pipe.set_progress_bar_config(disable=None, leave=False)
+    streamer = TextStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    messages: list[dict[str, Any]] = []
+    images: list[Any] = []
+    print("/image PATH shows a picture, /draw PROMPT draws one, /new starts over, /quit ends.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        command, _, rest = line.partition(" ")
+        try:
+            if command == "/quit":
+                return
+            elif command == "/new":
+                messages, images = [], []
+            elif command == "/image":
+                images.append(load_image(rest.strip()))
+            elif command == "/draw":
+                print(_draw(pipe, rest.strip(), args))
+            elif command.startswith("/"):
+                raise ValueError(f"There is no {command}: only /image PATH, /draw PROMPT, /new and /quit.")
+            elif line:
+                pipe.processor.check_plain(line)
+                content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": line}]
+                asked = [*messages, {"role": "user", "content": content}]
+                answer = _answer(pipe, asked, args, streamer)
+                messages = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+                images = []
+        except (ValueError, OSError) as error:
+            print(f"error: {' '.join(str(error).split())}")
+
+
+def expand(args: argparse.Namespace) -> None:
+    """Turns a language model and a codec into a Liquid model."""
+    _check_new_directory(args.output)
+    codec = load_taming_codec(args.codec) if _is_taming_codec(args.codec) else _load_diffusers_codec(args.codec)
+    base_model = AutoModelForCausalLM.from_pretrained(args.base, dtype=_dtype(args.dtype)).to(_device(args.device))
+    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    model, processor = expand_vocabulary(
+        base_model, tokenizer, codec, image_size=args.image_size, init=args.init, seed=args.seed or 0
+    )
+    model.save_pretrained(args.output)
+    processor.save_pretrained(args.output)
+    ids = model.config.image_token_range
+    print(f"{args.output}: {args.base} with image ids {ids.start} ... {ids.stop - 1}. Train it from there.")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Writes a checkpoint in another layout."""
+    _check_new_directory(args.output)
+    model, processor = _load(args, vq_checkpoint=args.vq_checkpoint)
+    if args.to_base:
+        export_base_model(model, processor, args.output)
+        print(f"{args.output}: a plain {model.config.text_config.model_type}, its codec beside it.")
+    elif args.to_taming:
+        save_taming_codec(model.model.vq_model, args.output)
+        print(f"{args.output}: the codec as taming-transformers keeps it.")
+    else:
+        model.save_pretrained(args.output)
+        processor.save_pretrained(args.output)
+        print(f"{args.output}: a complete Liquid repository.")
+
+
+def info(args: argparse.Namespace) -> None:
+    """Prints what is known of a checkpoint without its weights, or how a picture was drawn."""
+    if args.picture is not None:
+        print(json.dumps(read_metadata(args.picture), indent=2, ensure_ascii=False))
+        return
+    is_reference = is_reference_checkpoint(args.model)
+    config = reference_config(args.model) if is_reference else LiquidConfig.from_pretrained(args.model)
+    text_config = config.get_text_config()
+    with torch.device("meta"):
+        model = LiquidForCausalLM(config)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_codec_parameters = sum(parameter.numel() for parameter in model.model.vq_model.parameters())
+    rows, columns = config.grid()
+    ids, size = config.image_token_range, config.image_size
+    lines = {
+        "checkpoint": f"{args.model} ({'reference' if is_reference else 'liquid'} layout)",
+        "base model": f"{text_config.model_type}, {text_config.num_hidden_layers} layers of {text_config.hidden_size}, "
+        f"{getattr(text_config, 'max_position_embeddings', 'unlimited')} positions",
+        "parameters": f"{num_parameters - num_codec_parameters:,} + {num_codec_parameters:,} of the codec",
+        "vocabulary": f"{text_config.vocab_size:,} rows, image ids {ids.start} ... {ids.stop - 1}",
+        "special ids": f"boi {config.boi_token_id}, eoi {config.eoi_token_id}, unconditional {config.uncond_token_id}, "
+        f"placeholder {config.image_token_id}",
+        "codec": f"{config.codebook_size:,} codes, {config.downsample_factor} x {config.downsample_factor} pixels each",
+        "picture": f"{size} x {size} pixels = {rows} x {columns} codes",
+        "settings": ", ".join(f"{name}={value}" for name, value in _stored_settings(args.model).items()),
+        "card": _card_summary(args.model),
+    }
+    for name, value in lines.items():
+        print(f"{name:<12} {value}")
+
+
+# Arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error here."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message} (see `{self.prog} --help`)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; the function of the chosen one is its `run`."""
+    parser = _Parser(prog=PROG, description="Draws and reads pictures with one language model.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(run, example: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            run.__name__,
+            help=run.__doc__,
+            description=run.__doc__,
+            epilog=f"example:\n  {PROG} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        return command
+
+    command = add(generate, 'generate "red apple" "dog face" --num-images 2 --seed 7 --output drawn --grid sheet.png')
+    command.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw")
+    command.add_argument("--prompts-file", type=Path, metavar="FILE", help="further prompts, one in a line")
+    command.add_argument(
+        "--output",
+        type=Path,
+        default=Path("liquid.png"),
+        metavar="PATH",
+        help="a .png, or a folder (default: %(default)s)",
+    )
+    command.add_argument("--grid", type=Path, metavar="FILE", help="also write a contact sheet, a .png")
+    command.add_argument("--num-images", type=_count, default=1, metavar="N", help="pictures of each prompt")
+    command.add_argument(
+        "--batch-size", type=_count, default=DEFAULT_BATCH_SIZE, metavar="N", help="drawn side by side"
+    )
+    _add_drawing_arguments(command)
+    _add_model_arguments(command)
+
+    command = add(describe, 'describe apple.png "What colour is it?"')
+    command.add_argument("image", metavar="IMAGE", help="a file or an URL")
+    command.add_argument("question", nargs="?", metavar="QUESTION", help="without one, a caption is written")
+    command.add_argument(
+        "--framing", choices=FRAMINGS, default="pad", help="show all of the picture, or fill the frame"
+    )
+    _add_text_arguments(command)
+    _add_model_arguments(command)
+
+    command = add(chat, "chat --model path/to/model")
+    command.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="where drawn pictures go")
+    _add_drawing_arguments(command)
+    _add_text_arguments(command)
+    _add_model_arguments(command)
+
+    command = add(expand, "expand Qwen/Qwen2.5-0.5B --codec path/to/codec --output qwen-liquid")
+    command.add_argument("base", metavar="BASE", help="a causal language model: a folder or a name on the Hub")
+    command.add_argument(
+        "--codec",
+        required=True,
+        metavar="PATH",
+        help="a saved LiquidVQModel, or a folder with vqgan.ckpt and vqgan.yaml",
+    )
+    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    command.add_argument("--image-size", type=_count, metavar="PIXELS", help="default: the codec's")
+    command.add_argument("--init", choices=("mean", "normal"), default="mean", help="what new rows begin as")
+    _add_device_arguments(command)
+
+    command = add(convert, "convert Junfeng5/Liquid_V1_7B --output liquid-7b")
+    command.add_argument("model", metavar="MODEL", help="a checkpoint in the reference's layout or in ours")
+    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    command.add_argument(
+        "--vq-checkpoint", metavar="PATH", help="the codec of a reference checkpoint, if not the default"
+    )
+    to = command.add_mutually_exclusive_group()
+    to.add_argument("--to-base", action="store_true", help="write a plain language model, as the reference has it")
+    to.add_argument("--to-taming", action="store_true", help="write the codec alone, as vqgan.ckpt and vqgan.yaml")
+    _add_device_arguments(command, seed=False)
+
+    command = add(info, "info --model Junfeng5/Liquid_V1_7B")
+    command.add_argument(
+        "picture", nargs="?", type=Path, metavar="PICTURE", help="a PNG of `generate`: how it was drawn"
+    )
+    command.add_argument("--model", default=EMOJI_CHECKPOINT, metavar="MODEL", help="default: the embedded checkpoint")
+    return parser
+
+
+def _add_model_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model",
+        default=EMOJI_CHECKPOINT,
+        metavar="MODEL",
+        help="a folder or a name on the Hub (default: the embedded checkpoint)",
+    )
+    _add_device_arguments(command)
+
+
+def _add_device_arguments(command: argparse.ArgumentParser, seed: bool = True) -> None:
+    command.add_argument("--device", help="such as cpu or cuda:1 (default: an accelerator if there is one)")
+    command.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    if seed:
+        command.add_argument("--seed", type=_seed, metavar="N", help="the same seed gives the same result")
+
+
+def _add_drawing_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--negative-prompt", metavar="TEXT", help="what the pictures should not show")
+    command.add_argument("--height", type=int, metavar="PIXELS")
+    command.add_argument("--width", type=int, metavar="PIXELS")
+    command.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="S",
+        help="1 is no guidance; this and the next five default to the checkpoint's settings",
+    )
+    command.add_argument("--guidance-min-p", type=float, metavar="P", help="guidance chooses among codes this probable")
+    command.add_argument("--greedy", action="store_true", help="always take the most probable code")
+    command.add_argument("--temperature", type=float, metavar="T")
+    command.add_argument("--top-k", type=int, metavar="K")
+    command.add_argument("--top-p", type=float, metavar="P")
+
+
+def _add_text_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max-new-tokens", type=_count, default=256, metavar="N", help="longest answer")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be in 0 ... 2**32 - 1, got {value}")
+    return value
+
+
+# Models
+
+
+def _load(args: argparse.Namespace, **kwargs: Any) -> tuple[LiquidForCausalLM, LiquidProcessor]:
+    """Model and processor of a checkpoint in either layout, on the device."""
+    device = _device(args.device)
+    is_reference = is_reference_checkpoint(args.model)
+    model = LiquidForCausalLM.from_pretrained(args.model, dtype=_dtype(args.dtype), **kwargs).to(device)
+    processor = (
+        reference_processor(args.model, model.config) if is_reference else LiquidProcessor.from_pretrained(args.model)
+    )
+    processor.check_fits(model.config)
+    return model, processor
+
+
+def _load_pipeline(args: argparse.Namespace) -> LiquidImageGenerationPipeline:
+    model, processor = _load(args)
+    return LiquidImageGenerationPipeline(model=model, processor=processor, device=model.device)
+
+
+def _load_diffusers_codec(path: str) -> LiquidVQModel:
+    config = LiquidVQModel.load_config(path)
+    if "num_vq_embeddings" not in config:
+        raise ValueError(f"{path} is no codec: its config.json is of a {config.get('_class_name', 'model')}.")
+    return LiquidVQModel.from_pretrained(path)
+
+
+def _is_taming_codec(path: str) -> bool:
+    return Path(path).is_file() or (Path(path) / TAMING_CHECKPOINT_NAME).is_file()
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch raises either for what it was not built with
+        raise ValueError(f"--device {name} cannot be used here: {error}") from error
+
+
+def _dtype(name: str) -> str | torch.dtype:
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+# Text
+
+
+def _write(
+    model: LiquidForCausalLM,
+    processor: LiquidProcessor,
+    input_ids: torch.LongTensor,
+    args: argparse.Namespace,
+    **kwargs: Any,
+) -> str:
+    """The text that follows one prompt of shape `(1, L)`, no longer than the context has room for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = input_ids.shape[1]
+    if limit is not None and length >= limit:
+        raise ValueError(
+            f"The prompt has {length} tokens, the model {limit} positions: there is no room for an answer."
+        )
+    max_new_tokens = args.max_new_tokens if limit is None else min(args.max_new_tokens, limit - length)
+    if args.seed is not None:
+        set_seed(args.seed)
+    ids = model.generate(input_ids.to(model.device), max_new_tokens=max_new_tokens, **kwargs)
+    return processor.decode(ids[0, length:], skip_special_tokens=True)
+
+
+def _answer(
+    pipe: LiquidImageGenerationPipeline,
+    messages: list[dict[str, Any]],
+    args: argparse.Namespace,
+    streamer: TextStreamer,
+) -> str:
+    inputs = pipe.processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(pipe.device)
+    pixel_values = {"pixel_values": inputs["pixel_values"]} if "pixel_values" in inputs else {}
+    return _write(pipe.model, pipe.processor, inputs["input_ids"], args, streamer=streamer, **pixel_values)
+
+
+# Pictures
+
+
+def _draw(pipe: LiquidImageGenerationPipeline, prompt: str, args: argparse.Namespace) -> Path:
+    """One picture of a conversation."""
+    settings = _image_settings(pipe.model, args)
+    seed = random.randrange(2**31) if args.seed is None else args.seed
+    size = {"height": args.height, "width": args.width}
+    [image] = pipe(prompt, negative_prompt=args.negative_prompt, seed=seed, **size, **settings)
+    number = 0
+    while (path := args.output / f"drawing-{number}.png").exists():
+        number += 1
+    _save_picture(image, path, _record(args, pipe, prompt, seed, image, settings))
+    return path
+
+
+def _image_settings(model: LiquidForCausalLM, args: argparse.Namespace) -> dict[str, Any]:
+    """All settings that a picture is drawn with: the checkpoint's, and what the arguments say instead."""
+    stored = getattr(model.generation_config, "image_generation_config", None) or {}
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    settings = DEFAULT_IMAGE_GENERATION_CONFIG | stored | given
+    if args.greedy:
+        settings["do_sample"] = False
+    if not settings["do_sample"]:
+        settings = {name: value for name, value in settings.items() if name not in ("temperature", "top_k", "top_p")}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _stored_settings(model: str) -> dict[str, Any]:
+    try:
+        stored = getattr(GenerationConfig.from_pretrained(model), "image_generation_config", None)
+    except OSError:
+        stored = None
+    return DEFAULT_IMAGE_GENERATION_CONFIG | (stored or {})
+
+
+def _read_prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompts)
+    if args.prompts_file is not None:
+        try:
+            lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{args.prompts_file} is no text in UTF-8: {error}") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError("Nothing to draw: give a PROMPT, or --prompts-file with one prompt in a line.")
+    for index, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise ValueError(f"Prompt {index} is empty: write what the picture shows.")
+    return prompts
+
+
+def _picture_paths(output: Path, prompts: list[str]) -> list[Path]:
+    """Where each picture goes: the file, numbered files beside it, or files in the folder named after the prompts."""
+    digits = len(str(len(prompts) - 1))
+    if _is_directory(output):
+        slugs = [re.sub(r"\W+", "-", prompt.lower())[:40].strip("-") for prompt in prompts]
+        return [output / f"{index:0{digits}}-{slug}.png" for index, slug in enumerate(slugs)]
+    if len(prompts) == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{index:0{digits}}{output.suffix}") for index in range(len(prompts))]
+
+
+def _is_directory(path: Path) -> bool:
+    return path.is_dir() or not path.suffix
+
+
+def _check_writable(path: Path, is_directory: bool | None = None) -> None:
+    """Finds out now what would fail after the work. Makes the folder."""
+    is_directory = _is_directory(path) if is_directory is None else is_directory
+    if not is_directory and (path.suffix.lower() != ".png" or path.is_dir()):
+        raise ValueError(f"Pictures are written as PNG: expected a path that ends with .png or a folder, got {path}.")
+    folder = path if is_directory else path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if path.is_file() and not os.access(path, os.W_OK):
+            raise PermissionError(13, "the file is write-protected")
+    except OSError as error:
+        raise ValueError(f"Cannot write to {path}: {error.strerror or error}. Choose another place.") from error
+
+
+def _check_new_directory(path: Path) -> None:
+    """A checkpoint is never written over something."""
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"{path} is not empty: choose a new folder, nothing is overwritten.")
+    _check_writable(path, is_directory=True)
+
+
+def _record(
+    args: argparse.Namespace,
+    pipe: LiquidImageGenerationPipeline,
+    prompt: str,
+    seed: int,
+    image: Image.Image,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything that a picture depends on, and the command that makes it again."""
+    options = {"model": args.model} if args.model != EMOJI_CHECKPOINT else {}
+    options |= {"seed": seed, "height": image.height, "width": image.width}
+    options |= {name: settings[name] for name in SETTINGS if name in settings}
+    options |= {"negative_prompt": args.negative_prompt} if args.negative_prompt is not None else {}
+    options |= {"device": pipe.device.type, "dtype": str(pipe.dtype).removeprefix("torch.")}
+    # With "=", and after "--", a value may begin with a dash.
+    command = [PROG, "generate", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]
+    command += ["--greedy"] * (not settings["do_sample"]) + ["--"] * prompt.startswith("-") + [prompt]
+    return {
+        "prompt": prompt,
+        "negative_prompt": args.negative_prompt,
+        "seed": seed,
+        "model": Path(args.model).name if args.model == EMOJI_CHECKPOINT else args.model,
+        "height": image.height,
+        "width": image.width,
+        "settings": settings,
+        "device": pipe.device.type,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "version": _version(),
+        "command": shlex.join(command),
+    }
+
+
+def _save_picture(image: Image.Image, path: Path, record: dict[str, Any] | list[dict[str, Any]]) -> None:
+    metadata = PngImagePlugin.PngInfo()
+    metadata.add_itxt(METADATA_KEY, json.dumps(record, ensure_ascii=False))
+    image.save(path, pnginfo=metadata)
+
+
+def read_metadata(path: str | Path) -> dict[str, Any] | list[dict[str, Any]]:
+    """How a picture of `generate` was drawn.
+
+    Args:
+        path (`str` or `Path`): The PNG.
+
+    Returns:
+        `dict`: Prompt, seed, model, sizes, settings, and the command that draws it again; a list of them for a
+        contact sheet.
+
+    Raises:
+        ValueError: If the picture does not say.
+    """
+    with Image.open(path) as image:
+        text = image.info.get(METADATA_KEY)
+    if text is None:
+        raise ValueError(f"{path} does not say how it was drawn: only the PNGs of `{PROG} generate` do.")
+    return json.loads(text)
+
+
+def _contact_sheet(images: list[Image.Image], columns: int) -> Image.Image:
+    rows = math.ceil(len(images) / columns)
+    blanks = [Image.new("RGB", images[0].size, "white")] * (rows * columns - len(images))
+    return make_image_grid([*images, *blanks], rows=rows, cols=columns)
+
+
+# The rest
+
+
+def _card_summary(model: str) -> str:
+    """The first paragraph of the checkpoint's card."""
+    path = cached_file(model, "README.md", _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return "none"
+    text = Path(path).read_text(encoding="utf-8")
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    paragraphs = [part for part in re.split(r"\n\s*\n", text) if part.strip() and not part.lstrip().startswith("#")]
+    return " ".join(paragraphs[0].split()) if paragraphs else "empty"
+
+
+def _silence_libraries() -> None:
+    """Errors are ours to tell; bars are shown on a terminal only."""
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            library.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
