@@ -1,7 +1,6 @@
 """The pipelines: ours for text-to-image, and the stock ones that take our checkpoints."""
 
 import importlib.util
-import inspect
 
 import numpy as np
 import PIL.Image
@@ -9,13 +8,16 @@ import pytest
 import torch
 from tiny import CODEBOOK_SIZE, EOS_ID, IMAGE_TOKEN_OFFSET, tiny_base, tiny_model, tiny_processor, tiny_tokenizer
 from transformers import AutoProcessor, pipeline
-from transformers.pipelines import AnyToAnyPipeline
+from transformers.pipelines import PIPELINE_REGISTRY, AnyToAnyPipeline
 from transformers.utils import logging
 
-import transformers_liquid  # noqa: F401  (registers the classes and the pipeline)
-from transformers_liquid.modeling_liquid import LiquidForCausalLM, LiquidModel
-from transformers_liquid.pipeline_liquid import EMOJI_CHECKPOINT, LiquidImageGenerationPipeline
-from transformers_liquid.processing_liquid import LiquidProcessor
+from transformers_liquid import (
+    EMOJI_CHECKPOINT,
+    LiquidForCausalLM,
+    LiquidImageGenerationPipeline,
+    LiquidModel,
+    LiquidProcessor,
+)
 
 
 IMAGE_IDS = range(IMAGE_TOKEN_OFFSET, IMAGE_TOKEN_OFFSET + CODEBOOK_SIZE)
@@ -59,9 +61,7 @@ def test_the_task_loads_model_and_processor_from_a_path(pipe):
     assert pipe.tokenizer is pipe.processor.tokenizer
 
 
-def test_without_a_model_the_embedded_checkpoint_is_meant(monkeypatch):
-    from transformers.pipelines import PIPELINE_REGISTRY
-
+def test_without_a_model_the_embedded_checkpoint_is_meant():
     _, task, _ = PIPELINE_REGISTRY.check_task("text-to-image")
     assert task["default"]["model"] == (EMOJI_CHECKPOINT, None)
 
@@ -90,13 +90,13 @@ def test_a_model_without_its_head_is_refused(pipe):
 
 
 def test_a_missing_processor_is_named(pipe):
-    with pytest.raises(ValueError, match="needs a LiquidProcessor .* got None"):
+    with pytest.raises(ValueError, match=r"needs a LiquidProcessor .* got None"):
         LiquidImageGenerationPipeline(model=pipe.model)
 
 
 def test_a_processor_that_does_not_fit_is_refused(pipe):
     other = tiny_processor(image_token_offset=IMAGE_TOKEN_OFFSET + 1)
-    with pytest.raises(ValueError, match="does not fit the model: image_token_offset is 264 .* 263 in the model"):
+    with pytest.raises(ValueError, match=r"does not fit the model: image_token_offset is 264 .* 263 in the model"):
         LiquidImageGenerationPipeline(model=pipe.model, processor=other)
 
 
@@ -191,7 +191,7 @@ def test_sizes_other_than_the_default_can_be_drawn(pipe):
 def test_output_types_hold_the_same_picture(pipe):
     tensor, array = (pipe(["a", "b", "c"], seed=0, output_type=kind, batch_size=2) for kind in ("pt", "np"))
     assert tensor.shape == (3, 3, 8, 8) and tensor.dtype == torch.float32
-    assert 0 <= tensor.min() and tensor.max() <= 1
+    assert tensor.min() >= 0 and tensor.max() <= 1
     np.testing.assert_array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
     images = pipe(["a", "b", "c"], seed=0)
     np.testing.assert_array_equal(np.stack([np.asarray(image) for image in images]), (array * 255).round())
@@ -269,7 +269,7 @@ def test_a_bar_counts_codes_and_can_be_switched_off(checkpoint, capsys):
         ({"prompt": ["a", "b"], "generator": [torch.Generator()]}, "Got 1 generators for 2 pictures"),
         ({"prompt": "a", "num_return_sequences": 2}, "use num_images_per_prompt"),
         ({"prompt": "a", "return_dict_in_generate": True}, "call model.generate"),
-        ({"prompt": "a", "max_new_tokens": 3}, "max_new_tokens=3 has no meaning for images"),
+        ({"prompt": "a", "num_beams": 3}, "num_beams=3 has no meaning for images"),
         ({"prompt": "a", "guidence_scale": 3}, "guidence_scale"),
     ],
 )
@@ -336,22 +336,11 @@ def test_any_to_any_answers_about_a_picture(any_to_any):
     assert isinstance(answer["generated_text"], str)
 
 
-def test_the_hooks_of_any_to_any_have_the_signatures_that_it_calls(pipe):
-    source = inspect.getsource(AnyToAnyPipeline)
-    assert "self.model.decode_image_tokens(generated_sequence.to(self.model.device))" in source
-    assert 'forward_kwargs["generate_kwargs"]["generation_mode"] = generation_mode' in source
-    inputs = pipe.processor(text="apple", generation_mode="image")
-    ids = pipe.model.generate(**inputs, generation_mode="image")
-    [image] = pipe.processor.post_process_multimodal_output(
-        pipe.model.decode_image_tokens(ids), skip_special_tokens=True, generation_mode="image"
-    )
-    assert image.size == (8, 8)
-
-
 @pytest.mark.parametrize("task", ["text-generation", "image-text-to-text"])
-def test_stock_pipelines_do_not_call_the_model_unsupported(checkpoint, task, capsys):
+def test_stock_pipelines_do_not_call_the_model_unsupported(checkpoint, task, caplog):
+    logging.set_verbosity_warning()
     pipeline(task, model=checkpoint, device="cpu")
-    assert "not supported" not in capsys.readouterr().err
+    assert "not supported" not in caplog.text
 
 
 def test_the_processor_is_found_by_its_auto_class(checkpoint):

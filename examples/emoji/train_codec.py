@@ -2,10 +2,9 @@
 
     python examples/emoji/train_codec.py --data_dir emoji-data --output_dir emoji-codec
 
-Three phases, each checkpointed every epoch; run the same command again to continue a stopped run:
+Two phases, checkpointed every epoch; run the same command again to continue a stopped run:
 1. continuous: encoder and decoder without a codebook, so that the codebook starts from a k-means of useful latents;
-2. quantized: straight-through training, the codebook by exponential moving averages, dead codes revived;
-3. decoder: encoder and codebook frozen (codes are final: the language model can be trained meanwhile).
+2. quantized: straight-through training, the codebook by exponential moving averages, dead codes revived.
 
 The loss is the mean squared error plus a little of the error of the picture's gradients (sharper edges). Only "seen"
 pictures are trained on.
@@ -37,7 +36,7 @@ CODEC_CONFIG = {
     "vq_embed_dim": 16,
     "norm_num_groups": 8,
 }
-PHASES = ("continuous", "quantized", "decoder")
+PHASES = ("continuous", "quantized")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -62,10 +61,11 @@ def main(args: argparse.Namespace) -> None:
         start = state["epoch"]
 
     for epoch in range(start, sum(epochs.values())):
-        phase = phase_of(epoch, epochs)
+        phase = "continuous" if epoch < epochs["continuous"] else "quantized"
         if epoch == epochs["continuous"]:
             codebook.initialize(torch.cat([codec.encode(batch).latents.detach() for batch in train.split(256)]))
-        learning_rate = args.learning_rate * learning_rate_factor(epoch, epochs)
+        progress = epoch / sum(epochs.values())
+        learning_rate = args.learning_rate * (0.5 * (1 + math.cos(math.pi * progress)) + 0.02)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         loss = train_epoch(codec, codebook, optimizer, train, phase, args.batch_size, epoch)
@@ -80,24 +80,9 @@ def main(args: argparse.Namespace) -> None:
         )
         checkpoint.with_suffix(".tmp").replace(checkpoint)
         print(f"epoch {epoch + 1} {phase} lr {learning_rate:.1e} loss {loss:.4f}", flush=True)
-        if phase != "continuous" and (epoch % 5 == 4 or epoch + 1 == sum(epochs.values())):
+        if phase == "quantized" and (epoch % 5 == 4 or epoch + 1 == sum(epochs.values())):
             report(codec, emoji, pixels, output_dir)
             codec.save_pretrained(output_dir)
-
-
-def phase_of(epoch: int, epochs: dict[str, int]) -> str:
-    """The phase that an epoch belongs to."""
-    if epoch < epochs["continuous"]:
-        return "continuous"
-    return "quantized" if epoch < epochs["continuous"] + epochs["quantized"] else "decoder"
-
-
-def learning_rate_factor(epoch: int, epochs: dict[str, int]) -> float:
-    """One cosine over the first two phases, another, half as high, over the third."""
-    joint = epochs["continuous"] + epochs["quantized"]
-    if epoch < joint:
-        return 0.5 * (1 + math.cos(math.pi * epoch / joint)) + 0.02
-    return 0.25 * (1 + math.cos(math.pi * (epoch - joint) / epochs["decoder"])) + 0.01
 
 
 def train_epoch(codec, codebook, optimizer, train, phase: str, batch_size: int, epoch: int) -> float:
@@ -105,9 +90,6 @@ def train_epoch(codec, codebook, optimizer, train, phase: str, batch_size: int, 
     codec.train()
     codec.requires_grad_(True)
     codec.quantize.requires_grad_(False)
-    if phase == "decoder":
-        codec.encoder.requires_grad_(False)
-        codec.quant_conv.requires_grad_(False)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch))
     total = 0.0
     batches = order.split(batch_size)
@@ -116,12 +98,11 @@ def train_epoch(codec, codebook, optimizer, train, phase: str, batch_size: int, 
         with torch.autocast("cpu", dtype=torch.bfloat16):
             latents = codec.encode(picture).latents.float()
             commitment = latents.new_zeros(())
-            if phase != "continuous":
+            if phase == "quantized":
                 codes = codec.nearest_codes(latents)
                 quantized = codec.quantize.embedding(codes).permute(0, 3, 1, 2)
-                if phase == "quantized":
-                    codebook.update(latents.detach(), codes)
-                    commitment = F.mse_loss(latents, quantized)
+                codebook.update(latents.detach(), codes)
+                commitment = F.mse_loss(latents, quantized)
                 latents = latents + (quantized - latents).detach()
             drawn = codec.decode(latents, force_not_quantize=True).sample.float()
         loss = reconstruction_loss(drawn, picture)
@@ -226,7 +207,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="emoji-data")
     parser.add_argument("--output_dir", default="emoji-codec")
-    parser.add_argument("--epochs", type=int, nargs=3, default=(6, 36, 20), metavar=PHASES, help="epochs per phase")
+    parser.add_argument("--epochs", type=int, nargs=2, default=(6, 28), metavar=PHASES, help="epochs per phase")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -91,9 +91,9 @@ def generate(args: argparse.Namespace) -> None:
         raise ValueError(f"--greedy draws nothing by chance: leave out --{given[0].replace('_', '-')}.")
     pictures = [prompt for prompt in prompts for _ in range(args.num_images)]
     paths = _picture_paths(args.output, pictures)
-    for path in (args.output, args.grid):
-        if path is not None:
-            _check_writable(path)
+    _check_writable(args.output)
+    if args.grid is not None:
+        _check_writable(args.grid, is_directory=False)
 
     # 2. What needs it
     pipe = _load_pipeline(args)
@@ -358,7 +358,7 @@ def _add_drawing_arguments(command: argparse.ArgumentParser) -> None:
         "--guidance-scale",
         type=float,
         metavar="S",
-        help="1 is no guidance; this and the next five default to the checkpoint's settings",
+        help="1 is no guidance (default of each: the checkpoint's)",
     )
     command.add_argument("--guidance-min-p", type=float, metavar="P", help="guidance chooses among codes this probable")
     command.add_argument("--greedy", action="store_true", help="always take the most probable code")

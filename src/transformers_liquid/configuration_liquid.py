@@ -6,6 +6,7 @@ This is the only place that does arithmetic between codes and token ids.
 from __future__ import annotations
 
 import copy
+
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig

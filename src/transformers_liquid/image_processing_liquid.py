@@ -56,7 +56,7 @@ class LiquidImageProcessor(BaseImageProcessor):
     ```
     """
 
-    model_input_names = ["pixel_values"]  # noqa: RUF012 (transformers' convention)
+    model_input_names = ["pixel_values"]
     valid_kwargs = LiquidImageProcessorKwargs
 
     def __init__(self, size: int = 512, downsample_factor: int = 16, framing: str = "crop", **kwargs):

@@ -97,7 +97,9 @@ class LiquidVQModel(VQModel):
             ValueError: If the shape does not fit or a code is outside the codebook.
         """
         if codes.ndim != 3 or not codes.numel():
-            raise ValueError(f"codes must have shape (batch, rows, columns) and not be empty, got {tuple(codes.shape)}.")
+            raise ValueError(
+                f"codes must have shape (batch, rows, columns) and not be empty, got {tuple(codes.shape)}."
+            )
         low, high = int(codes.min()), int(codes.max())
         if low < 0 or high >= self.codebook_size:
             raise ValueError(

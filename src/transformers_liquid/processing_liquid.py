@@ -134,8 +134,8 @@ class LiquidProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = LiquidProcessorKwargs
-    text_kwargs = {"return_tensors": "pt"}  # noqa: RUF012 (the defaults of ProcessorMixin are class attributes)
-    images_kwargs = {"return_tensors": "pt", "framing": "pad"}  # noqa: RUF012
+    text_kwargs = {"return_tensors": "pt"}
+    images_kwargs = {"return_tensors": "pt", "framing": "pad"}
 
     def __init__(
         self,
