@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from transformers_liquid.convert_checkpoint import (
+from transformers_liquid.convert_codec import (
     load_taming_codec,
     save_taming_codec,
     taming_config_from_vq,

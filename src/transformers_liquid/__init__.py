@@ -3,8 +3,6 @@
 Importing this package registers its classes with the Auto classes and its pipeline as the task "text-to-image".
 """
 
-from pathlib import Path
-
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -16,7 +14,8 @@ from transformers import (
 )
 
 from .configuration_liquid import LiquidConfig
-from .convert_checkpoint import export_base_model, load_taming_codec, save_taming_codec
+from .convert_checkpoint import export_base_model
+from .convert_codec import load_taming_codec, save_taming_codec
 from .data_collator import LiquidDataCollator
 from .expand_vocabulary import expand_vocabulary
 from .generation_liquid import (

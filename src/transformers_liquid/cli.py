@@ -29,14 +29,12 @@ from transformers.utils import cached_file
 
 from .configuration_liquid import LiquidConfig
 from .convert_checkpoint import (
-    TAMING_CHECKPOINT_NAME,
     export_base_model,
     is_reference_checkpoint,
-    load_taming_codec,
     reference_config,
     reference_processor,
-    save_taming_codec,
 )
+from .convert_codec import TAMING_CHECKPOINT_NAME, load_taming_codec, save_taming_codec
 from .expand_vocabulary import expand_vocabulary
 from .generation_liquid import DEFAULT_IMAGE_GENERATION_CONFIG
 from .image_processing_liquid import FRAMINGS, load_image
@@ -70,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
     except (ValueError, OSError, SafetensorError) as error:
         message = " ".join(str(error).split())
+        if isinstance(error, SafetensorError):
+            message = f"a file of weights is damaged or incomplete, download it again: {message}"
         print(f"{PROG}: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -408,7 +408,7 @@ def _load_pipeline(args: argparse.Namespace) -> LiquidImageGenerationPipeline:
 def _load_diffusers_codec(path: str) -> LiquidVQModel:
     config = LiquidVQModel.load_config(path)
     if "num_vq_embeddings" not in config:
-        raise ValueError(f"{path} is no codec: its config.json is of a {config.get('_class_name', 'model')}.")
+        raise ValueError(f"{path} is no codec: its config.json says nothing of a codebook (num_vq_embeddings).")
     return LiquidVQModel.from_pretrained(path)
 
 

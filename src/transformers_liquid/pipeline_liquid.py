@@ -161,6 +161,9 @@ class LiquidImageGenerationPipeline(Pipeline):
         if "guidance_scale" in kwargs or "guidance_min_p" in kwargs:
             # What it raises is raised now.
             GuidanceLogitsProcessor(kwargs.get("guidance_scale", 1.0), kwargs.get("guidance_min_p"))
+        if not 0 < kwargs.get("top_p", 1.0) <= 1:
+            # transformers leaves the filter out above 1.
+            raise ValueError(f"top_p must be in (0, 1], got {kwargs['top_p']}.")
         postprocess = {"output_type": kwargs.pop("output_type")} if "output_type" in kwargs else {}
         size = {name: kwargs[name] for name in ("height", "width") if name in kwargs}
         only_before = ("negative_prompt", "num_images_per_prompt", "seed", "generator", "batch_size")

@@ -1,0 +1,491 @@
+"""The command line: what it writes, and the one line it says on bad input."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tiny import EOS_ID, tiny_base, tiny_codec, tiny_model, tiny_processor, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+import transformers_liquid
+from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidProcessor, load_taming_codec
+from transformers_liquid.cli import main, read_metadata
+
+
+COMMANDS = ["generate", "describe", "chat", "expand", "convert", "info"]
+TAMING_EXPRESSIBLE = {"norm_num_groups": 32, "block_out_channels": [32, 32]}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    model = tiny_model()
+    model.generation_config.image_generation_config = {"guidance_scale": 1.5, "do_sample": True, "top_k": 12}
+    model.generation_config.eos_token_id = EOS_ID
+    model.save_pretrained(path)
+    tiny_processor().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def libraries_as_they_were():
+    """The command line silences them for its process."""
+    verbosities = [(library, library.utils.logging.get_verbosity()) for library in (transformers, diffusers)]
+    yield
+    for library, verbosity in verbosities:
+        library.utils.logging.set_verbosity(verbosity)
+        library.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "picture.png")
+    return "picture.png"
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def run(command, checkpoint=None):
+    name, *arguments = shlex.split(command) or [""]
+    model = ["--model", checkpoint, "--device", "cpu"] if checkpoint else []
+    return main([name, *model, *arguments] if name else [])
+
+
+def error_of(command, capsys, checkpoint=None):
+    """The line on stderr of a command that fails as it should."""
+    capsys.readouterr()
+    assert run(command, checkpoint) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("transformers-liquid: error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+# generate
+
+
+def test_generate_writes_one_picture(checkpoint, tmp_path, capsys):
+    assert run("generate 'red apple' --output apple.png --seed 3", checkpoint) == 0
+    assert Image.open("apple.png").size == (8, 8)
+    assert capsys.readouterr().out == "apple.png\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["apple.png"]
+
+
+def test_a_picture_is_the_pipelines_with_that_seed(checkpoint):
+    run("generate 'red apple' --output apple.png --seed 3", checkpoint)
+    pipe = transformers.pipeline("text-to-image", model=checkpoint, device="cpu", progress_bar=False)
+    np.testing.assert_array_equal(pixels("apple.png"), np.asarray(pipe("red apple", seed=3)[0]))
+
+
+def test_several_pictures_are_numbered(checkpoint, tmp_path):
+    run("generate apple dog --num-images 2 --output drawn.png --seed 3 --batch-size 3", checkpoint)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"drawn-{index}.png" for index in range(4)]
+    records = [read_metadata(f"drawn-{index}.png") for index in range(4)]
+    assert [record["prompt"] for record in records] == ["apple", "apple", "dog", "dog"]
+    assert [record["seed"] for record in records] == [3, 4, 5, 6]
+
+
+def test_a_folder_gets_files_named_after_the_prompts(checkpoint, tmp_path):
+    (tmp_path / "prompts.txt").write_text("red apple!\n\nHundegesicht: ä\n")
+    run("generate first --prompts-file prompts.txt --output deep/drawn", checkpoint)
+    names = sorted(path.name for path in (tmp_path / "deep" / "drawn").iterdir())
+    assert names == ["0-first.png", "1-red-apple.png", "2-hundegesicht-ä.png"]
+
+
+def test_the_contact_sheet_has_a_row_for_each_prompt(checkpoint):
+    run("generate apple dog --num-images 3 --output drawn --grid sheet.png --seed 0", checkpoint)
+    assert Image.open("sheet.png").size == (3 * 8, 2 * 8)
+    np.testing.assert_array_equal(pixels("sheet.png")[8:, 16:], pixels("drawn/5-dog.png"))
+    assert [record["seed"] for record in read_metadata("sheet.png")] == list(range(6))
+
+
+def test_the_contact_sheet_of_single_pictures_is_nearly_square(checkpoint):
+    run("generate a b c d e --output drawn --grid sheet.png", checkpoint)
+    assert Image.open("sheet.png").size == (3 * 8, 2 * 8)
+    assert (pixels("sheet.png")[8:, 16:] == 255).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--greedy",
+        "--guidance-scale 4 --temperature 0.7 --top-k 5 --top-p 0.9 --guidance-min-p 0.01",
+        "--negative-prompt=-blue --height 4 --width 12",
+        "--dtype bfloat16",
+    ],
+)
+def test_the_metadata_hold_the_command_that_draws_the_picture_again(checkpoint, options):
+    run(f"generate --output first.png {options} -- '-a \"red\" äpple'", checkpoint)
+    record = read_metadata("first.png")
+    assert record["prompt"] == '-a "red" äpple' and record["model"] == checkpoint
+    program, *command = shlex.split(record["command"])
+    assert program == "transformers-liquid"
+    assert main([command[0], "--output", "again.png", *command[1:]]) == 0
+    np.testing.assert_array_equal(pixels("again.png"), pixels("first.png"))
+    assert read_metadata("again.png") == record
+
+
+def test_the_metadata_hold_all_settings_those_of_the_checkpoint_too(checkpoint):
+    run("generate apple --output apple.png --top-p 0.5", checkpoint)
+    record = read_metadata("apple.png")
+    assert record["settings"] == {
+        "guidance_scale": 1.5,
+        "do_sample": True,
+        "temperature": 0.99,
+        "top_k": 12,
+        "top_p": 0.5,
+    }
+    assert record["version"] == transformers_liquid.__version__ and record["dtype"] == "float32"
+
+
+def test_without_a_seed_pictures_differ_and_say_their_seed(checkpoint):
+    run("generate apple --output one.png", checkpoint)
+    run("generate apple --output two.png", checkpoint)
+    assert read_metadata("one.png")["seed"] != read_metadata("two.png")["seed"]
+
+
+def test_pictures_of_finished_batches_are_kept_when_a_later_one_fails(checkpoint, tmp_path, monkeypatch):
+    from transformers_liquid import LiquidImageGenerationPipeline
+
+    calls = []
+    draw = LiquidImageGenerationPipeline.__call__
+
+    def draw_then_fail(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(LiquidImageGenerationPipeline, "__call__", draw_then_fail)
+    assert run("generate a b c --output drawn --batch-size 2", checkpoint) == 130
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["0-a.png", "1-b.png"]
+
+
+# The other commands
+
+
+def test_describe_writes_the_models_caption(checkpoint, picture, capsys):
+    assert run(f"describe {picture} --max-new-tokens 6", checkpoint) == 0
+    model, processor = LiquidForCausalLM.from_pretrained(checkpoint), LiquidProcessor.from_pretrained(checkpoint)
+    ids = torch.tensor([processor.caption_ids()])
+    pixel_values = processor.image_processor(Image.open(picture), framing="pad")["pixel_values"]
+    written = model.generate(ids, pixel_values=pixel_values, max_new_tokens=6)
+    expected = processor.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+    assert capsys.readouterr().out == expected.strip() + "\n"
+
+
+def test_describe_answers_a_question_the_same_for_the_same_seed(checkpoint, picture, capsys):
+    answers = []
+    for _ in range(2):
+        assert run(f"describe {picture} 'What is this?' --max-new-tokens 6 --seed 1", checkpoint) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and answers[0].count("\n") >= 1
+
+
+def test_describe_never_writes_beyond_the_positions_of_the_model(checkpoint, picture):
+    assert run(f"describe {picture} --max-new-tokens 100000", checkpoint) == 0
+
+
+def test_chat_talks_looks_and_draws(checkpoint, picture, tmp_path, monkeypatch, capsys):
+    lines = iter(
+        ["hello", f"/image {picture}", "what?", "/draw red apple", "/new", "/image none.png", "/what", "/quit"]
+    )
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert run("chat --max-new-tokens 3 --seed 2", checkpoint) == 0
+    said = capsys.readouterr().out
+    assert "drawing-0.png" in said and read_metadata("drawing-0.png")["prompt"] == "red apple"
+    assert "none.png" in said and "There is no /what" in said
+    assert next(lines, None) is None
+
+
+def test_chat_ends_with_its_input_and_keeps_earlier_drawings(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "drawing-0.png").write_bytes(b"mine")
+    lines = iter(["/draw apple"])
+
+    def read(prompt):
+        for line in lines:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", read)
+    assert run("chat", checkpoint) == 0
+    assert (tmp_path / "drawing-0.png").read_bytes() == b"mine" and (tmp_path / "drawing-1.png").exists()
+
+
+def test_a_conversation_that_is_too_long_says_so_and_goes_on(checkpoint, monkeypatch, capsys):
+    lines = iter(["word " * 60, "hi", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert run("chat --max-new-tokens 2", checkpoint) == 0
+    said = capsys.readouterr().out
+    assert "no room for an answer" in said and said.count("error") == 1
+
+
+@pytest.mark.parametrize("codec_layout", ["diffusers", "taming"])
+def test_expand_makes_a_repository_that_draws(codec_layout, tmp_path):
+    tiny_base(vocab_size=270).save_pretrained("base")
+    tiny_tokenizer(special_tokens=["<pad>", "<s>", "</s>"]).save_pretrained("base")
+    codec = tiny_codec(**TAMING_EXPRESSIBLE)
+    if codec_layout == "taming":
+        from transformers_liquid import save_taming_codec
+
+        save_taming_codec(codec, "codec")
+    else:
+        codec.save_pretrained("codec")
+    assert run("expand base --codec codec --output expanded --device cpu") == 0
+    assert (tmp_path / "expanded" / "README.md").exists()
+    model = LiquidForCausalLM.from_pretrained("expanded")
+    assert model.config.image_token_offset >= 270
+    assert all(torch.equal(ours, codec.state_dict()[name]) for name, ours in model.model.vq_model.state_dict().items())
+    assert run("generate apple --model expanded --output apple.png --device cpu") == 0
+
+
+def test_convert_goes_to_a_plain_base_and_back(checkpoint):
+    assert run(f"convert {checkpoint} --output base --to-base --device cpu") == 0
+    ids = torch.tensor([[1, 20, 30, 40]])
+    model = LiquidForCausalLM.from_pretrained(checkpoint)
+    base = AutoModelForCausalLM.from_pretrained("base")
+    assert base.config.model_type == "llama"
+    torch.testing.assert_close(base(ids).logits, model(ids).logits)
+    assert run("convert base --output ours --device cpu") == 0
+    torch.testing.assert_close(LiquidForCausalLM.from_pretrained("ours")(ids).logits, model(ids).logits)
+    run("generate apple --output one.png --seed 0", checkpoint)
+    run("generate apple --output two.png --seed 0", "ours")
+    np.testing.assert_array_equal(pixels("one.png"), pixels("two.png"))
+
+
+def test_convert_writes_the_codec_alone(tmp_path):
+    model = tiny_model()
+    model.config.vq_config.update(TAMING_EXPRESSIBLE)
+    model = LiquidForCausalLM(model.config)
+    model.save_pretrained("ours")
+    tiny_processor().save_pretrained("ours")
+    assert run("convert ours --output codec --to-taming --device cpu") == 0
+    pictures = torch.rand(2, 3, 8, 8)
+    codec = load_taming_codec("codec")
+    assert torch.equal(codec.encode_codes(pictures), model.model.vq_model.encode_codes(pictures))
+
+
+def test_info_tells_the_layout_without_reading_weights(tmp_path, capsys):
+    model = tiny_model()
+    model.save_pretrained("ours")
+    tiny_processor().save_pretrained("ours")
+    (tmp_path / "ours" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "ours" / "README.md").write_text("---\nlicense: mit\n---\n\n# Ours\n\nA tiny\nmodel.\n\nMore.\n")
+    assert main(["info", "--model", "ours"]) == 0
+    said = capsys.readouterr().out
+    codec = sum(parameter.numel() for parameter in model.model.vq_model.parameters())
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    for expected in (
+        f"{whole - codec:,} + {codec:,} of the codec",
+        "279 rows, image ids 263 ... 278",
+        "boi 4, eoi 5, unconditional 6, placeholder 3",
+        "16 codes, 2 x 2 pixels each",
+        "8 x 8 pixels = 4 x 4 codes",
+        "guidance_scale=7.0",
+        "A tiny model.",
+    ):
+        assert expected in said
+
+
+def test_info_tells_how_a_picture_was_drawn(checkpoint, capsys):
+    run("generate 'ä apple' --output apple.png --seed 3", checkpoint)
+    capsys.readouterr()
+    assert main(["info", "apple.png"]) == 0
+    assert json.loads(capsys.readouterr().out) == read_metadata("apple.png")
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    example = capsys.readouterr().out.split("example:\n")[1].strip()
+    assert example.startswith(f"transformers-liquid {command}")
+
+    from transformers_liquid.cli import build_parser
+
+    assert build_parser().parse_args(shlex.split(example)[1:]).run.__name__ == command
+
+
+def test_the_embedded_checkpoint_is_the_default():
+    from transformers_liquid.cli import build_parser
+
+    for command in ("generate a", "describe a.png", "chat", "info"):
+        assert build_parser().parse_args(command.split()).model == EMOJI_CHECKPOINT
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("", "required: COMMAND (see `transformers-liquid --help`)"),
+        ("draw", "invalid choice: 'draw'"),
+        ("generate", "Nothing to draw: give a PROMPT, or --prompts-file"),
+        ("generate ''", "Prompt 0 is empty"),
+        ("generate a '  '", "Prompt 1 is empty"),
+        ("generate --prompts-file none.txt", "No such file or directory: 'none.txt'"),
+        ("generate --prompts-file empty.txt", "Nothing to draw"),
+        ("generate --prompts-file picture.png", "picture.png is no text in UTF-8"),
+        ("generate a --num-images 0", "--num-images: must be at least 1, got 0"),
+        ("generate a --seed=-1", "--seed: must be in 0 ... 2**32 - 1, got -1"),
+        ("generate a --seed x", "--seed: invalid _seed value: 'x'"),
+        ("generate a --dtype int8", "--dtype: invalid choice: 'int8'"),
+        ("generate a --device tpu9", "--device tpu9 cannot be used here"),
+        ("generate a --greedy --top-k 3", "--greedy draws nothing by chance: leave out --top-k"),
+        ("generate a --output a.jpg", "expected a path that ends with .png or a folder, got a.jpg"),
+        ("generate a --grid sheet", "expected a path that ends with .png or a folder, got sheet"),
+        ("generate a --output picture.png/a.png", "Cannot write to picture.png/a.png"),
+        ("generate a --output /proc/none/a.png", "Cannot write to /proc/none/a.png"),
+        ("generate a --model none/at/all", "none/at/all"),
+        ("describe none.png", "No such file or directory: 'none.png'"),
+        ("describe picture.png ' '", "The question is empty"),
+        ("describe corrupt.png", "Cannot read 'corrupt.png' as a picture"),
+        ("describe truncated.png", "Cannot decode 'truncated.png'"),
+        ("describe zero.png", "Cannot read 'zero.png' as a picture"),
+        ("describe animated.gif", "'animated.gif': it has 2 frames"),
+        ("describe bomb.png", "Refusing to open 'bomb.png'"),
+        ("expand base --output new", "required: --codec"),
+        ("expand base --codec codec --output full", "full is not empty: choose a new folder"),
+        ("expand base --codec none/at/all --output new", "none/at/all"),
+        ("convert base --output full", "full is not empty: choose a new folder"),
+        ("convert base --output new --to-base --to-taming", "not allowed with argument"),
+        ("chat --output picture.png", "Cannot write to picture.png"),
+        ("info picture.png", "picture.png does not say how it was drawn"),
+        ("info none.png", "No such file or directory"),
+    ],
+)
+def test_bad_input_is_one_line_before_a_model_is_loaded(command, message, bad_files, picture, monkeypatch, capsys):
+    loaded = []
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: loaded.append(args))
+    assert message in error_of(command, capsys)
+    assert not loaded
+
+
+@pytest.fixture
+def bad_files(tmp_path, bad_files_once):
+    shutil.copytree(bad_files_once, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def bad_files_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty.txt").write_text("\n\n")
+    (folder / "zero.png").write_bytes(b"")
+    (folder / "corrupt.png").write_bytes(b"no picture")
+    noise = Image.effect_noise((64, 64), 50)
+    noise.save(folder / "truncated.png")
+    (folder / "truncated.png").write_bytes((folder / "truncated.png").read_bytes()[:-2000])
+    noise.save(folder / "animated.gif", save_all=True, append_images=[Image.effect_noise((64, 64), 50)])
+    Image.new("1", (20000, 20000)).save(folder / "bomb.png")
+    (folder / "full").mkdir()
+    (folder / "full" / "file").write_text("")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("generate a --height 7", "positive multiples of 2 pixels (the codec's factor), got height=7"),
+        ("generate a --width 0", "got height=8, width=0"),
+        ("generate a --height 1000", "together more than the model's 128 positions"),
+        ("generate a --guidance-scale 0.5", "guidance_scale must be a finite number >= 1"),
+        ("generate a --guidance-scale nan", "guidance_scale must be a finite number >= 1 (1 is no guidance), got nan"),
+        ("generate a --guidance-min-p 7", "guidance_min_p must be in (0, 1], got 7.0"),
+        ("generate a --top-p 7", "top_p"),
+        ("generate a --temperature=-1", "temperature"),
+        ("generate a 'b <image>'", "reserved for images"),
+        (f"generate a '{'word ' * 40}'", "together more than the model's 128 positions. Shorten the prompt"),
+        ("generate a --negative-prompt ''", "negative_prompt 0 is empty"),
+        ("describe picture.png 'a <boi>'", "reserved for images"),
+        (f"describe picture.png '{'word ' * 40}'", "there is no room for an answer"),
+    ],
+)
+def test_bad_input_that_only_the_model_can_tell_is_one_line_and_draws_nothing(
+    command, message, checkpoint, picture, tmp_path, capsys
+):
+    before = sorted(tmp_path.iterdir())
+    assert message in error_of(command, capsys, checkpoint)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_write_protected_picture_is_found_before_drawing(checkpoint, tmp_path, monkeypatch, capsys):
+    (tmp_path / "apple.png").write_bytes(b"mine")
+    # The user of the tests may write everything.
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "Cannot write to apple.png: the file is write-protected" in error_of(
+        "generate a --output apple.png", capsys, checkpoint
+    )
+    assert (tmp_path / "apple.png").read_bytes() == b"mine"
+
+
+def test_a_checkpoint_of_another_type_is_named(capsys):
+    tiny_base().save_pretrained("plain")
+    tiny_tokenizer(special_tokens=["<pad>", "<s>", "</s>"]).save_pretrained("plain")
+    for command in ("generate a", "describe picture.png", "info"):
+        Image.new("RGB", (8, 8)).save("picture.png")
+        message = error_of(f"{command} --model plain", capsys)
+        assert "plain is not a Liquid checkpoint" in message and "'llama'" in message
+
+
+def test_a_checkpoint_without_codec_is_named(checkpoint, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    model, processor = LiquidForCausalLM.from_pretrained(checkpoint), LiquidProcessor.from_pretrained(checkpoint)
+    model.save_pretrained("ours")
+    processor.save_pretrained("ours")
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if "vq_model" not in name}
+    weights.pop("model.text_model.lm_head.weight", None)
+    save_file(weights, tmp_path / "ours" / "model.safetensors", metadata={"format": "pt"})
+    assert "ours has no codec weights" in error_of("generate a --model ours", capsys)
+
+
+def test_a_damaged_checkpoint_is_one_line(checkpoint, tmp_path, capsys):
+    LiquidForCausalLM.from_pretrained(checkpoint).save_pretrained("ours")
+    LiquidProcessor.from_pretrained(checkpoint).save_pretrained("ours")
+    whole = (tmp_path / "ours" / "model.safetensors").read_bytes()
+    (tmp_path / "ours" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "a file of weights is damaged or incomplete" in error_of("generate a --model ours", capsys)
+
+
+def test_a_tokenizer_that_does_not_fit_is_named(checkpoint, capsys):
+    LiquidForCausalLM.from_pretrained(checkpoint).save_pretrained("ours")
+    tiny_processor(image_token_offset=300).save_pretrained("ours")
+    message = error_of("generate a --model ours", capsys)
+    assert (
+        "The processor does not fit the model: image_token_offset is 300 in the processor, 263 in the model" in message
+    )
+
+
+def test_a_codec_of_another_kind_is_named(capsys):
+    tiny_base().save_pretrained("base")
+    assert "base is no codec: its config.json says nothing of a codebook" in error_of(
+        "expand base --codec base --output new", capsys
+    )
+
+
+def test_the_process_ends_with_code_2_and_one_line(checkpoint, tmp_path):
+    command = [sys.executable, "-m", "transformers_liquid", "generate", "a", "--model", checkpoint, "--height", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    [line] = done.stderr.splitlines()
+    assert line.startswith("transformers-liquid: error: height and width must be positive multiples of 2 pixels")
