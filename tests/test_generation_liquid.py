@@ -543,7 +543,7 @@ def test_guidance_min_p_that_is_no_fraction_is_refused(llama, min_p):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"num_beams": 4}, {"repetition_penalty": 1.2}, {"max_new_tokens": 3}, {"eos_token_id": 2}]
+    "setting", [{"num_beams": 4}, {"repetition_penalty": 1.2}, {"min_new_tokens": 3}, {"eos_token_id": 2}]
 )
 def test_settings_without_a_meaning_for_pictures_are_refused(llama, setting):
     ((name, value),) = setting.items()

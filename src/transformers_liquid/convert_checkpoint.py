@@ -30,11 +30,10 @@ from .convert_codec import (
     save_taming_codec,
     vq_config_from_taming,
 )
-from .expand_vocabulary import _RESERVED_TOKEN, _assemble
+from .expand_vocabulary import RESERVED_TOKEN, assemble
 from .modeling_liquid import LiquidForCausalLM, LiquidModel, LiquidPreTrainedModel
 from .modeling_liquid_vq import LiquidVQModel
-from .pipeline_liquid import build_processor
-from .processing_liquid import IMAGE_MARK, LiquidProcessor
+from .processing_liquid import IMAGE_MARK, LiquidProcessor, build_processor
 
 
 # Where the reference keeps its codec: in `chameleon/` of the Space.
@@ -122,7 +121,7 @@ def load_reference(
     settings = getattr(base.generation_config, "image_generation_config", None)
     config.dtype = base.config.dtype
     config._attn_implementation = base.config._attn_implementation
-    model = _assemble(config, base, codec)
+    model = assemble(config, base, codec)
     if settings is not None:
         model.generation_config.image_generation_config = settings
     _adopt_placement(model, base)
@@ -319,7 +318,7 @@ def _placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:
         return vocabulary[IMAGE_MARK]
     special = {str(token) for token in tokenizer.special_tokens_map.values()} | set(REFERENCE_TOKENS.values())
     for token, token_id in sorted(vocabulary.items(), key=lambda item: item[1]):
-        is_free = _RESERVED_TOKEN.fullmatch(token) and token not in special
+        is_free = RESERVED_TOKEN.fullmatch(token) and token not in special
         if is_free and tokenizer.encode(token, add_special_tokens=False) == [token_id]:
             return token_id
     raise ValueError(

@@ -18,7 +18,7 @@ from .configuration_liquid import LiquidConfig
 from .image_processing_liquid import LiquidImageProcessor
 from .modeling_liquid import LiquidForCausalLM, LiquidPreTrainedModel
 from .modeling_liquid_vq import LiquidVQModel
-from .processing_liquid import LiquidProcessor
+from .processing_liquid import LiquidProcessor, build_processor
 
 
 # The argument of LiquidProcessor -> the name that its token gets when the base has reserved none for it.
@@ -30,7 +30,7 @@ _TOKEN_NAMES = {
 }
 
 # <unused0> (Gemma), <|reserved_special_token_0|> (Llama 3), <|extra_0|> (Qwen), <SPECIAL_20> (Mistral), ...
-_RESERVED_TOKEN = re.compile(
+RESERVED_TOKEN = re.compile(
     r"[<\[]\|?(unused|reserved|reserved_special_token|reserved_token|extra|extra_id|special|placeholder|dummy)_?\d+\|?[>\]]",
     re.IGNORECASE,
 )
@@ -93,7 +93,7 @@ def expand_vocabulary(
     if init not in ("mean", "normal"):
         raise ValueError(f"init must be 'mean' or 'normal', got {init!r}.")
     image_size = codec.config.sample_size if image_size is None else image_size
-    image_processor = LiquidImageProcessor(size=image_size, downsample_factor=codec.downsample_factor)
+    LiquidImageProcessor(size=image_size, downsample_factor=codec.downsample_factor)  # raises on a size that cannot be
 
     if _is_unpacked_gguf(base_model):
         base_model.hf_quantizer.remove_quantization_config(base_model)
@@ -116,14 +116,8 @@ def expand_vocabulary(
         attn_implementation=base_model.config._attn_implementation,
         **token_ids,
     )
-    processor = LiquidProcessor(
-        image_processor,
-        tokenizer,
-        image_token_offset=image_token_offset,
-        codebook_size=codec.codebook_size,
-        **tokens,
-    )
-    return _assemble(config, base_model, codec), processor
+    processor = build_processor(config, tokenizer)
+    return assemble(config, base_model, codec), processor
 
 
 def _check_base_model(base_model: PreTrainedModel) -> None:
@@ -178,7 +172,7 @@ def _choose_tokens(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     reserved = (
         token
         for token, token_id in sorted(vocabulary.items(), key=lambda item: item[1])
-        if _RESERVED_TOKEN.fullmatch(token)
+        if RESERVED_TOKEN.fullmatch(token)
         and token_id not in in_use
         and token not in chat_template
         and _is_one_token(tokenizer, token)
@@ -224,7 +218,8 @@ def _set_new_rows(
         new_rows.copy_(mean + (draws * variances.clamp(min=0).sqrt()) @ directions.T)
 
 
-def _assemble(config: LiquidConfig, base_model: PreTrainedModel, codec: LiquidVQModel) -> LiquidForCausalLM:
+def assemble(config: LiquidConfig, base_model: PreTrainedModel, codec: LiquidVQModel) -> LiquidForCausalLM:
+    """Puts a base model and a codec into a [`LiquidForCausalLM`] without copying their weights."""
     with torch.device("meta"):
         model = LiquidForCausalLM(config)
     model.model.text_model = base_model

@@ -150,7 +150,7 @@ def generate_image_tokens(
             (input_ids, attention_mask),
             _repeat_to(batch_size, negative_prompt_ids, negative_prompt_attention_mask),
         )
-        _check_context(model, input_ids, rows * columns)
+        check_context(model, input_ids, rows * columns)
     if streamer is not None:
         streamer.put(input_ids[:batch_size].cpu())
 
@@ -201,10 +201,6 @@ def sample_image_tokens(
     offset = model.config.image_token_offset
     prompt_length = input_ids.shape[1]
     num_pictures = len(input_ids) // 2 if guidance is not None else len(input_ids)
-    if isinstance(generator, list) and len(generator) != num_pictures:
-        raise ValueError(
-            f"A list of generators needs one for each of the {num_pictures} pictures, got {len(generator)}."
-        )
     recorded: dict[str, list[Any]] = {
         name: []
         for name in ("scores", "logits", "attentions", "hidden_states")
@@ -280,6 +276,9 @@ def _image_settings(
     for name, value in kwargs.items():
         if name in _IMAGE_SETTINGS:
             settings = settings if value is None and name == "guidance_min_p" else settings | {name: value}
+        elif name == "max_new_tokens":
+            # A limit for text: the stock any-to-any pipeline passes it whatever it generates.
+            continue
         elif name not in known:
             model_kwargs[name] = value
         elif value is not None:
@@ -317,10 +316,11 @@ def _check_image_inputs(
             f"A list of generators needs one for each of the {len(input_ids) * num_return_sequences} pictures, "
             f"got {len(generator)}."
         )
-    _check_context(model, input_ids, num_codes)
+    check_context(model, input_ids, num_codes)
 
 
-def _check_context(model: LiquidForCausalLM, input_ids: torch.LongTensor, num_codes: int) -> None:
+def check_context(model: LiquidForCausalLM, input_ids: torch.LongTensor, num_codes: int) -> None:
+    """Raises a `ValueError` unless prompts of shape `(B, L)` and a picture of `num_codes` codes fit the positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and input_ids.shape[1] + num_codes > limit:
         raise ValueError(

@@ -13,10 +13,9 @@ from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 from transformers.utils import logging
 
 from .configuration_liquid import LiquidConfig
-from .generation_liquid import GuidanceLogitsProcessor, _check_context
-from .image_processing_liquid import LiquidImageProcessor
+from .generation_liquid import GuidanceLogitsProcessor, check_context
 from .modeling_liquid import LiquidForCausalLM
-from .processing_liquid import LiquidProcessor
+from .processing_liquid import LiquidProcessor, build_processor
 
 
 # The trained checkpoint inside the package: the default of `pipeline("text-to-image")`, without any network.
@@ -207,7 +206,7 @@ class LiquidImageGenerationPipeline(Pipeline):
                 return_tensors="pt",
             )
             for name in ("input_ids", "negative_prompt_ids"):
-                _check_context(self.model, inputs[name], rows * columns)
+                check_context(self.model, inputs[name], rows * columns)
             part_of_generators = generators[part] if isinstance(generators, list) else generators
             batches.append({**inputs, "generator": part_of_generators})
         return batches
@@ -273,34 +272,6 @@ class LiquidImageGenerationPipeline(Pipeline):
                 f"Got {len(negative_prompts)} negative prompts for {len(prompts)} prompts: give one, or one each."
             )
         return prompts, negative_prompts
-
-
-def build_processor(config: LiquidConfig, tokenizer: PreTrainedTokenizerBase) -> LiquidProcessor:
-    """The processor of a model whose repository has only a tokenizer, as in the reference layout.
-
-    Args:
-        config ([`LiquidConfig`]): Says which ids are the image tokens, and the sizes.
-        tokenizer (`PreTrainedTokenizerBase`): Holds the four image tokens.
-
-    Raises:
-        ValueError: If the tokenizer does not fit the configuration.
-    """
-    names = ("image_token", "boi_token", "eoi_token", "uncond_token")
-    tokens = {name: tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_id")) for name in names}
-    for name, token in tokens.items():
-        # A piece of ordinary text would pass every later check.
-        if token is None or not (token.startswith(("<", "[")) and token.endswith((">", "]"))):
-            raise ValueError(
-                f"The tokenizer does not fit the model: {name}_id is {getattr(config, f'{name}_id')}, in the tokenizer "
-                f"{token!r}, no special token such as '<boi>'. Load both from one repository."
-            )
-    return LiquidProcessor(
-        LiquidImageProcessor(size=config.image_size, downsample_factor=config.downsample_factor),
-        tokenizer,
-        image_token_offset=config.image_token_offset,
-        codebook_size=config.codebook_size,
-        **tokens,
-    )
 
 
 class _OnStepEnd(StoppingCriteria):
@@ -374,4 +345,4 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 
 
-__all__ = ["EMOJI_CHECKPOINT", "LiquidImageGenerationPipeline", "build_processor"]
+__all__ = ["EMOJI_CHECKPOINT", "LiquidImageGenerationPipeline"]

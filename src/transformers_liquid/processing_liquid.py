@@ -18,6 +18,7 @@ from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, Proces
 from transformers.utils import PROCESSOR_NAME, cached_file
 
 from .configuration_liquid import LiquidConfig
+from .image_processing_liquid import LiquidImageProcessor
 
 
 # What users write in a text for an image, whatever the placeholder token of the tokenizer is called.
@@ -609,6 +610,34 @@ class LiquidProcessor(ProcessorMixin):
         ]
 
 
+def build_processor(config: LiquidConfig, tokenizer: PreTrainedTokenizerBase) -> LiquidProcessor:
+    """The processor of a model whose repository has only a tokenizer, as in the reference layout.
+
+    Args:
+        config ([`LiquidConfig`]): Says which ids are the image tokens, and the sizes.
+        tokenizer (`PreTrainedTokenizerBase`): Holds the four image tokens.
+
+    Raises:
+        ValueError: If the tokenizer does not fit the configuration.
+    """
+    names = ("image_token", "boi_token", "eoi_token", "uncond_token")
+    tokens = {name: tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_id")) for name in names}
+    for name, token in tokens.items():
+        # A piece of ordinary text would pass every later check.
+        if token is None or not (token.startswith(("<", "[")) and token.endswith((">", "]"))):
+            raise ValueError(
+                f"The tokenizer does not fit the model: {name}_id is {getattr(config, f'{name}_id')}, in the tokenizer "
+                f"{token!r}, no special token such as '<boi>'. Load both from one repository."
+            )
+    return LiquidProcessor(
+        LiquidImageProcessor(size=config.image_size, downsample_factor=config.downsample_factor),
+        tokenizer,
+        image_token_offset=config.image_token_offset,
+        codebook_size=config.codebook_size,
+        **tokens,
+    )
+
+
 def default_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str]:
     """The chat template of a tokenizer, extended to messages with image and text parts.
 
@@ -635,5 +664,6 @@ __all__ = [
     "IMAGE_MARK",
     "TEXT_TO_IMAGE_INSTRUCTIONS",
     "LiquidProcessor",
+    "build_processor",
     "default_chat_template",
 ]
