@@ -1,6 +1,6 @@
 """Draws the README's sheet of labelled pictures; names marked with * were never seen in training.
 
-    python examples/emoji/draw_sheet.py --output docs/drawn_by_liquid_emoji.png
+python examples/emoji/draw_sheet.py --output docs/drawn_by_liquid_emoji.png
 """
 
 from __future__ import annotations
@@ -11,13 +11,21 @@ import textwrap
 from PIL import Image, ImageDraw, ImageFont
 from transformers import pipeline
 
-import transformers_liquid  # noqa: F401  (registers the pipeline)
+import transformers_liquid
 
 
 SEEN = [
     *("red apple", "dog face", "penguin", "rainbow", "cactus", "slice of pizza", "rocket", "guitar"),
     *("tiger face", "octopus", "fire engine", "hot beverage", "birthday cake", "crab", "sunflower", "soccer ball"),
-    *("smiling face with sunglasses", "japan flag", "brazil flag", "bicycle", "jack-o-lantern", "snowman", "strawberry"),
+    *(
+        "smiling face with sunglasses",
+        "japan flag",
+        "brazil flag",
+        "bicycle",
+        "jack-o-lantern",
+        "snowman",
+        "strawberry",
+    ),
     "mage: dark skin tone",
 ]
 UNSEEN = [

@@ -18,6 +18,7 @@ import json
 import time
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from emoji_data import Emoji, load_emoji, load_pixels
@@ -32,7 +33,7 @@ SPLITS = ("seen", "unseen_composition", "unseen_flag")
 GREEDY = {"do_sample": False}
 SAMPLING = [
     {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
-    for temperature, top_p in ((1.0, 1.0), (1.0, 0.9), (0.7, 0.9))
+    for temperature, top_p in ((1.0, 1.0), (0.7, 0.9))
 ]
 GUIDANCE = [{"guidance_scale": 1.0}] + [
     {"guidance_scale": scale, "guidance_min_p": min_p} for scale, min_p in product((1.5, 2.0, 3.0), (None, 0.1, 0.3))
@@ -46,10 +47,12 @@ def main(args: argparse.Namespace) -> None:
     judge = Judge(model, emoji, load_pixels(emoji), args.batch_size)
     chosen = choose(emoji, None if args.num_seen < 0 else args.num_seen)
 
-    result = {"sizes": {split: len(indices) for split, indices in chosen.items()}}
+    result: dict[str, Any] = {}
     if args.sweep:
+        # Settings are chosen on half of the unseen compositions: the other half has no part in the choice.
+        chosen = {"seen": chosen["seen"], "unseen_composition": chosen["unseen_composition"][::2]}
         settings = [guidance | drawing for drawing in (GREEDY, *SAMPLING) for guidance in GUIDANCE]
-        result["sweep"] = []
+        result |= {"sizes": sizes(chosen), "sweep": []}
         for setting in settings:
             _, scores = draw_and_judge(model, processor, judge, emoji, chosen, setting, args)
             result["sweep"].append({"settings": setting, **scores})
@@ -57,6 +60,7 @@ def main(args: argparse.Namespace) -> None:
             Path(args.output).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         return
 
+    result["sizes"] = sizes(chosen)
     start = time.perf_counter()
     drawn, scores = draw_and_judge(model, processor, judge, emoji, chosen, {}, args)
     result["settings"] = model.generation_config.image_generation_config
@@ -77,6 +81,11 @@ def choose(emoji: list[Emoji], num_seen: int | None) -> dict[str, list[int]]:
         order = torch.randperm(len(chosen["seen"]), generator=torch.Generator().manual_seed(0))[:num_seen]
         chosen["seen"] = [chosen["seen"][index] for index in order.sort().values]
     return chosen
+
+
+def sizes(chosen: dict[str, list[int]]) -> dict[str, int]:
+    """Number of pictures of each split."""
+    return {split: len(indices) for split, indices in chosen.items()}
 
 
 def draw_and_judge(model, processor, judge: Judge, emoji, chosen, setting, args) -> tuple[dict, dict]:

@@ -2,9 +2,10 @@
 
     python examples/emoji/train_codec.py --data_dir emoji-data --output_dir emoji-codec
 
-Two phases, checkpointed every epoch; run the same command again to continue a stopped run:
+Three phases, checkpointed every epoch; run the same command again to continue a stopped run:
 1. continuous: encoder and decoder without a codebook, so that the codebook starts from a k-means of useful latents;
-2. quantized: straight-through training, the codebook by exponential moving averages, dead codes revived.
+2. quantized: straight-through training, the codebook by exponential moving averages, dead codes revived;
+3. decoder: encoder and codebook frozen (codes are final: the language model can be trained meanwhile).
 
 The loss is the mean squared error plus a little of the error of the picture's gradients (sharper edges). Only "seen"
 pictures are trained on.
@@ -36,7 +37,7 @@ CODEC_CONFIG = {
     "vq_embed_dim": 16,
     "norm_num_groups": 8,
 }
-PHASES = ("continuous", "quantized")
+PHASES = ("continuous", "quantized", "decoder")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -61,11 +62,9 @@ def main(args: argparse.Namespace) -> None:
         start = state["epoch"]
 
     for epoch in range(start, sum(epochs.values())):
-        phase = "continuous" if epoch < epochs["continuous"] else "quantized"
+        phase, learning_rate = schedule(epoch, epochs, args.learning_rate)
         if epoch == epochs["continuous"]:
             codebook.initialize(torch.cat([codec.encode(batch).latents.detach() for batch in train.split(256)]))
-        progress = epoch / sum(epochs.values())
-        learning_rate = args.learning_rate * (0.5 * (1 + math.cos(math.pi * progress)) + 0.02)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         loss = train_epoch(codec, codebook, optimizer, train, phase, args.batch_size, epoch)
@@ -80,9 +79,18 @@ def main(args: argparse.Namespace) -> None:
         )
         checkpoint.with_suffix(".tmp").replace(checkpoint)
         print(f"epoch {epoch + 1} {phase} lr {learning_rate:.1e} loss {loss:.4f}", flush=True)
-        if phase == "quantized" and (epoch % 5 == 4 or epoch + 1 == sum(epochs.values())):
+        if phase != "continuous" and (epoch % 5 == 4 or epoch + 1 == sum(epochs.values())):
             report(codec, emoji, pixels, output_dir)
             codec.save_pretrained(output_dir)
+
+
+def schedule(epoch: int, epochs: dict[str, int], peak: float) -> tuple[str, float]:
+    """Phase and learning rate of an epoch: one cosine over the first two phases, a lower one over the third."""
+    joint = epochs["continuous"] + epochs["quantized"]
+    if epoch >= joint:
+        return "decoder", 0.15 * peak * (0.5 * (1 + math.cos(math.pi * (epoch - joint) / epochs["decoder"])) + 0.02)
+    phase = "continuous" if epoch < epochs["continuous"] else "quantized"
+    return phase, peak * (0.5 * (1 + math.cos(math.pi * epoch / joint)) + 0.02)
 
 
 def train_epoch(codec, codebook, optimizer, train, phase: str, batch_size: int, epoch: int) -> float:
@@ -90,6 +98,9 @@ def train_epoch(codec, codebook, optimizer, train, phase: str, batch_size: int, 
     codec.train()
     codec.requires_grad_(True)
     codec.quantize.requires_grad_(False)
+    if phase == "decoder":
+        codec.encoder.requires_grad_(False)
+        codec.quant_conv.requires_grad_(False)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch))
     total = 0.0
     batches = order.split(batch_size)
@@ -98,11 +109,12 @@ def train_epoch(codec, codebook, optimizer, train, phase: str, batch_size: int, 
         with torch.autocast("cpu", dtype=torch.bfloat16):
             latents = codec.encode(picture).latents.float()
             commitment = latents.new_zeros(())
-            if phase == "quantized":
+            if phase != "continuous":
                 codes = codec.nearest_codes(latents)
                 quantized = codec.quantize.embedding(codes).permute(0, 3, 1, 2)
-                codebook.update(latents.detach(), codes)
-                commitment = F.mse_loss(latents, quantized)
+                if phase == "quantized":
+                    codebook.update(latents.detach(), codes)
+                    commitment = F.mse_loss(latents, quantized)
                 latents = latents + (quantized - latents).detach()
             drawn = codec.decode(latents, force_not_quantize=True).sample.float()
         loss = reconstruction_loss(drawn, picture)
@@ -207,7 +219,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="emoji-data")
     parser.add_argument("--output_dir", default="emoji-codec")
-    parser.add_argument("--epochs", type=int, nargs=2, default=(6, 28), metavar=PHASES, help="epochs per phase")
+    parser.add_argument("--epochs", type=int, nargs=3, default=(6, 28, 6), metavar=PHASES, help="epochs per phase")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
