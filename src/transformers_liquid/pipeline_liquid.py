@@ -261,10 +261,10 @@ class LiquidImageGenerationPipeline(Pipeline):
         self.processor.save_pretrained(save_directory)
 
     def _check_prompts(self, prompt: Any, negative_prompt: Any) -> tuple[list[str], list[str] | None]:
-        prompts = _as_list(prompt, "prompt")
+        prompts = self.processor.check_texts(prompt, "prompt")
         if negative_prompt is None:
             return prompts, None
-        negative_prompts = _as_list(negative_prompt, "negative_prompt")
+        negative_prompts = self.processor.check_texts(negative_prompt, "negative_prompt")
         if isinstance(negative_prompt, str):
             negative_prompts = negative_prompts * len(prompts)
         if len(negative_prompts) != len(prompts):
@@ -298,18 +298,6 @@ _NOT_HERE = {
     "return_dict_in_generate": "it returns pictures; call model.generate() for scores and states",
     "generation_mode": "it always draws",
 }
-
-
-def _as_list(value: Any, name: str) -> list[str]:
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, (list, tuple)) or not all(isinstance(one, str) for one in values):
-        raise ValueError(f"{name} must be a string or a list of strings, got {value!r}.")
-    if not values:
-        raise ValueError(f"{name} is an empty list: give at least one.")
-    for index, one in enumerate(values):
-        if not one.strip():
-            raise ValueError(f"{name} {index} is empty: write what the picture shows.")
-    return list(values)
 
 
 def _check_count(name: str, value: Any) -> None:

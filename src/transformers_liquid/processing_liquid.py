@@ -234,13 +234,13 @@ class LiquidProcessor(ProcessorMixin):
         raise ValueError(f"generation_mode must be 'text' or 'image', got {generation_mode!r}.")
 
     def _image_inputs(self, text, negative_prompt, height, width, **kwargs) -> BatchFeature:
-        texts = self._check_texts(text, "text")
+        texts = self.check_texts(text, "text")
         sizes = {"height": height, "width": width}
         prompts = [self.image_prompt_ids(prompt, **sizes) for prompt in texts]
         if negative_prompt is None:
             negatives = [self.unconditional_ids(**sizes)] * len(texts)
         else:
-            negative_texts = self._check_texts(negative_prompt, "negative_prompt")
+            negative_texts = self.check_texts(negative_prompt, "negative_prompt")
             if isinstance(negative_prompt, str):
                 negative_texts = negative_texts * len(texts)
             if len(negative_texts) != len(texts):
@@ -261,7 +261,7 @@ class LiquidProcessor(ProcessorMixin):
 
     def _text_inputs(self, text, images, height, width, **kwargs) -> BatchFeature:
         if text is not None:
-            text = self._check_texts(text, "text")
+            text = self.check_texts(text, "text")
             text_kwargs = kwargs.get("text_kwargs", {})
             # Given here, not as a class default: the tokenizer's own side would win over that.
             if "padding_side" not in kwargs and "padding_side" not in text_kwargs:
@@ -474,15 +474,17 @@ class LiquidProcessor(ProcessorMixin):
                 f"{image_ids.start} ... {image_ids.stop - 1}."
             )
 
-    def _check_texts(self, text, name: str) -> list[str]:
+    def check_texts(self, text: str | list[str], name: str) -> list[str]:
+        """The texts as a list; raises a `ValueError` that calls them `name` unless they are strings with something in
+        them."""
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not all(isinstance(sample, str) for sample in texts):
             raise ValueError(f"{name} must be a string or a list of strings, got {text!r}.")
         if not texts:
-            raise ValueError(f"{name} is an empty list: give at least one prompt.")
+            raise ValueError(f"{name} is an empty list: give at least one.")
         for index, sample in enumerate(texts):
             if not sample.strip():
-                raise ValueError(f"{name} {index} is empty: write a prompt.")
+                raise ValueError(f"{name} {index} is empty: write what it should say.")
         return list(texts)
 
     def _check_image_prompt(self, prompt: str) -> None:
