@@ -478,7 +478,7 @@ def test_a_tokenizer_that_does_not_fit_is_named(checkpoint, capsys):
 
 def test_a_codec_of_another_kind_is_named(capsys):
     tiny_base().save_pretrained("base")
-    assert "base is no codec: its config.json says nothing of a codebook" in error_of(
+    assert "'base' is no codec: expected a folder with vqgan.ckpt and vqgan.yaml" in error_of(
         "expand base --codec base --output new", capsys
     )
 

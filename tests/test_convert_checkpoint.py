@@ -432,7 +432,7 @@ def test_a_vq_checkpoint_that_is_no_codec_is_named(kind, reference, tmp_path):
         BertConfig().save_pretrained(path)
     elif kind == "model":
         gemma_base().save_pretrained(path)
-    with pytest.raises(ValueError, match=r"vq_checkpoint='.*codec' is no codec: expected a folder with vqgan.ckpt"):
+    with pytest.raises(ValueError, match=r"^'.*codec' is no codec: expected a folder with vqgan.ckpt"):
         LiquidForCausalLM.from_pretrained(reference, vq_checkpoint=path, local_files_only=True)
 
 

@@ -31,15 +31,15 @@ from .configuration_liquid import LiquidConfig
 from .convert_checkpoint import (
     export_base_model,
     is_reference_checkpoint,
+    load_codec,
     reference_config,
     reference_processor,
 )
-from .convert_codec import TAMING_CHECKPOINT_NAME, load_taming_codec, save_taming_codec
+from .convert_codec import save_taming_codec
 from .expand_vocabulary import expand_vocabulary
 from .generation_liquid import DEFAULT_IMAGE_GENERATION_CONFIG
 from .image_processing_liquid import FRAMINGS, load_image
 from .modeling_liquid import LiquidForCausalLM
-from .modeling_liquid_vq import LiquidVQModel
 from .pipeline_liquid import DEFAULT_BATCH_SIZE, EMOJI_CHECKPOINT, LiquidImageGenerationPipeline
 from .processing_liquid import LiquidProcessor
 
@@ -182,7 +182,7 @@ def chat(args: argparse.Namespace) -> None:
 def expand(args: argparse.Namespace) -> None:
     """Turns a language model and a codec into a Liquid model."""
     _check_new_directory(args.output)
-    codec = load_taming_codec(args.codec) if _is_taming_codec(args.codec) else _load_diffusers_codec(args.codec)
+    codec = load_codec(args.codec)
     base_model = AutoModelForCausalLM.from_pretrained(args.base, dtype=_dtype(args.dtype)).to(_device(args.device))
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     model, processor = expand_vocabulary(
@@ -403,17 +403,6 @@ def _load(args: argparse.Namespace, **kwargs: Any) -> tuple[LiquidForCausalLM, L
 def _load_pipeline(args: argparse.Namespace) -> LiquidImageGenerationPipeline:
     model, processor = _load(args)
     return LiquidImageGenerationPipeline(model=model, processor=processor, device=model.device)
-
-
-def _load_diffusers_codec(path: str) -> LiquidVQModel:
-    config = LiquidVQModel.load_config(path)
-    if "num_vq_embeddings" not in config:
-        raise ValueError(f"{path} is no codec: its config.json says nothing of a codebook (num_vq_embeddings).")
-    return LiquidVQModel.from_pretrained(path)
-
-
-def _is_taming_codec(path: str) -> bool:
-    return Path(path).is_file() or (Path(path) / TAMING_CHECKPOINT_NAME).is_file()
 
 
 def _device(name: str | None) -> torch.device:

@@ -112,7 +112,7 @@ def load_reference(
         ValueError: If no codec can be reached, the parts do not fit, or a key of theirs is unknown or missing.
     """
     config = reference_config(name_or_path, vq_checkpoint, image_token_offset, **kwargs)
-    codec = _load_codec(_find_codec(name_or_path, vq_checkpoint, weights=True, **kwargs), **kwargs)
+    codec = load_codec(_find_codec(name_or_path, vq_checkpoint, weights=True, **kwargs), **kwargs)
     # The class itself: AutoModelForCausalLM asks the network for an adapter even if told `local_files_only`.
     base_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
     base, info = base_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
@@ -236,6 +236,32 @@ def export_base_model(
         save_taming_codec(model.model.vq_model, directory / REFERENCE_CODEC_FOLDER)
     except ValueError:
         model.model.vq_model.save_pretrained(directory / DIFFUSERS_CODEC_FOLDER)
+
+
+def load_codec(name_or_path: str | os.PathLike, **kwargs: Any) -> LiquidVQModel:
+    """Loads a codec from wherever one may lie.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): A folder with `vqgan.ckpt` and `vqgan.yaml`, such a `.ckpt`, or a folder or
+            name on the Hub of a saved [`LiquidVQModel`].
+        kwargs: As in `from_pretrained`; those that say where files come from are used.
+
+    Returns:
+        [`LiquidVQModel`] in eval mode.
+
+    Raises:
+        ValueError: If it is no codec, or a key of it is unknown or missing.
+    """
+    location = Path(name_or_path) if Path(name_or_path).exists() else str(name_or_path)
+    if _is_taming(location):
+        return load_taming_codec(location)
+    _codec_config(location, **kwargs)
+    try:
+        codec, info = LiquidVQModel.from_pretrained(location, output_loading_info=True, **_codec_hub_arguments(kwargs))
+    except (OSError, ValueError) as error:
+        raise _not_a_codec(location, error) from error
+    _check_loading_info(f"The codec {location}", info)
+    return codec.eval()
 
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -378,17 +404,6 @@ def _codec_config(location: str | Path, **kwargs: Any) -> dict[str, Any]:
     return config
 
 
-def _load_codec(location: str | Path, **kwargs: Any) -> LiquidVQModel:
-    if _is_taming(location):
-        return load_taming_codec(location)
-    try:
-        codec, info = LiquidVQModel.from_pretrained(location, output_loading_info=True, **_codec_hub_arguments(kwargs))
-    except (OSError, ValueError) as error:
-        raise _not_a_codec(location, error) from error
-    _check_loading_info(f"The codec {location}", info)
-    return codec.eval()
-
-
 def _is_taming(location: str | Path) -> bool:
     """A `config.json` alone is of a codec saved by diffusers; beside a `vqgan.yaml` it is the language model's."""
     if not isinstance(location, Path) or location.is_file():
@@ -403,7 +418,7 @@ def _codec_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _not_a_codec(location: str | Path, error: Any) -> ValueError:
     return ValueError(
-        f"vq_checkpoint={str(location)!r} is no codec: expected a folder with {TAMING_CHECKPOINT_NAME} and "
+        f"{str(location)!r} is no codec: expected a folder with {TAMING_CHECKPOINT_NAME} and "
         f"{TAMING_CONFIG_NAME}, such a .ckpt, or a folder or name on the Hub of a saved LiquidVQModel. {error}"
     )
 
