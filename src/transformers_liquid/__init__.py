@@ -27,6 +27,7 @@ from .generation_liquid import (
 from .image_processing_liquid import LiquidImageProcessor
 from .modeling_liquid import LiquidForCausalLM, LiquidModel, LiquidPreTrainedModel
 from .modeling_liquid_vq import CHAMELEON_VQ_CONFIG, LiquidVQModel
+from .peft_liquid import liquid_lora_config, liquid_rows_config
 from .pipeline_liquid import EMOJI_CHECKPOINT, LiquidImageGenerationPipeline
 from .processing_liquid import LiquidProcessor
 
@@ -58,6 +59,8 @@ __all__ = [
     "SuppressImageTokensLogitsProcessor",
     "expand_vocabulary",
     "export_base_model",
+    "liquid_lora_config",
+    "liquid_rows_config",
     "load_taming_codec",
     "save_taming_codec",
 ]

@@ -34,6 +34,8 @@ class LiquidConfig(PreTrainedConfig):
         uncond_token_id (`int`, defaults to 9): Stands for "no text" in classifier-free guidance.
         image_token_id (`int`, defaults to 10): Placeholder for one code of an input image; never a code itself.
         image_size (`int`, *optional*): Default height and width in pixels. Defaults to the codec's `sample_size`.
+        max_z_loss_coef (`float`, defaults to 0.0): Weight of the mean squared greatest logit in the training loss, which
+            keeps logits from growing. Baichuan 2 (arXiv 2309.10305), where it comes from, uses 2e-4.
 
     Example:
 
@@ -57,6 +59,7 @@ class LiquidConfig(PreTrainedConfig):
     uncond_token_id: int = 9
     image_token_id: int = 10
     image_size: int | None = None
+    max_z_loss_coef: float = 0.0
     tie_word_embeddings: bool | None = None
     use_cache: bool = True
 

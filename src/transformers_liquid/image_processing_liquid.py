@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -11,6 +12,7 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import make_image_grid
 from huggingface_hub import get_session
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
@@ -148,6 +150,13 @@ class LiquidImageProcessor(BaseImageProcessor):
                 f"height and width must be positive multiples of {factor} pixels (one code covers {factor} x {factor}), "
                 f"got height {height!r} and width {width!r}."
             )
+
+
+def contact_sheet(images: "list[PIL.Image.Image]", columns: int) -> PIL.Image.Image:
+    """Pictures of one size side by side, row by row; the last row is filled up with white."""
+    rows = math.ceil(len(images) / columns)
+    blanks = [PIL.Image.new("RGB", images[0].size, "white")] * (rows * columns - len(images))
+    return make_image_grid([*images, *blanks], rows=rows, cols=columns)
 
 
 def load_image(image: "str | Path | bytes | PIL.Image.Image") -> PIL.Image.Image:

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -31,6 +32,7 @@ from .generation_liquid import (
     SuppressImageTokensLogitsProcessor,
     generate_image_tokens,
 )
+from .loss_liquid import LiquidCausalLMOutputWithPast, chunked_causal_lm_loss, image_targets, next_labels
 from .model_card import write_model_card
 from .modeling_liquid_vq import LiquidVQModel
 
@@ -46,6 +48,8 @@ class LiquidPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]
+    # None of its own, the base has them; PEFT looks for a base's tied weights only where there is a mapping.
+    _tied_weights_keys = {}
     _keep_in_fp32_modules_strict = ["vq_model"]
     # Quantizers leave out what is named here, matching whole names: of the head class and of the base class.
     _keep_in_fp32_modules = ["model.vq_model", "vq_model"]
@@ -271,9 +275,10 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Next-token logits over text and image ids together.
+        """Next-token logits over text and image ids together, or the loss alone.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`): Text ids, image ids and, where pictures are given in
@@ -281,29 +286,63 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             pixel_values (`torch.Tensor` of shape `(N, 3, H, W)` or a list of N tensors `(3, H, W)`, *optional*):
                 Pictures in [-1, 1] in reading order over the batch.
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 where a token is attended to.
-            position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): Positions.
+            position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): Positions. Where they restart in a batch of
+                one row without an attention mask, another document begins, which attends to itself alone.
             past_key_values (`Cache`, *optional*): The base model's cache.
             inputs_embeds (`torch.Tensor` of shape `(B, L, hidden)`, *optional*): Instead of `input_ids`.
-            use_cache (`bool`, *optional*): Whether to return the cache.
+            use_cache (`bool`, *optional*): Whether to return the cache. With labels, the default is `False`.
             labels (`torch.LongTensor` of shape `(B, L)`, *optional*): Text and image ids to predict, -100 elsewhere.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): As in transformers; 0 keeps all positions.
+            skip_logits (`bool`, *optional*): With labels: whether to compute the loss in chunks, without ever holding
+                all logits. Defaults to whether the model is training.
             kwargs: Handed to the base model and its loss (`num_items_in_batch`, `shift_labels`, ...).
 
         Returns:
-            The base model's own output: `loss`, `logits` of shape `(B, L, vocabulary)`, `past_key_values`, ...
+            The base model's own output: `loss`, `logits` of shape `(B, L, vocabulary)`, `past_key_values`, ...; with
+            `skip_logits` a [`LiquidCausalLMOutputWithPast`] with the loss, its statistics and no logits.
 
         Raises:
-            ValueError: If placeholders and pictures do not match.
+            ValueError: If placeholders and pictures do not match, or there is nothing to learn.
         """
         inputs = self.model._text_inputs(input_ids, pixel_values, inputs_embeds, past_key_values)
-        return self.model.text_model(
-            **inputs,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
+        inputs.update(attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+        has_labels = labels is not None or kwargs.get("shift_labels") is not None
+        if has_labels and use_cache is None:
+            use_cache = False
+        if has_labels and (self.training if skip_logits is None else skip_logits) and self._can_skip_logits():
+            return self._loss_alone(labels, use_cache=use_cache, **inputs)
+        return self.model.text_model(labels=labels, logits_to_keep=logits_to_keep, use_cache=use_cache, **inputs)
+
+    def _can_skip_logits(self) -> bool:
+        # A base's router loss is part of its own loss, and ZeRO-3 gathers a head's weight for its own forward only.
+        routes = getattr(self.config.get_text_config(), "output_router_logits", False)
+        return not routes and not is_deepspeed_zero3_enabled()
+
+    def _loss_alone(
+        self,
+        labels: torch.LongTensor | None,
+        shift_labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **inputs: Any,
+    ) -> LiquidCausalLMOutputWithPast:
+        text_model = self.model.text_model
+        outputs = text_model.base_model(**inputs)
+        targets = next_labels(labels) if shift_labels is None else shift_labels
+        targets = targets.to(outputs.last_hidden_state.device)
+        loss, token_stats = chunked_causal_lm_loss(
+            text_model,
+            outputs,
+            targets,
+            image_targets(self.config, targets),
+            max_z_loss_coef=self.config.max_z_loss_coef,
+            num_items_in_batch=num_items_in_batch,
+        )
+        return LiquidCausalLMOutputWithPast(
+            loss=loss,
+            token_stats=token_stats,
+            past_key_values=outputs.get(self.model._cache_argument),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
         )
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
