@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
 from .configuration_liquid import LiquidConfig
 from .convert_codec import (
@@ -77,10 +77,11 @@ def is_reference_checkpoint(name_or_path: str | os.PathLike | None, **kwargs: An
     try:
         config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub_arguments(kwargs))
     except OSError:
-        # An adapter's folder, or nothing at all: transformers finds its base or says what is missing.
-        return False
+        return False  # nothing there: transformers says what is missing
     if config_dict.get("model_type") == LiquidConfig.model_type:
         return False
+    if "model_type" not in config_dict and find_adapter_config_file(name_or_path, **hub_arguments(kwargs)) is not None:
+        return False  # transformers loads the base of an adapter
     _reference_tokenizer(name_or_path, _text_config(name_or_path, **kwargs), **kwargs)
     return True
 

@@ -55,6 +55,9 @@ class LiquidTrainer(Trainer):
         super().__init__(*args, data_collator=data_collator, **kwargs)
         # The Trainer turns the cache off for good, and saved models would draw slowly. With labels none is used anyway.
         self.model.config.use_cache = True
+        if self.args.max_grad_norm is None:
+            is_large = sum(weight.numel() for weight in self.model.parameters()) >= 7e9
+            self.args.max_grad_norm = 0.5 if is_large else 1.0
         if data_collator.packing:
             check_packing(liquid_model(self.model))
         self.eval_data_collator = dataclasses.replace(
@@ -168,11 +171,7 @@ class PreviewCallback(TrainerCallback):
             self._draw(args, state)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.global_step % self.steps == 0:
-            self._draw(args, state)
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        if state.global_step % self.steps:
+        if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
             self._draw(args, state)
 
     def _draw(self, args, state) -> None:

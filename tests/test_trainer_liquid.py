@@ -1,0 +1,264 @@
+"""The Trainer says what it learns, stops when it cannot, and leaves checkpoints that draw."""
+
+import math
+import resource
+
+import pytest
+import torch
+from peft import get_peft_model
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import CODEBOOK_SIZE, tiny_model, tiny_processor
+from transformers import DataCollatorForLanguageModeling, TrainerCallback, pipeline
+
+from transformers_liquid import LiquidDataCollator, LiquidForCausalLM, LiquidProcessor, liquid_lora_config
+from transformers_liquid.loss_liquid import image_targets, next_labels
+from transformers_liquid.train import LiquidTrainingArguments, last_complete_checkpoint
+from transformers_liquid.trainer_liquid import LiquidTrainer, PreviewCallback
+
+
+def records(number=24):
+    """Pictures and texts by turns."""
+    rows = []
+    for index in range(number):
+        if index % 2:
+            rows.append({"kind": "text", "text": f"line {index}", "index": index})
+        else:
+            codes = [(index + place) % CODEBOOK_SIZE for place in range(16)]
+            rows.append({"kind": "text_to_image", "text": f"picture {index}", "codes": codes, "index": index})
+    return rows
+
+
+def build_trainer(folder, model=None, packing=True, callbacks=None, caption_probability=0.0, **kwargs):
+    arguments = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "total_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        **kwargs,
+    }
+    processor = tiny_processor()
+    return LiquidTrainer(
+        model=tiny_model() if model is None else model,
+        args=LiquidTrainingArguments(**arguments),
+        train_dataset=records(),
+        eval_dataset=records(10),
+        data_collator=LiquidDataCollator(processor, packing=packing, caption_probability=caption_probability),
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+
+
+def weights(model):
+    return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+
+
+class StopAfter(TrainerCallback):
+    """Ends the run as a crash would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+# Losses
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_evaluation_is_the_mean_over_all_labels_by_modality(tmp_path, packing):
+    trainer = build_trainer(tmp_path, packing=packing, per_device_eval_batch_size=3, caption_probability=0.5)
+    metrics = trainer.evaluate()
+
+    model, collator = tiny_model(), LiquidDataCollator(tiny_processor(), unconditional_probability=0.0)
+    losses, images, right = [], [], []
+    for record in records(10):
+        batch = collator([record])
+        logits = model(input_ids=batch["input_ids"]).logits
+        targets = next_labels(batch["labels"])
+        labelled = targets != -100
+        losses.append(torch.nn.functional.cross_entropy(logits[labelled], targets[labelled], reduction="none"))
+        images.append(image_targets(model.config, targets)[labelled])
+        right.append(logits.argmax(-1)[labelled] == targets[labelled])
+    losses, images, right = torch.cat(losses).detach(), torch.cat(images), torch.cat(right).float()
+    expected = {
+        "eval_loss": losses.mean(),
+        "eval_text_loss": losses[~images].mean(),
+        "eval_image_loss": losses[images].mean(),
+        "eval_text_accuracy": right[~images].mean(),
+        "eval_image_accuracy": right[images].mean(),
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(
+        {name: float(value) for name, value in expected.items()}, rel=1e-4
+    )
+
+
+def test_training_logs_the_losses_of_both_modalities(tmp_path):
+    trainer = build_trainer(tmp_path, packing=False)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["step"] for log in logs] == [1, 2, 3, 4]
+    for log in logs:
+        assert {"text_loss", "image_loss", "text_accuracy", "image_accuracy"} <= log.keys()
+        # `loss` is the mean over the labels of both.
+        low, high = sorted([log["text_loss"], log["image_loss"]])
+        assert low < log["loss"] < high
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_packed_and_padded_runs_end_at_the_same_weights(tmp_path, trainable):
+    tiny_model().save_pretrained(tmp_path)
+    ends = []
+    for packing in (True, False):
+        model = LiquidForCausalLM.from_pretrained(tmp_path)
+        if trainable == "lora":
+            torch.manual_seed(0)
+            model = get_peft_model(model, liquid_lora_config(model, r=2))
+        trainer = build_trainer(tmp_path / str(packing), model=model, packing=packing, save_strategy="no")
+        trainer.train()
+        ends.append(weights(trainer.model))
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(weight, ends[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_accumulating_gradients_changes_nothing(tmp_path):
+    ends = []
+    for at_once in (4, 1):
+        folder = tmp_path / str(at_once)
+        trainer = build_trainer(folder, per_device_train_batch_size=at_once, save_strategy="no")
+        assert trainer.args.gradient_accumulation_steps == 4 // at_once
+        trainer.train()
+        ends.append(weights(trainer.model))
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(weight, ends[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_draws_change_with_the_epoch(tmp_path):
+    trainer = build_trainer(tmp_path, max_steps=-1, num_train_epochs=2, save_strategy="no")
+    trainer.train()
+    assert trainer.data_collator.epoch == 1
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_records(tmp_path):
+    trainer = build_trainer(tmp_path)
+    trainer.model.get_input_embeddings().weight.data[100] = math.nan
+    with pytest.raises(FloatingPointError, match=r"The loss is nan in step 1, on the records with index \[\d+, \d+\]"):
+        trainer.train()
+
+
+# Checkpoints
+
+
+def test_every_checkpoint_is_a_complete_repository_that_draws(tmp_path):
+    trainer = build_trainer(tmp_path, caption_probability=0.5)
+    trainer.train()
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        assert (folder / "README.md").is_file()
+        model = LiquidForCausalLM.from_pretrained(folder)
+        LiquidProcessor.from_pretrained(folder).check_fits(model.config)
+        assert model.config.use_cache and model.generation_config.use_cache
+        assert model.generation_config.image_generation_config["guidance_scale"] == 7.0
+        for name, weight in tiny_model().model.vq_model.state_dict().items():
+            assert torch.equal(weight, model.model.vq_model.state_dict()[name]), name
+        assert pipeline("text-to-image", model=str(folder))("a", seed=0)[0].size == (8, 8)
+    assert all(torch.equal(weight, trainer.model.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+def test_an_adapters_checkpoint_draws_too(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_processor().save_pretrained(tmp_path / "base")
+    model = LiquidForCausalLM.from_pretrained(tmp_path / "base")
+    trainer = build_trainer(tmp_path, model=get_peft_model(model, liquid_lora_config(model, r=2)), learning_rate=0.1)
+    trainer.train()
+    folder = tmp_path / "checkpoint-4"
+    assert not (folder / "model.safetensors").exists()
+    ids = torch.tensor([[10, 20, 30]])
+    loaded = LiquidForCausalLM.from_pretrained(folder).eval()
+    torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(input_ids=ids).logits)
+    base = LiquidForCausalLM.from_pretrained(tmp_path / "base").eval()
+    assert not torch.allclose(loaded(ids).logits, base(ids).logits, atol=1e-2)
+    assert pipeline("text-to-image", model=str(folder))("a", seed=0)[0].size == (8, 8)
+
+
+def test_a_run_that_goes_on_ends_at_the_same_weights(tmp_path):
+    whole = build_trainer(tmp_path / "whole", caption_probability=0.5, max_steps=8)
+    whole.train()
+    stopped = build_trainer(tmp_path / "stopped", caption_probability=0.5, max_steps=8, callbacks=[StopAfter(5)])
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    resumed = build_trainer(tmp_path / "stopped", caption_probability=0.5, max_steps=8)
+    resumed.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / "stopped"))
+    for name, weight in weights(whole.model).items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_intact(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class FillDisk(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:  # files cannot grow beyond this, as on a full disk
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+
+    trainer = build_trainer(tmp_path, callbacks=[FillDisk()])
+    try:
+        with pytest.raises(OSError, match=r"checkpoint-4 could not be written .* earlier checkpoints are intact"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "checkpoint-4").exists()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    resumed = build_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_continued(tmp_path):
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10" / "model.safetensors").write_bytes(b"cut off")
+    assert last_complete_checkpoint(tmp_path) is None
+    for step in (2, 8):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+
+
+# Previews
+
+
+def test_previews_show_the_run_and_do_not_disturb_it(tmp_path):
+    ends = []
+    for name in ("without", "with"):
+        trainer = build_trainer(tmp_path / name, report_to=["tensorboard"], save_strategy="no")
+        if name == "with":
+            trainer.add_callback(PreviewCallback(trainer, ["picture 0", "picture 2", "picture 4"], steps=3))
+        trainer.train()
+        ends.append(weights(trainer.model))
+    assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
+    sheets = sorted((tmp_path / "with" / "previews").iterdir())
+    assert [sheet.name for sheet in sheets] == ["step-000000.png", "step-000003.png", "step-000004.png"]
+    assert Image.open(sheets[0]).size == (16, 16)
+    events = EventAccumulator(str(next((tmp_path / "with").rglob("events.*")).parent))
+    events.Reload()
+    assert [image.step for image in events.Images("previews")] == [0, 3, 4]
+    assert "train/image_loss" in events.Tags()["scalars"]
+
+
+def test_bad_preview_prompts_are_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="empty"):
+        PreviewCallback(build_trainer(tmp_path), [" "], steps=1)
+
+
+def test_another_collator_is_refused(tmp_path):
+    collator = DataCollatorForLanguageModeling(tiny_processor().tokenizer, mlm=False)
+    with pytest.raises(ValueError, match="must be a LiquidDataCollator, got DataCollatorForLanguageModeling"):
+        LiquidTrainer(model=tiny_model(), data_collator=collator)
