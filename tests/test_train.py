@@ -164,7 +164,7 @@ def test_the_defaults_are_those_of_the_paper(tmp_path):
         ({"datasets": "codes"}, "datasets of the configuration must be a list, got 'codes'"),
         ({"total_batch_size": 3}, "total_batch_size=3 is no multiple of 2"),
         ({"gradient_accumulation_steps": 4}, "set total_batch_size instead"),
-        ({"trainable": "some"}, "invalid choice: 'some'"),
+        ({"trainable": "some"}, "trainable must be one of full, lora, rows, got 'some'"),
         ({"remove_unused_columns": True}, "would remove the codes"),
     ],
 )
@@ -194,7 +194,7 @@ def test_a_bad_configuration_file_is_refused_in_one_line(tmp_path, capfd):
         ({"streaming": True, "max_steps": -1}, "set max_steps"),
         ({"eval_strategy": "steps"}, "needs eval_datasets"),
         ({"eval_datasets": ["{folder}/text.jsonl"]}, "NAME=PATH"),
-        ({"max_length": 10}, "max_length=10 has no room"),
+        ({"max_length": 10}, "None of the 16 records fits into max_length=10"),
     ],
 )
 def test_bad_data_is_refused(folder, tmp_path, options, message):
@@ -207,11 +207,14 @@ def test_bad_data_is_refused(folder, tmp_path, options, message):
 
 
 def test_records_that_are_too_long_are_dropped_on_request_only(folder, tmp_path):
-    argv = config(folder, tmp_path / "run", datasets=[str(folder / "codes-of-base"), str(folder / "text.jsonl")])
-    assert len(build_trainer(*parse_arguments(argv)).train_dataset) == 32
-    argv = [*argv, "--max_length", "10", "--too_long", "drop", "--output_dir", str(tmp_path / "dropped")]
-    kinds = [record["kind"] for record in build_trainer(*parse_arguments(argv)).train_dataset]
-    assert set(kinds) == {"text"}
+    rows = [{"kind": "text", "text": f"line {index}"} for index in range(3)]
+    rows.append({"kind": "text_to_image", "text": "picture", "codes": list(range(16)), "grid": [4, 4]})
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = config(folder, tmp_path / "run", datasets=[str(tmp_path / "mixed.jsonl")], max_length=15)
+    with pytest.raises(ValueError, match="1 of the 4 records of .*mixed.jsonl do not fit into max_length=15"):
+        build_trainer(*parse_arguments(argv))
+    argv = [*argv, "--too_long", "drop", "--output_dir", str(tmp_path / "dropped")]
+    assert [record["kind"] for record in build_trainer(*parse_arguments(argv)).train_dataset] == ["text"] * 3
 
 
 def test_a_run_does_not_go_on_with_other_settings(folder, tmp_path):

@@ -524,6 +524,10 @@ class _HeadThenSlice(nn.Module):
         super().__init__()
         self.head, self.rows = head, rows
 
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.head.weight  # mamba looks at its dtype
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.head(hidden_states)[..., self.rows]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.versions import require_version
 
 from .modeling_liquid import LiquidForCausalLM
 
@@ -27,8 +28,9 @@ def liquid_lora_config(
 
     A plain `LoraConfig` leaves the embeddings and the head frozen: the rows of the codes then stay what they were
     when the vocabulary grew, and nothing says so. Here they are `trainable_token_indices`: in the embeddings, and,
-    where the head is not tied to them, in the head too. Codec, head and all other rows are left alone, and saved
-    adapters hold these rows only.
+    where the head is not tied to them, in the head too. The codec and all other rows are left alone, and of the
+    embeddings a saved adapter holds these rows only. PEFT copies the whole table in each forward: to draw many
+    pictures, `merge_and_unload()` first.
 
     - Experts that are fused parameters are no linear layers and stay frozen, like their router: attention alone is
       adapted in mixtral and qwen3_moe. Name them in `target_parameters` to adapt them.
@@ -48,6 +50,7 @@ def liquid_lora_config(
 
     Raises:
         ValueError: If the model is no [`LiquidForCausalLM`], has adapters already, or its head has a bias.
+        ImportError: If PEFT is not installed or too old.
 
     Example:
 
@@ -83,8 +86,8 @@ def liquid_lora_config(
 def liquid_rows_config(model: LiquidForCausalLM) -> TrainableTokensConfig:
     """Training of the rows of the codes and the four image specials, and of nothing else.
 
-    Whatever the model says about text stays the same to the bit: for inputs of text ids, the logits of text ids are
-    those of the base, with the adapter and after merging it.
+    For inputs of text ids, the logits of text ids stay those of the frozen base to the bit: with the adapter, after a
+    reload, and after merging.
 
     Args:
         model ([`LiquidForCausalLM`]): As in [`liquid_lora_config`].
@@ -93,7 +96,7 @@ def liquid_rows_config(model: LiquidForCausalLM) -> TrainableTokensConfig:
         [`peft.TrainableTokensConfig`] for `get_peft_model`.
 
     Raises:
-        ValueError: As in [`liquid_lora_config`].
+        ValueError, ImportError: As in [`liquid_lora_config`].
     """
     from peft import TrainableTokensConfig
 
@@ -108,6 +111,7 @@ def _trainable_rows(model: LiquidForCausalLM) -> list[int]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
+    require_version("peft>=0.18.1", "Older ones train the embeddings of a tied model without its head.")
     if any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules()):
         raise ValueError("The model has adapters already: `merge_and_unload()` or `unload()` them first.")
     if not isinstance(model, LiquidForCausalLM):

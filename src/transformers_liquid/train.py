@@ -183,6 +183,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         known[name].required = False
         if known[name].nargs in ("+", "*") and not isinstance(value, list):
             raise ValueError(f"The option {name} of the configuration must be a list, got {value!r}.")
+        if known[name].choices is not None and value not in known[name].choices:
+            raise ValueError(f"The option {name} must be one of {', '.join(known[name].choices)}, got {value!r}.")
     parser.set_defaults(**config)
     *arguments, _ = parser.parse_args_into_dataclasses(args=list(argv))
     return tuple(arguments)
@@ -241,7 +243,15 @@ def load_datasets(
 
     def load(path: str, streaming: bool) -> Any:
         dataset = load_records(path, streaming=streaming, codec_identity=codec_identity)
-        return drop_too_long(dataset, collator) if data_args.too_long == "drop" else dataset
+        if streaming and data_args.too_long == "raise":
+            return dataset  # the collator says it when it meets one
+        fitting = drop_too_long(dataset, collator)
+        if data_args.too_long == "raise" and len(fitting) < len(dataset):
+            raise ValueError(
+                f"{len(dataset) - len(fitting)} of the {len(dataset)} records of {path} do not fit into max_length="
+                f"{data_args.max_length}. Raise max_length, or leave them out with too_long=drop."
+            )
+        return fitting
 
     pairs = [_split_weight(dataset) for dataset in data_args.datasets]
     weights = [weight for _, weight in pairs if weight is not None]
