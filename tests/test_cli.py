@@ -20,7 +20,7 @@ from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidProce
 from transformers_liquid.cli import main, read_metadata
 
 
-COMMANDS = ["generate", "describe", "chat", "expand", "convert", "info"]
+COMMANDS = ["generate", "describe", "chat", "expand", "convert", "tokenize", "info"]
 TAMING_EXPRESSIBLE = {"norm_num_groups": 32, "block_out_channels": [32, 32]}
 
 

@@ -1,5 +1,6 @@
 """Batches carry labels exactly where the reference takes loss."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,22 @@ IMAGE = [OFFSET + code for code in CODES]
 DRAW = {"kind": "text_to_image", "text": "red apple", "codes": CODES}
 CAPTION = {"kind": "caption", "text": "red apple", "codes": CODES}
 TEXT = {"kind": "text", "text": "a dog face"}
+INTERLEAVED = {
+    "kind": "interleaved",
+    "text": "a dog<image> on <image>a face",
+    "images": [{"codes": CODES}, {"codes": [1, 2, 3], "grid": [1, 3]}],
+}
+CONVERSATION = {
+    "kind": "conversation",
+    "messages": [
+        {"role": "user", "content": "<image>red"},
+        {"role": "assistant", "content": "apple"},
+        {"role": "user", "content": "a dog"},
+        {"role": "assistant", "content": "face<image>"},
+    ],
+    "images": [{"codes": CODES}, {"codes": [1, 2, 3], "grid": [1, 3]}],
+}
+RECORDS = [DRAW, CAPTION, TEXT, INTERLEAVED, CONVERSATION]
 
 
 def build_processor(**kwargs):
@@ -89,10 +106,59 @@ def test_text_learns_all_of_itself(processor):
     assert batch["labels"].tolist() == [[-100, *target]]
 
 
-def test_without_a_bos_token_text_learns_from_its_first_token():
+def test_interleaved_records_learn_all_text_and_all_images(processor):
+    batch = collate(processor, INTERLEAVED)
+    target = [*words(processor, "a dog"), BOI, *IMAGE, EOI, *words(processor, " on ")]
+    target += [BOI, OFFSET + 1, OFFSET + 2, OFFSET + 3, EOI, *words(processor, "a face"), EOS]
+    assert batch["input_ids"].tolist() == [[BOS, *target]]
+    assert batch["labels"].tolist() == [[-100, *target]]
+
+
+def test_conversations_learn_the_assistants_turns_alone_images_included(processor):
+    batch = collate(processor, CONVERSATION)
+    pieces = [
+        ([BOS, *words(processor, "user: "), BOI, *IMAGE, EOI, *words(processor, "red\nassistant: ")], False),
+        ([*words(processor, "apple\n"), EOS], True),
+        (words(processor, "user: a dog\nassistant: "), False),
+        ([*words(processor, "face"), BOI, OFFSET + 1, OFFSET + 2, OFFSET + 3, EOI, *words(processor, "\n"), EOS], True),
+    ]
+    assert batch["input_ids"].tolist() == [[index for ids, _ in pieces for index in ids]]
+    assert batch["labels"].tolist() == [[index if learned else -100 for ids, learned in pieces for index in ids]]
+
+
+def test_images_are_given_as_codes_of_a_grid_as_rows_or_as_bare_codes(processor):
+    expected = collate(processor, INTERLEAVED)["input_ids"]
+    for images in (
+        [[CODES[:2], CODES[2:]], [[1, 2, 3]]],
+        [CODES, {"codes": [[1, 2, 3]], "grid": None}],
+        [{"codes": np.array(CODES), "grid": [2, 2]}, {"codes": torch.tensor([1, 2, 3]), "grid": (1, 3)}],
+    ):
+        assert torch.equal(collate(processor, {**INTERLEAVED, "images": images})["input_ids"], expected)
+
+
+def test_content_parts_are_the_marks_of_strings(processor):
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "red"}]
+    messages = [{"role": "user", "content": parts, "name": None}, *CONVERSATION["messages"][1:]]
+    marked = [{"role": "user", "content": "<image>\nred"}, *CONVERSATION["messages"][1:]]
+    batch = collate(processor, {**CONVERSATION, "messages": messages})
+    assert torch.equal(batch["labels"], collate(processor, {**CONVERSATION, "messages": marked})["labels"])
+
+
+def test_rows_of_arrow_tables_are_records(processor):
+    columns = sorted({name for record in RECORDS for name in record})
+    rows = datasets.Dataset.from_dict({name: [record.get(name) for record in RECORDS] for name in columns})
+    assert rows[2]["codes"] is None and rows[2]["images"] is None
+    assert rows[3]["images"][0]["grid"] is None
+    expected, batch = collate(processor, *RECORDS), collate(processor, *rows)
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+def test_the_first_token_of_a_row_has_no_label_even_without_a_bos_token():
     processor = build_processor(bos_token=None)
+    ids = [*words(processor, "a dog face"), EOS]
     batch = collate(processor, TEXT)
-    assert batch["labels"].tolist() == batch["input_ids"].tolist() == [[*words(processor, "a dog face"), EOS]]
+    assert batch["input_ids"].tolist() == [ids]
+    assert batch["labels"].tolist() == [[-100, *ids[1:]]]
 
 
 def test_pads_are_ignored_by_position_even_where_pad_is_eos():
@@ -121,6 +187,17 @@ def test_the_size_of_a_2d_image_is_said_if_it_is_not_the_default(processor):
     assert square["input_ids"].tolist() == [[BOS, UNCOND, BOI, *IMAGE, EOI, EOS]]
 
 
+def test_flat_codes_of_a_grid_are_those_in_rows(processor):
+    for record, probability in ((DRAW, 0.0), (DRAW, 1.0), (CAPTION, 0.0)):
+        codes = [1, 2, 3, 4, 5, 6]
+        flat = {**record, "codes": codes, "grid": [2, 3]}
+        expected = {**record, "codes": [codes[:3], codes[3:]]}
+        batch = collate(processor, flat, unconditional_probability=probability)
+        assert torch.equal(
+            batch["input_ids"], collate(processor, expected, unconditional_probability=probability)["input_ids"]
+        )
+
+
 @pytest.mark.parametrize(
     "convert",
     [
@@ -134,6 +211,38 @@ def test_the_size_of_a_2d_image_is_said_if_it_is_not_the_default(processor):
 def test_codes_may_be_lists_arrays_and_tensors(processor, convert):
     batch = collate(processor, {**CAPTION, "codes": convert(CODES)})
     assert torch.equal(batch["input_ids"], collate(processor, CAPTION)["input_ids"])
+
+
+# Batches
+
+
+def test_packed_records_follow_each_other_in_one_row_with_positions_of_their_own(processor):
+    text, labels = LiquidDataCollator(processor).encode(TEXT)
+    caption = LiquidDataCollator(processor).encode(CAPTION)
+    batch = collate(processor, TEXT, CAPTION, packing=True)
+    assert set(batch) == {"input_ids", "position_ids", "labels"}
+    assert batch["input_ids"].tolist() == [text + caption[0]]
+    assert batch["labels"].tolist() == [labels + caption[1]]
+    assert batch["position_ids"].tolist() == [[*range(len(text)), *range(len(caption[0]))]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+@pytest.mark.parametrize("bos_token", ["<bos>", None])
+def test_packed_and_padded_batches_have_the_same_labels(bos_token):
+    processor = build_processor(bos_token=bos_token)
+    padded, packed = collate(processor, *RECORDS), collate(processor, *RECORDS, packing=True)
+    assert padded["labels"][padded["attention_mask"] == 1].tolist() == packed["labels"][0].tolist()
+    assert (packed["labels"][packed["position_ids"] == 0] == -100).all()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_indices_are_returned_on_request(processor, packing):
+    records = [{**TEXT, "index": 7}, {**DRAW, "index": 3}]
+    batch = collate(processor, *records, packing=packing, return_indices=True)
+    assert batch["record_indices"].tolist() == [7, 3] and batch["record_indices"].dtype == torch.int64
+    assert "record_indices" not in collate(processor, *records, packing=packing)
+    with pytest.raises(ValueError, match="needs records with an 'index'"):
+        collate(processor, TEXT, return_indices=True)
 
 
 # Draws
@@ -185,6 +294,25 @@ def test_workers_draw_differently_and_repeatably(processor):
     assert batches() == [first, second]
 
 
+def test_draws_depend_on_seed_epoch_and_index_whatever_the_workers(processor):
+    records = [{**DRAW, "index": index} for index in range(24)]
+
+    def epochs(batch_size, **kwargs):
+        collator = LiquidDataCollator(processor, 0.4, 0.2, seed=3)
+        loader = DataLoader(records, batch_size, collate_fn=collator, **kwargs)
+        rows = []
+        for epoch in range(3):
+            collator.set_epoch(epoch)
+            rows.append([ids[ids != PAD].tolist() for batch in loader for ids in batch["input_ids"]])
+        return rows
+
+    expected = epochs(24)
+    assert expected[0] != expected[1] != expected[2]
+    assert epochs(4) == expected
+    # These workers live on from epoch to epoch, each with its own copy of the collator.
+    assert epochs(6, num_workers=2, persistent_workers=True) == expected
+
+
 # Limits
 
 
@@ -205,21 +333,74 @@ def test_long_prompts_lose_their_end_but_no_instruction_and_no_code(processor):
     assert prompt.endswith(tuple(instruction + "<boi>" for instruction in TEXT_TO_IMAGE_INSTRUCTIONS))
 
 
+def test_interleaved_records_are_cut_behind_their_last_image_only(processor):
+    ids, labels = LiquidDataCollator(processor).encode(INTERLEAVED)
+    end = len(ids) - ids[::-1].index(EOI)
+    for length in (end, end + 1):
+        batch = collate(processor, INTERLEAVED, max_length=length)
+        assert batch["input_ids"].tolist() == [ids[:length]] and batch["labels"].tolist() == [labels[:length]]
+    with pytest.raises(ValueError, match=f"max_length={end - 1} has no room"):
+        collate(processor, INTERLEAVED, max_length=end - 1)
+
+
+def test_conversations_are_cut_in_their_last_answer_behind_its_images_only(processor):
+    ids, labels = LiquidDataCollator(processor).encode(CONVERSATION)
+    end = len(ids) - ids[::-1].index(EOI)
+    assert collate(processor, CONVERSATION, max_length=end)["labels"].tolist() == [labels[:end]]
+    with pytest.raises(ValueError, match=f"max_length={end - 1} has no room"):
+        collate(processor, CONVERSATION, max_length=end - 1)
+
+    messages = [{"role": "user", "content": "a dog"}, {"role": "assistant", "content": "a red face on a dog"}]
+    plain = {"kind": "conversation", "messages": messages}
+    ids, labels = LiquidDataCollator(processor).encode(plain)
+    start = labels.index(next(label for label in labels if label != -100))
+    assert collate(processor, plain, max_length=start + 1)["labels"].tolist() == [[-100] * start + [ids[start]]]
+    with pytest.raises(ValueError, match=f"max_length={start} has no room"):
+        collate(processor, plain, max_length=start)
+
+
 @pytest.mark.parametrize("record", [DRAW, CAPTION])
 def test_an_image_that_cannot_fit_is_refused(processor, record):
-    with pytest.raises(ValueError, match=r"max_length=8 has no room .* an image is never cut"):
+    with pytest.raises(ValueError, match=r"max_length=8 has no room .*an image is never cut"):
         collate(processor, record, max_length=8)
+
+
+@pytest.mark.parametrize("caption_probability", [0.0, 0.5])
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record["kind"])
+def test_a_record_fits_if_it_does_whatever_is_drawn(processor, record, caption_probability):
+    def encodes(collator, index):
+        try:
+            collator.encode({**record, "index": index})
+        except ValueError:
+            return False
+        return True
+
+    lengths = range(1, len(LiquidDataCollator(processor).encode({**record, "kind": record["kind"]})[0]) + 20)
+    answers = []
+    for length in lengths:
+        collator = LiquidDataCollator(processor, 0.3, caption_probability, max_length=length)
+        answers.append(collator.fits(record))
+        assert answers[-1] == all(encodes(collator, index) for index in range(60))
+    assert answers == sorted(answers) and answers[-1] and not answers[0]
+
+
+def test_fits_refuses_what_is_no_record(processor):
+    with pytest.raises(ValueError, match="outside of the codebook"):
+        LiquidDataCollator(processor, max_length=5).fits({**CAPTION, "codes": [1, 2, 3, 32]})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "picture"}, "'kind' must be one of text_to_image, caption, text, got 'picture'"),
+        (
+            {"kind": "picture"},
+            "'kind' must be one of text_to_image, caption, text, interleaved, conversation, got 'picture'",
+        ),
         ({"text": " "}, "'text' must be a string that is not empty"),
         ({"text": None}, "'text' must be a string that is not empty, got None"),
         ({"text": "a <boi> b"}, "contains '<boi>'"),
         ({"codes": None}, "needs 'codes'"),
-        ({"codes": [1, 2, 3]}, r"shape \(3,\) are no image of the default size, 2 x 2 codes"),
+        ({"codes": [1, 2, 3]}, r"shape \(3,\) are no image of 2 x 2 codes"),
         ({"codes": [1, 2, 3, 32]}, "Code 32 at position 3 is outside of the codebook 0 ... 31"),
         ({"codes": [1, -2, 3, 3]}, "Code -2 at position 1"),
     ],
@@ -230,6 +411,50 @@ def test_bad_records_are_refused(processor, record, change, message):
         collate(processor, {**record, **change})
 
 
+@pytest.mark.parametrize("record", [DRAW, CAPTION, {**INTERLEAVED, "text": "<image>"}])
+@pytest.mark.parametrize(
+    ("codes", "grid", "message"),
+    [
+        ([1, 2, 3, 4, 5], [2, 3], r"shape \(5,\) are no image of 2 x 3 codes"),
+        ([[1, 2, 3], [4, 5, 6]], [3, 2], r"shape \(2, 3\) are no image of 3 x 2 codes"),
+        ([1, 2, 3, 4], [-2, -2], "no image of -2 x -2 codes"),
+        ([1, 2, 3, 4], [4], "no image of 4 codes"),
+        ([0.5] * 4, [2, 2], "codes must be integers"),
+        (None, [2, 2], "needs 'codes', got only"),
+    ],
+)
+def test_codes_that_do_not_fill_their_grid_are_refused(processor, record, codes, grid, message):
+    image = {"codes": codes, "grid": grid}
+    with pytest.raises(ValueError, match=message):
+        collate(processor, {**record, **image, "images": [image]})
+
+
+@pytest.mark.parametrize(
+    ("record", "change", "message"),
+    [
+        (INTERLEAVED, {"images": None}, "needs 'images', got only"),
+        (INTERLEAVED, {"images": [CODES]}, "has 2 <image> marks for 1 images"),
+        (INTERLEAVED, {"text": "a dog"}, "has 0 <image> marks for 2 images"),
+        (INTERLEAVED, {"text": "<image><image><boi>"}, "contains '<boi>'"),
+        (CONVERSATION, {"images": None}, "has 2 <image> marks for 0 images"),
+        (CONVERSATION, {"messages": None}, "needs 'messages', got only"),
+        (CONVERSATION, {"messages": CONVERSATION["messages"][:3]}, "must end with one of the assistant"),
+        (CONVERSATION, {"messages": []}, r"must end with one of the assistant, got the roles \[\]"),
+    ],
+)
+def test_bad_interleaved_records_and_conversations_are_refused(processor, record, change, message):
+    with pytest.raises(ValueError, match=message):
+        collate(processor, {**record, **change})
+
+
+def test_a_record_without_any_label_is_refused():
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    processor = build_processor(chat_template=template)
+    messages = [{"role": "user", "content": "a dog"}, {"role": "assistant", "content": ""}]
+    with pytest.raises(ValueError, match="No id of the record has a label"):
+        collate(processor, {"kind": "conversation", "messages": messages})
+
+
 def test_image_tokens_in_a_text_record_are_refused(processor):
     with pytest.raises(ValueError, match="contains '<eoi>'"):
         collate(processor, {"kind": "text", "text": "a <eoi>"})
@@ -238,6 +463,8 @@ def test_image_tokens_in_a_text_record_are_refused(processor):
 def test_bad_arguments_are_refused(processor):
     with pytest.raises(ValueError, match=r"caption_probability must be between 0 and 1, got 1\.5"):
         LiquidDataCollator(processor, caption_probability=1.5)
+    with pytest.raises(ValueError, match="leave out pad_to_multiple_of"):
+        LiquidDataCollator(processor, packing=True, pad_to_multiple_of=8)
     with pytest.raises(ValueError, match="no eos token"):
         LiquidDataCollator(build_processor(eos_token=None))
 

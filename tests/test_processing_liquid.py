@@ -201,6 +201,85 @@ def test_question_without_bos_token_is_tokenized_as_in_a_call():
     assert ids == whole(processor, "user: <boi>" + "<image>" * 4 + "<eoi>\nWhat?\nassistant: ")
 
 
+def test_interleaved_text_has_its_images_at_their_marks(reserved):
+    ids = reserved.interleaved_ids("a <image> on<image>", [[[3, 0, 7]], [31]])
+    spans = ["<unused0>" + "<unused3>" * number + "<unused1>" for number in (3, 1)]
+    codes = iter([OFFSET + 3, OFFSET, OFFSET + 7, OFFSET + 31])
+    expected = whole(reserved, f"<bos>a {spans[0]} on{spans[1]}")
+    assert ids == [next(codes) if index == reserved.image_token_id else index for index in expected]
+    with pytest.raises(ValueError, match="has 1 <image> marks for 2 images"):
+        reserved.interleaved_ids("a <image>", [[1], [2]])
+    with pytest.raises(ValueError, match="contains '<unused0>'"):
+        reserved.interleaved_ids("<unused0> <image>", [[1]])
+
+
+def test_the_first_piece_of_a_conversation_is_the_prompt_at_inference(gemma):
+    parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a dog face"}]
+    pieces = gemma.conversation_ids(messages, [[1, 2, 3, 4]])
+    assert pieces == [
+        (gemma.question_ids("What is this?", codes=[1, 2, 3, 4]), False),
+        (whole(gemma, "a dog face<end_of_turn>\n<eos>"), True),
+    ]
+
+
+@pytest.mark.parametrize("bos_token", ["<bos>", None])
+def test_a_conversations_first_piece_is_the_prompt_whether_or_not_there_is_a_bos(bos_token):
+    processor = build_processor(build_tokenizer(bos_token=bos_token))
+    messages = [{"role": "user", "content": "<image>\na dog"}, {"role": "assistant", "content": "a face"}]
+    pieces = processor.conversation_ids(messages, [[1, 2, 3, 4]])
+    assert pieces[0] == (processor.question_ids("a dog", codes=[1, 2, 3, 4]), False)
+    assert pieces[1] == (whole(processor, "a face\n<eos>"), True)
+
+
+def test_a_tokenizer_adds_its_bos_where_the_template_writes_none():
+    tokenizer = build_tokenizer(adds_bos=True, chat_template=CHATML)
+    processor = build_processor(tokenizer)
+    messages = [{"role": "system", "content": "dog"}, {"role": "user", "content": "a"}]
+    messages += [{"role": "assistant", "content": "face"}, {"role": "user", "content": "red"}]
+    messages += [{"role": "assistant", "content": "apple"}]
+    turn = "<|im_start|>{}\n{}<|im_end|>\n".format
+    asked = turn("system", "dog") + turn("user", "a") + "<|im_start|>assistant\n"
+    asked_again = turn("user", "red") + "<|im_start|>assistant\n"
+    assert processor.conversation_ids(messages, []) == [
+        (whole(processor, "<bos>" + asked), False),
+        (whole(processor, "face<|im_end|>\n"), True),
+        (whole(processor, asked_again), False),
+        (whole(processor, "apple<|im_end|>\n"), True),
+    ]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    template = (
+        "{% for message in messages %}{% if loop.last or message['role'] == 'user' %}{{ message['content'] }}"
+        "{% else %}...{% endif %}{% endfor %}"
+    )
+    processor = build_processor(build_tokenizer(chat_template=template))
+    messages = [{"role": "user", "content": "a dog"}, {"role": "assistant", "content": "a face"}]
+    assert len(processor.conversation_ids(messages, [])) == 2
+    with pytest.raises(ValueError, match="writes what comes before message 3 in another way once it follows"):
+        processor.conversation_ids(messages * 2, [])
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], r"must end with one of the assistant, got the roles \[\]"),
+        ([{"role": "user", "content": "Hi"}], r"got the roles \['user'\]"),
+        ([{"role": "assistant", "content": "Hi"}], r"must begin with a turn of another .* \['assistant'\]"),
+        ([None], "must be a string or a list of parts, got None"),
+        (["<eoi>"], "contains '<eoi>'"),
+        ([[{"type": "text", "text": "<image>"}]], "contains '<image>'"),
+        (["<image>"], "has 1 <image> marks for 0 images"),
+    ],
+)
+def test_bad_conversations_are_refused(processor, messages, message):
+    if messages and not isinstance(messages[0], dict):
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": messages[0]}]
+    with pytest.raises(ValueError, match=message):
+        processor.conversation_ids(messages, [])
+
+
 def test_marks_become_as_many_placeholders_as_the_image_has_codes(processor):
     inputs = processor(text="<image>What is this?", images=picture(), height=4, width=12)
     assert inputs["input_ids"].tolist() == [whole(processor, "<boi><image><image><image><eoi>What is this?")]

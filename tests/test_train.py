@@ -66,7 +66,11 @@ def moved_rows(folder, trained):
     """For each weight that changed, which of its rows did."""
     before = LiquidForCausalLM.from_pretrained(folder / "base").state_dict()
     after = trained.state_dict()
-    changed = {name: (after[name] != weight).nonzero()[:, 0].unique().tolist() for name, weight in before.items() if weight.ndim}
+    changed = {
+        name: (after[name] != weight).nonzero()[:, 0].unique().tolist()
+        for name, weight in before.items()
+        if weight.ndim
+    }
     return {name: rows for name, rows in changed.items() if rows}
 
 
@@ -220,7 +224,9 @@ def test_records_that_are_too_long_are_dropped_on_request_only(folder, tmp_path)
 def test_a_run_does_not_go_on_with_other_settings(folder, tmp_path):
     argv = config(folder, tmp_path / "run", save_steps=1)
     main(argv)
-    with pytest.raises(ValueError, match="of another run: caption_probability was 0.2, now 0.5; learning_rate was 0.01"):
+    with pytest.raises(
+        ValueError, match="of another run: caption_probability was 0.2, now 0.5; learning_rate was 0.01"
+    ):
         main([*argv, "--learning_rate", "0.1", "--caption_probability", "0.5"])
     assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").exists()
     main([*argv, "--logging_steps", "1"])  # this one decides nothing

@@ -17,6 +17,7 @@ from .configuration_liquid import LiquidConfig
 from .convert_checkpoint import export_base_model
 from .convert_codec import load_taming_codec, save_taming_codec
 from .data_collator import LiquidDataCollator
+from .data_mixture import load_records, mix_records
 from .expand_vocabulary import expand_vocabulary
 from .generation_liquid import (
     DEFAULT_IMAGE_GENERATION_CONFIG,
@@ -30,6 +31,7 @@ from .modeling_liquid_vq import CHAMELEON_VQ_CONFIG, LiquidVQModel
 from .peft_liquid import liquid_lora_config, liquid_rows_config
 from .pipeline_liquid import EMOJI_CHECKPOINT, LiquidImageGenerationPipeline
 from .processing_liquid import LiquidProcessor
+from .tokenize_dataset import tokenize_dataset
 
 
 __version__ = "0.1.0"
@@ -61,6 +63,9 @@ __all__ = [
     "export_base_model",
     "liquid_lora_config",
     "liquid_rows_config",
+    "load_records",
     "load_taming_codec",
+    "mix_records",
     "save_taming_codec",
+    "tokenize_dataset",
 ]

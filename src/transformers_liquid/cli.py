@@ -21,7 +21,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers.utils import make_image_grid
+from accelerate import PartialState
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer, set_seed
@@ -38,10 +38,11 @@ from .convert_checkpoint import (
 from .convert_codec import save_taming_codec
 from .expand_vocabulary import expand_vocabulary
 from .generation_liquid import DEFAULT_IMAGE_GENERATION_CONFIG
-from .image_processing_liquid import FRAMINGS, load_image
+from .image_processing_liquid import FRAMINGS, contact_sheet, load_image
 from .modeling_liquid import LiquidForCausalLM
 from .pipeline_liquid import DEFAULT_BATCH_SIZE, EMOJI_CHECKPOINT, LiquidImageGenerationPipeline
 from .processing_liquid import LiquidProcessor
+from .tokenize_dataset import IMAGE_KINDS, SKIPPED_NAME, tokenize_dataset
 
 
 PROG = "transformers-liquid"
@@ -62,11 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         `int`: The exit code: 0; 2 on bad input, with one line on stderr; 130 when interrupted.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
+        if argv[:1] == ["train"]:
+            train(argv[1:])
+            return 0
         args = build_parser().parse_args(argv)
         _silence_libraries()
         args.run(args)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, SafetensorError) as error:
         message = " ".join(str(error).split())
         if isinstance(error, SafetensorError):
             message = f"a file of weights is damaged or incomplete, download it again: {message}"
@@ -125,9 +130,7 @@ def generate(args: argparse.Namespace) -> None:
     # 4. The contact sheet
     if args.grid is not None:
         columns = args.num_images if args.num_images > 1 else math.ceil(math.sqrt(len(drawn)))
-        _save_picture(
-            _contact_sheet([image for image, _ in drawn], columns), args.grid, [record for _, record in drawn]
-        )
+        _save_picture(contact_sheet([image for image, _ in drawn], columns), args.grid, [record for _, record in drawn])
         print(args.grid)
 
 
@@ -194,6 +197,13 @@ def expand(args: argparse.Namespace) -> None:
     print(f"{args.output}: {args.base} with image ids {ids.start} ... {ids.stop - 1}. Train it from there.")
 
 
+def train(argv: Sequence[str]) -> None:
+    """Trains a model on text and image codes; has options of its own."""
+    from .train import main  # imports the Trainer, which takes seconds
+
+    main(argv)
+
+
 def convert(args: argparse.Namespace) -> None:
     """Writes a checkpoint in another layout."""
     _check_new_directory(args.output)
@@ -208,6 +218,15 @@ def convert(args: argparse.Namespace) -> None:
         model.save_pretrained(args.output)
         processor.save_pretrained(args.output)
         print(f"{args.output}: a complete Liquid repository.")
+
+
+def tokenize(args: argparse.Namespace) -> None:
+    """Turns a data set of pictures with texts into codes to train on. An interrupted call goes on where it stopped."""
+    settings = {name: value for name, value in vars(args).items() if name != "run"}
+    manifest = tokenize_dataset(**settings)
+    if PartialState().is_main_process:
+        skipped = f", {manifest['num_skipped']:,} skipped (see {SKIPPED_NAME})" if manifest["num_skipped"] else ""
+        print(f"{args.output}: {manifest['num_records']:,} pictures as codes{skipped}.")
 
 
 def info(args: argparse.Namespace) -> None:
@@ -314,6 +333,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--init", choices=("mean", "normal"), default="mean", help="what new rows begin as")
     _add_device_arguments(command)
 
+    add(train, "train --config train.yaml --learning_rate 1e-4")
+
     command = add(convert, "convert Junfeng5/Liquid_V1_7B --output liquid-7b")
     command.add_argument("model", metavar="MODEL", help="a checkpoint in the reference's layout or in ours")
     command.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
@@ -324,6 +345,36 @@ def build_parser() -> argparse.ArgumentParser:
     to.add_argument("--to-base", action="store_true", help="write a plain language model, as the reference has it")
     to.add_argument("--to-taming", action="store_true", help="write the codec alone, as vqgan.ckpt and vqgan.yaml")
     _add_device_arguments(command, seed=False)
+
+    command = add(tokenize, "tokenize --dataset imagefolder --data-dir photos --model path/to/liquid --output codes")
+    command.add_argument(
+        "--dataset",
+        required=True,
+        help="what load_dataset takes: imagefolder, json, parquet, a folder, a name on the Hub",
+    )
+    command.add_argument("--dataset-config-name", metavar="NAME", help="for a data set that has several")
+    command.add_argument("--data-dir", metavar="DIR", help="the folder of the pictures, or of what names them")
+    command.add_argument("--data-files", nargs="+", metavar="FILE", help="as in load_dataset")
+    command.add_argument("--split", default="train", help="default: %(default)s")
+    command.add_argument("--streaming", action="store_true", help="read without a copy in the cache")
+    command.add_argument("--image-column", metavar="NAME", help="default: image, image_path, or one of pictures")
+    command.add_argument("--text-column", metavar="NAME", help="default: text, caption or txt")
+    command.add_argument("--model", required=True, metavar="MODEL", help="whose codec: a folder or a name on the Hub")
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="a new folder, or an interrupted one"
+    )
+    command.add_argument(
+        "--grids",
+        nargs="+",
+        type=_grid,
+        metavar="ROWSxCOLUMNS",
+        help="a picture takes the closest by proportions (default: the model's square)",
+    )
+    command.add_argument("--framing", choices=FRAMINGS, default="crop", help="fill the frame, or show all of a picture")
+    command.add_argument("--kind", choices=IMAGE_KINDS, default="text_to_image", help="of the records")
+    command.add_argument("--batch-size", type=_count, default=16, metavar="N", help="encoded together")
+    command.add_argument("--num-workers", type=_count, default=8, metavar="N", help="threads that read pictures")
+    command.add_argument("--records-per-shard", type=_count, default=1000, metavar="N", help="records per file")
 
     command = add(info, "info --model Junfeng5/Liquid_V1_7B")
     command.add_argument(
@@ -376,6 +427,13 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _grid(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"must be ROWSxCOLUMNS such as 32x32, got {text!r}")
+    rows, columns = text.split("x")
+    return int(rows), int(columns)
 
 
 def _seed(text: str) -> int:
@@ -608,12 +666,6 @@ def read_metadata(path: str | Path) -> dict[str, Any] | list[dict[str, Any]]:
     if text is None:
         raise ValueError(f"{path} does not say how it was drawn: only the PNGs of `{PROG} generate` do.")
     return json.loads(text)
-
-
-def _contact_sheet(images: list[Image.Image], columns: int) -> Image.Image:
-    rows = math.ceil(len(images) / columns)
-    blanks = [Image.new("RGB", images[0].size, "white")] * (rows * columns - len(images))
-    return make_image_grid([*images, *blanks], rows=rows, cols=columns)
 
 
 # The rest

@@ -113,7 +113,7 @@ def load_reference(
         ValueError: If no codec can be reached, the parts do not fit, or a key of theirs is unknown or missing.
     """
     config = reference_config(name_or_path, vq_checkpoint, image_token_offset, **kwargs)
-    codec = load_codec(_find_codec(name_or_path, vq_checkpoint, weights=True, **kwargs), **kwargs)
+    codec = load_codec(find_codec(name_or_path, vq_checkpoint, weights=True, **kwargs), **kwargs)
     # The class itself: AutoModelForCausalLM asks the network for an adapter even if told `local_files_only`.
     base_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
     base, info = base_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
@@ -151,7 +151,7 @@ def reference_config(
     """
     text_config = _text_config(name_or_path, **kwargs)
     tokenizer = _reference_tokenizer(name_or_path, text_config, **kwargs)
-    vq_config = _codec_config(_find_codec(name_or_path, vq_checkpoint, weights=False, **kwargs), **kwargs)
+    vq_config = _codec_config(find_codec(name_or_path, vq_checkpoint, weights=False, **kwargs), **kwargs)
     layout = dict(getattr(text_config, EXPORTED_LAYOUT_KEY, {}))
     if image_token_offset is not None:
         layout["image_token_offset"] = image_token_offset
@@ -354,7 +354,7 @@ def _placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
-def _find_codec(
+def find_codec(
     name_or_path: str | os.PathLike, vq_checkpoint: str | os.PathLike | None, weights: bool, **kwargs: Any
 ) -> str | Path:
     """A folder or `.ckpt` here, or a name on the Hub. Files of the reference's Space are fetched; the weights on demand."""

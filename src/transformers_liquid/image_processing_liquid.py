@@ -182,10 +182,10 @@ def load_image(image: "str | Path | bytes | PIL.Image.Image") -> PIL.Image.Image
             image = PIL.Image.open(io.BytesIO(data))
         except PIL.Image.DecompressionBombError as error:
             raise ValueError(f"Refusing to open {name}: {error} Downscale it first.") from error
+        except PIL.UnidentifiedImageError as error:
+            raise ValueError(f"Cannot read {name} as a picture: it is corrupt or of no known format.") from error
         except Exception as error:  # decoders raise anything from OSError to struct.error on broken files
-            raise ValueError(
-                f"Cannot read {name} as a picture ({error}): it is corrupt or of no known format."
-            ) from error
+            raise ValueError(f"Cannot read {name} as a picture ({error}): it is corrupt.") from error
     if 0 in image.size:
         raise ValueError(f"Cannot use {name}: it has no pixels ({image.width} x {image.height}).")
     try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
@@ -79,8 +80,11 @@ def chunked_causal_lm_loss(
         num_items = num_items.to(hidden_states.device)
 
     head = text_model.get_output_embeddings()
+    if isinstance(head, FSDPModule):
+        # Once, not around each call: the processes may have different numbers of chunks.
+        head.unshard()
     # Heads with adapters, hooks or quantized weights run as they are.
-    is_plain = type(head) is nn.Linear and "forward" not in head.__dict__
+    is_plain = _class_without_fsdp(head) is nn.Linear and "forward" not in head.__dict__
     logits_of = _logits_function(text_model, type(outputs), given_logits=is_plain)
     chunk_loss = _ChunkLoss(logits_of, head if is_plain else None, max_z_loss_coef)
     with_gradients = torch.is_grad_enabled()
@@ -166,7 +170,7 @@ class _ChunkLoss:
                 source, wanted = hidden_states, [hidden_states, *parameters]
             else:
                 with torch.no_grad():
-                    source = self.plain_head(hidden_states)
+                    source = self.plain_head.forward(hidden_states)
                 wanted = [source.requires_grad_(with_gradients)]
             logits = self.logits_of(source).float()
             cross_entropies = nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -223,8 +227,11 @@ def _logits_function(
     view.__dict__["_modules"] = dict(text_model._modules)
     view.__dict__.pop("forward", None)  # accelerate's hooks bind it to the original module
     view._modules[text_model.base_model_prefix] = _Given(output_class)
+    head = text_model.get_output_embeddings()
     if given_logits:
-        view.set_output_embeddings(_PassThrough(text_model.get_output_embeddings().weight))
+        view.set_output_embeddings(_InPlaceOfHead(head, lambda logits: logits))
+    elif isinstance(head, FSDPModule):
+        view.set_output_embeddings(_InPlaceOfHead(head, head.forward))
     return lambda given: view(inputs_embeds=given[None], use_cache=False).logits[0]
 
 
@@ -244,15 +251,22 @@ class _Given(nn.Module):
         return self
 
 
-class _PassThrough(nn.Module):
-    """In place of a head that has run already."""
+class _InPlaceOfHead(nn.Module):
+    """Runs instead of a head: nothing, where the head has run already, or the head without FSDP's hooks."""
 
-    def __init__(self, weight: torch.Tensor):
+    def __init__(self, head: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]):
         super().__init__()
-        self.__dict__["weight"] = weight  # mamba looks at its dtype
+        self.__dict__.update(head=head, forward=forward)
 
-    def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits
+    @property
+    def weight(self) -> torch.Tensor:
+        """Mamba looks at its dtype."""
+        return self.head.weight
+
+
+def _class_without_fsdp(module: nn.Module) -> type[nn.Module]:
+    """What a module was before FSDP sharded it, which puts a class of its own before the module's."""
+    return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
 
 
 def _leaves(tensor: torch.Tensor) -> list[torch.Tensor]:

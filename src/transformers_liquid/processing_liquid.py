@@ -1,12 +1,12 @@
 """The processor: prompts, image placeholders and chat templates on the way in, text and pictures on the way out.
 
 It runs no network: images travel as pixel values, and the model turns them into codes. Every prompt of the package is
-built by one of `image_prompt_ids`, `unconditional_ids`, `caption_ids` and `question_ids`, for inference and for
-training alike.
+built by one of `image_prompt_ids`, `unconditional_ids`, `caption_ids`, `question_ids`, `interleaved_ids` and
+`conversation_ids`, for inference and for training alike.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,10 @@ _PLAIN_CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"
 )
+
+
+class TooLongError(ValueError):
+    """What may not be cut is longer than `max_length`."""
 
 
 class LiquidImagesKwargs(ImagesKwargs, total=False):
@@ -295,8 +299,9 @@ class LiquidProcessor(ProcessorMixin):
                 follows it stays.
 
         Raises:
-            ValueError: If the prompt is empty or contains `<image>` or one of the processor's image tokens, the size
-                does not fit, or `max_length` leaves no room for the description.
+            ValueError: If the prompt is empty or contains `<image>` or one of the processor's image tokens, or the
+                size does not fit.
+            TooLongError: If `max_length` leaves no room for the description; a `ValueError` too.
         """
         self._check_image_prompt(prompt)
         ending = self._size_sentence(height, width) + instruction
@@ -306,7 +311,7 @@ class LiquidProcessor(ProcessorMixin):
         ending_ids = [*self.encode(ending), self.boi_token_id]
         room = max_length - len(self.bos_ids) - len(ending_ids)
         if room < 1:
-            raise ValueError(f"A prompt of {max_length} tokens has no room for text before {ending!r}.")
+            raise TooLongError(f"A prompt of {max_length} tokens has no room for text before {ending!r}.")
         return [*self.bos_ids, *self.encode(prompt)[:room], *ending_ids]
 
     def unconditional_ids(self, height: int | None = None, width: int | None = None) -> list[int]:
@@ -324,7 +329,8 @@ class LiquidProcessor(ProcessorMixin):
             height (`int`, *optional*): In pixels.
             width (`int`, *optional*): In pixels.
         """
-        return [*self.bos_ids, *self._image_span_ids(codes, height, width), *self.encode(CAPTION_INSTRUCTION)]
+        image = [self.boi_token_id, *self._image_ids(codes, height, width), self.eoi_token_id]
+        return [*self.bos_ids, *image, *self.encode(CAPTION_INSTRUCTION)]
 
     def question_ids(self, question: str, codes=None, height: int | None = None, width: int | None = None) -> list[int]:
         """The prompt for an answer about an image: one user turn of the chat template, the image before the question.
@@ -338,13 +344,62 @@ class LiquidProcessor(ProcessorMixin):
         self.check_plain(question)
         content = [{"type": "image"}, {"type": "text", "text": question}]
         prompt = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        span = self._image_span_ids(codes, height, width)
-        prompt = prompt.replace(IMAGE_MARK, self.boi_token + self.image_token * (len(span) - 2) + self.eoi_token)
-        bos_token = self.tokenizer.bos_token
-        has_bos = bos_token is not None and prompt.startswith(bos_token)
-        ids = self.tokenizer.encode(prompt, add_special_tokens=not has_bos)
-        start = ids.index(self.boi_token_id)
-        return ids[:start] + span + ids[start + len(span) :]
+        return self._marked_ids(prompt, iter([self._image_ids(codes, height, width)]), begins=True)
+
+    def interleaved_ids(self, text: str, images: Sequence) -> list[int]:
+        """A text with images in it: `bos` text `boi` codes `eoi` text ...
+
+        Args:
+            text (`str`): With one `<image>` mark per image.
+            images (sequence of 1-D or 2-D ints): The codes of the images in reading order.
+
+        Raises:
+            ValueError: If marks and images differ in number, or the text contains one of the processor's image tokens.
+        """
+        return [*self.bos_ids, *self._marked_ids(text, self._ids_of_marks(text, images))]
+
+    def conversation_ids(self, messages: Sequence[Mapping[str, Any]], images: Sequence) -> list[tuple[list[int], bool]]:
+        """A conversation as the chat template writes it, in pieces: what is asked and what the assistant answers.
+
+        Pieces are tokenized one by one, so that an answer begins as it does when the model generates it.
+
+        Args:
+            messages (sequence of mappings): With `role` and `content`: a string with `<image>` marks, or a list of
+                parts `{"type": "image"}` and `{"type": "text", "text": ...}`. The first one is not the assistant's, the
+                last one is.
+            images (sequence of 1-D or 2-D ints): The codes of the images in reading order.
+
+        Returns:
+            Pairs of ids and whether they are an answer of the assistant, together the whole conversation.
+
+        Raises:
+            ValueError: If the messages are not as above, marks and images differ in number, or the template writes a
+                turn in another way once others follow.
+        """
+        roles = [message.get("role") for message in messages]
+        if not roles or roles[0] == "assistant" or roles[-1] != "assistant":
+            raise ValueError(
+                "A conversation must begin with a turn of another and must end with one of the assistant, got the "
+                f"roles {roles}."
+            )
+        for message in messages:
+            self._check_content(message.get("content"))
+        texts, written = [], ""
+        for turn in [turn for turn, role in enumerate(roles) if role == "assistant"]:
+            prompt = self.apply_chat_template(messages[:turn], add_generation_prompt=True)
+            answered = self.apply_chat_template(messages[: turn + 1])
+            if not prompt.startswith(written) or not answered.startswith(prompt):
+                raise ValueError(
+                    f"The chat template writes what comes before message {turn} in another way once it follows, so "
+                    "that its ids are no longer those of the prompt. Give the turns one by one, or change the template."
+                )
+            texts += [(prompt[len(written) :], False), (answered[len(prompt) :], True)]
+            written = answered
+        image_ids = self._ids_of_marks(written, images)
+        return [
+            (self._marked_ids(text, image_ids, begins=index == 0), is_answer)
+            for index, (text, is_answer) in enumerate(texts)
+        ]
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Rows and columns of codes of a picture of `height` x `width` pixels; `None` means the default size.
@@ -406,13 +461,35 @@ class LiquidProcessor(ProcessorMixin):
         factor = self.image_processor.downsample_factor
         return f"Image Size: Width is {columns * factor} Height is {rows * factor}."
 
-    def _image_span_ids(self, codes, height: int | None, width: int | None) -> list[int]:
-        if codes is None:
-            rows, columns = self.grid(height, width)
-            inside = [self.image_token_id] * (rows * columns)
-        else:
-            inside = self.codes_to_ids(codes)
-        return [self.boi_token_id, *inside, self.eoi_token_id]
+    def _image_ids(self, codes, height: int | None = None, width: int | None = None) -> list[int]:
+        """What stands between boi and eoi: an image's codes, or placeholders for them."""
+        if codes is not None:
+            return self.codes_to_ids(codes)
+        rows, columns = self.grid(height, width)
+        return [self.image_token_id] * (rows * columns)
+
+    def _ids_of_marks(self, text: str, images: Sequence) -> Iterator[list[int]]:
+        """The ids of each image that a text has a mark for."""
+        self.check_plain(text.replace(IMAGE_MARK, ""))
+        if text.count(IMAGE_MARK) != len(images):
+            raise ValueError(
+                f"The text has {text.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(images)} images: write one mark "
+                "per image."
+            )
+        return iter([self._image_ids(codes) for codes in images])
+
+    def _marked_ids(self, text: str, image_ids: Iterator[list[int]], begins: bool = False) -> list[int]:
+        """Ids of a text with the next of `image_ids` in place of each mark, between boi and eoi.
+
+        A text that begins a row gets what the tokenizer puts there, unless the chat template wrote it.
+        """
+        bos_token = self.tokenizer.bos_token
+        has_bos = bos_token is not None and text.startswith(bos_token)
+        text = text.replace(IMAGE_MARK, self.boi_token + self.image_token + self.eoi_token)
+        ids = []
+        for index in self.tokenizer.encode(text, add_special_tokens=begins and not has_bos):
+            ids.extend(next(image_ids) if index == self.image_token_id else [index])
+        return ids
 
     def _pad_left(self, rows: Sequence[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
         length = max(len(row) for row in rows)
@@ -494,6 +571,13 @@ class LiquidProcessor(ProcessorMixin):
         bos_token = self.tokenizer.bos_token
         if bos_token is not None and prompt.startswith(bos_token):
             raise ValueError(f"The prompt begins with {bos_token!r}, which is added here: give a description alone.")
+
+    def _check_content(self, content) -> None:
+        if not isinstance(content, (str, list, tuple)):
+            raise ValueError(f"The content of a message must be a string or a list of parts, got {content!r}.")
+        for part in content if not isinstance(content, str) else ():
+            if part.get("type") == "text":
+                self.check_plain(part["text"])
 
     def check_plain(self, text: str) -> None:
         """Image tokens in a text would read as (a piece of) an image that is not there."""

@@ -28,7 +28,7 @@ from .data_mixture import drop_too_long, load_records, mix_records
 from .modeling_liquid import LiquidForCausalLM
 from .peft_liquid import liquid_lora_config, liquid_rows_config
 from .processing_liquid import LiquidProcessor
-from .tokenize_dataset import codec_identity
+from .tokenize_dataset import check_datasets_installed, codec_identity
 from .trainer_liquid import LiquidTrainer, PreviewCallback
 
 
@@ -154,6 +154,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ValueError: On arguments or data that cannot be used, before training.
     """
+    check_datasets_installed()
     trainer = build_trainer(*parse_arguments(argv))
     checkpoint = trainer.args.resume_from_checkpoint or last_complete_checkpoint(trainer.args.output_dir)
     try:

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from .data_collator import LiquidDataCollator, check_packing
+from .data_collator import IGNORE_INDEX, LiquidDataCollator, check_packing
 from .image_processing_liquid import contact_sheet
 from .modeling_liquid import LiquidForCausalLM
 from .pipeline_liquid import LiquidImageGenerationPipeline
@@ -66,6 +66,15 @@ class LiquidTrainer(Trainer):
         self.add_callback(_EpochCallback(data_collator))
         self._token_stats = {"train": 0.0, "eval": 0.0}
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            # accelerate would round losses and counts to half precision, and add up gradients in it.
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+            )
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         train_collator, self.data_collator = self.data_collator, self.eval_data_collator
         try:
@@ -87,6 +96,9 @@ class LiquidTrainer(Trainer):
         """
         inputs = dict(inputs)
         indices = inputs.pop("record_indices", None)
+        counts = True
+        if not model.training and indices is not None:
+            inputs["labels"], counts = self._labels_without_repeats(inputs, len(indices))
         loss, outputs = super().compute_loss(
             model, {**inputs, "skip_logits": True}, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
@@ -97,8 +109,25 @@ class LiquidTrainer(Trainer):
                 "or train in bf16 instead of fp16. Continue from an earlier checkpoint."
             )
         if outputs.get("token_stats") is not None:
-            self._token_stats["train" if model.training else "eval"] += outputs["token_stats"].detach()
+            self._token_stats["train" if model.training else "eval"] += outputs["token_stats"].detach() * counts
         return (loss, outputs) if return_outputs else loss
+
+    def _labels_without_repeats(self, inputs: dict[str, Any], number: int) -> tuple[torch.Tensor, bool]:
+        """Where the last batch is too small for all processes, the first records come again: those do not count.
+
+        Returns:
+            The labels, without those of repeated records; and whether there are others. If not, labels are as they were.
+        """
+        labels, state = inputs["labels"], self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return labels, True
+        new = state.remainder - self.accelerator.process_index * number
+        if new <= 0 or new >= number:
+            return labels, new > 0
+        is_repeat = torch.arange(number, device=labels.device)[:, None] >= new
+        if self.data_collator.packing:
+            is_repeat = is_repeat[(inputs["position_ids"][0] == 0).cumsum(0) - 1].T
+        return labels.masked_fill(is_repeat, IGNORE_INDEX), True
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -127,6 +156,13 @@ class LiquidTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card that `save_pretrained` wrote stays."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if state_dict is not None:
+            # Gathered from all processes, tied weights are no longer one tensor and would be saved twice.
+            tied = liquid_model(self.model).all_tied_weights_keys
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         try:

@@ -1,0 +1,555 @@
+"""Data sets of pictures to data sets of codes: what is written, from which sources, and after which accidents."""
+
+import functools
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from tiny import CODEBOOK_SIZE, tiny_codec, tiny_model, tiny_processor
+
+from transformers_liquid import (
+    LiquidDataCollator,
+    LiquidForCausalLM,
+    LiquidImageProcessor,
+    export_base_model,
+    load_taming_codec,
+    save_taming_codec,
+)
+from transformers_liquid.cli import main
+from transformers_liquid.image_processing_liquid import load_image
+from transformers_liquid.tokenize_dataset import codec_identity, read_manifest, tokenize_dataset
+
+
+NUM_PICTURES = 11
+FEATURES = datasets.Features(
+    {
+        "kind": datasets.Value("string"),
+        "text": datasets.Value("string"),
+        "codes": datasets.List(datasets.Value("int16")),
+        "grid": datasets.List(datasets.Value("int32")),
+        "width": datasets.Value("int32"),
+        "height": datasets.Value("int32"),
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    tiny_model().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of pictures of many sizes, each with a text; the sixth is broken, the ninth has no text."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(NUM_PICTURES):
+        picture(10 + index, 13, seed=index).save(folder / f"{index:02d}.png")
+    (folder / "05.png").write_bytes(b"no picture")
+    texts = [" " if index == 8 else f"text {index}" for index in range(NUM_PICTURES)]
+    names = [f"{index:02d}.png" for index in range(NUM_PICTURES)]
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in zip(names, texts, strict=True)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def picture(width, height, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+def png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def write_json(path, records):
+    path.write_text("\n".join(map(json.dumps, records)))
+    return {"dataset": "json", "data_files": str(path)}
+
+
+def rows_of(output):
+    return list(datasets.load_dataset(str(output), split="train"))
+
+
+@functools.lru_cache
+def load_model(checkpoint):
+    return LiquidForCausalLM.from_pretrained(checkpoint)
+
+
+def codes_by_hand(checkpoint, image, height=8, width=8, framing="crop"):
+    """With the whole model, one picture at a time."""
+    model = load_model(checkpoint)
+    processor = LiquidImageProcessor(size=8, downsample_factor=2)
+    pixel_values = processor(image, height=height, width=width, framing=framing)["pixel_values"]
+    return model.model.vq_model.encode_codes(pixel_values).flatten().tolist()
+
+
+def files_of(output):
+    return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+# What is written
+
+
+def test_codes_are_those_of_the_codec_and_broken_records_are_left_out_and_listed(checkpoint, photos, tmp_path):
+    output = tmp_path / "codes"
+    manifest = tokenize_dataset(
+        checkpoint, output, "imagefolder", data_dir=str(photos), batch_size=3, records_per_shard=4
+    )
+
+    kept = [index for index in range(NUM_PICTURES) if index not in (5, 8)]
+    rows = rows_of(output)
+    assert [row["text"] for row in rows] == [f"text {index}" for index in kept]
+    for index, row in zip(kept, rows, strict=True):
+        assert row["codes"] == codes_by_hand(checkpoint, photos / f"{index:02d}.png")
+        assert (row["kind"], row["grid"], row["width"], row["height"]) == ("text_to_image", [4, 4], 8, 8)
+    assert len({tuple(row["codes"]) for row in rows}) == len(kept)
+
+    skipped = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
+    assert [entry["record"] for entry in skipped] == [5, 8]
+    assert skipped[0]["path"] == str(photos / "05.png") and "corrupt" in skipped[0]["reason"]
+    assert skipped[1]["reason"] == "Its text is empty."
+
+    assert manifest == read_manifest(output) == json.loads((output / "liquid_codes.json").read_text())
+    expected = {
+        "codec": codec_identity(load_model(checkpoint).model.vq_model),
+        "codebook_size": CODEBOOK_SIZE,
+        "downsample_factor": 2,
+        "dtype": "int16",
+        "grids": [[4, 4]],
+        "framing": "crop",
+        "kind": "text_to_image",
+        "records_per_shard": 4,
+        "num_records": 9,
+        "num_skipped": 2,
+    }
+    assert {name: manifest[name] for name in expected} == expected
+    assert sorted(path.name for path in (output / "data").iterdir()) == [f"train-0000{n}.parquet" for n in range(3)]
+
+
+def test_the_result_is_a_repository_of_datasets_with_explicit_features(checkpoint, photos, tmp_path):
+    tokenize_dataset(checkpoint, tmp_path / "codes", "imagefolder", data_dir=str(photos), records_per_shard=4)
+    loaded = datasets.load_dataset(str(tmp_path / "codes"))
+    streamed = datasets.load_dataset(str(tmp_path / "codes"), streaming=True)
+    assert list(loaded) == list(streamed) == ["train"]
+    assert loaded["train"].features == streamed["train"].features == FEATURES
+    assert list(loaded["train"]) == list(streamed["train"])
+    batch = LiquidDataCollator(tiny_processor(), unconditional_probability=0.0)(list(loaded["train"]))
+    assert batch["labels"].shape[0] == 9
+
+
+def test_a_large_codebook_is_stored_in_int32(tmp_path):
+    model = tiny_model(vocab_size=263 + 40_000)
+    model.config.vq_config["num_vq_embeddings"] = 40_000
+    model.model.vq_model = tiny_codec(num_vq_embeddings=40_000)
+    model.save_pretrained(tmp_path / "model")
+    write_json(tmp_path / "list.jsonl", [{"image_path": "a.png", "text": "a"}])
+    picture(9, 9).save(tmp_path / "a.png")
+    manifest = tokenize_dataset(tmp_path / "model", tmp_path / "codes", "json", data_files=str(tmp_path / "list.jsonl"))
+    [row] = rows_of(tmp_path / "codes")
+    assert manifest["dtype"] == "int32" and max(row["codes"]) > 2**15
+    assert row["codes"] == codes_by_hand(tmp_path / "model", tmp_path / "a.png")
+
+
+def test_pictures_go_to_the_grid_of_the_closest_proportions(checkpoint, tmp_path):
+    # Between 1:1 and 2:1 the border is at the square root of 2, by factors; halfway, at 1.5, by differences.
+    sizes = {(100, 100): (4, 4), (141, 100): (4, 4), (145, 100): (2, 4), (300, 90): (2, 4)}
+    sizes |= {(height, width): grid[::-1] for (width, height), grid in sizes.items()}
+    records = []
+    for index, (width, height) in enumerate(sizes):
+        picture(width, height, seed=index).save(tmp_path / f"{index}.png")
+        records.append({"image": f"{index}.png", "text": f"{width} x {height}"})
+    source = write_json(tmp_path / "list.jsonl", records)
+    grids = [(4, 4), (2, 4), (4, 2)]
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source, grids=grids, batch_size=2, kind="caption")
+
+    rows = rows_of(tmp_path / "codes")
+    assert [row["text"] for row in rows] == [record["text"] for record in records]
+    for index, (row, grid) in enumerate(zip(rows, sizes.values(), strict=True)):
+        height, width = 2 * grid[0], 2 * grid[1]
+        assert (tuple(row["grid"]), row["height"], row["width"]) == (grid, height, width)
+        assert row["codes"] == codes_by_hand(checkpoint, tmp_path / f"{index}.png", height, width)
+        assert row["kind"] == "caption"
+
+
+def test_of_grids_that_fit_equally_the_first_is_taken(checkpoint, tmp_path):
+    picture(90, 90).save(tmp_path / "a.png")
+    source = write_json(tmp_path / "list.jsonl", [{"image": "a.png", "text": "a"}])
+    for name, grids in {"wide": [(3, 5), (5, 3)], "tall": [(5, 3), (3, 5)]}.items():
+        tokenize_dataset(checkpoint, tmp_path / name, **source, grids=grids)
+        assert rows_of(tmp_path / name)[0]["grid"] == list(grids[0])
+
+
+def test_pictures_are_read_as_everywhere_else_in_the_package(checkpoint, tmp_path):
+    upright = picture(20, 10)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to show
+    upright.transpose(PIL.Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    transparent = picture(10, 10)
+    transparent.putalpha(PIL.Image.new("L", (10, 10), 100))
+    transparent.save(tmp_path / "transparent.png")
+    picture(10, 10).save(tmp_path / "animated.gif", save_all=True, append_images=[picture(10, 10, seed=1)])
+    names = ["turned.png", "transparent.png", "animated.gif", "missing.png"]
+    source = write_json(tmp_path / "list.jsonl", [{"image_path": name, "caption": name} for name in names])
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source, framing="pad")
+
+    rows = rows_of(tmp_path / "codes")
+    assert [row["text"] for row in rows] == names[:2]
+    assert rows[0]["codes"] == codes_by_hand(checkpoint, upright, framing="pad")
+    on_white = load_image(tmp_path / "transparent.png")
+    assert rows[1]["codes"] == codes_by_hand(checkpoint, on_white, framing="pad")
+    skipped = [json.loads(line) for line in (tmp_path / "codes" / "skipped.jsonl").read_text().splitlines()]
+    assert [entry["path"] for entry in skipped] == names[2:]
+    assert "2 frames" in skipped[0]["reason"] and "No such file" in skipped[1]["reason"]
+
+
+def test_the_progress_bar_counts_images_per_second(checkpoint, photos, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    tokenize_dataset(checkpoint, tmp_path / "codes", "imagefolder", data_dir=str(photos))
+    assert "11/11" in (shown := capfd.readouterr().err) and "images/s" in shown
+
+
+# Sources
+
+
+def as_json(photos, tmp_path):
+    lines = map(json.loads, (photos / "metadata.jsonl").read_text().splitlines())
+    return write_json(photos / "l.jsonl", [{"image_path": line["file_name"], "text": line["text"]} for line in lines])
+
+
+def as_json_elsewhere(photos, tmp_path):
+    """Paths are relative to `data_dir`, and so is the list."""
+    lines = map(json.loads, (photos / "metadata.jsonl").read_text().splitlines())
+    records = [{"picture": f"photos/{line['file_name']}", "prompt": line["text"]} for line in lines]
+    (tmp_path / "lists").mkdir()
+    write_json(tmp_path / "lists" / "l.jsonl", records)
+    columns = {"image_column": "picture", "text_column": "prompt"}
+    return {"dataset": "json", "data_dir": str(tmp_path), "data_files": ["lists/l.jsonl"], **columns}
+
+
+def as_parquet(photos, tmp_path):
+    lines = list(map(json.loads, (photos / "metadata.jsonl").read_text().splitlines()))
+    images = [{"bytes": (photos / line["file_name"]).read_bytes(), "path": line["file_name"]} for line in lines]
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    columns = {"image": images, "caption": [line["text"] for line in lines]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "photos.parquet")
+    return {"dataset": "parquet", "data_files": str(tmp_path / "photos.parquet")}
+
+
+def as_webdataset(photos, tmp_path):
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        for line in map(json.loads, (photos / "metadata.jsonl").read_text().splitlines()):
+            members = {
+                line["file_name"]: (photos / line["file_name"]).read_bytes(),
+                line["file_name"].replace("png", "json"): json.dumps({"caption": line["text"]}).encode(),
+            }
+            for name, data in members.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return {"dataset": "webdataset", "data_files": str(tmp_path / "photos.tar"), "text_column": "json.caption"}
+
+
+def as_folder(photos, tmp_path):
+    return {"dataset": str(photos)}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("source", [as_json, as_json_elsewhere, as_parquet, as_webdataset, as_folder])
+def test_every_source_gives_the_same_rows_streamed_or_not(source, streaming, checkpoint, photos, tmp_path):
+    settings = {"batch_size": 3, "records_per_shard": 4, "grids": [(4, 4), (3, 4), (4, 2)]}
+    expected = tmp_path / "expected"
+    tokenize_dataset(checkpoint, expected, "imagefolder", data_dir=str(photos), **settings)
+    source = source(photos, tmp_path)
+    manifest = tokenize_dataset(checkpoint, tmp_path / "codes", **source, streaming=streaming, **settings)
+    assert rows_of(tmp_path / "codes") == rows_of(expected)
+    assert manifest["num_skipped"] == 2
+    shards = [len(datasets.Dataset.from_parquet(str(path))) for path in sorted(tmp_path.glob("codes/data/*"))]
+    assert shards == [4, 3, 2]
+
+
+# Models
+
+
+def test_only_the_codec_is_read_of_either_layout(photos, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "liquid", max_shard_size="20KB")
+    index = json.loads((tmp_path / "liquid" / "model.safetensors.index.json").read_text())
+    files_of_codec = {file for name, file in index["weight_map"].items() if "vq_model" in name}
+    without_codec = set(index["weight_map"].values()) - files_of_codec
+    assert without_codec
+    for file in without_codec:
+        (tmp_path / "liquid" / file).unlink()
+    export_base_model(model, tiny_processor(), tmp_path / "reference")
+    (tmp_path / "reference" / "model.safetensors").unlink()
+
+    source = {"dataset": "imagefolder", "data_dir": str(photos)}
+    for layout in ("liquid", "reference"):
+        manifest = tokenize_dataset(tmp_path / layout, tmp_path / f"codes-{layout}", **source)
+        assert manifest["codec"] == codec_identity(model.model.vq_model)
+    assert rows_of(tmp_path / "codes-liquid") == rows_of(tmp_path / "codes-reference")
+
+
+def test_a_repository_without_a_codec_raises(photos, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny_model().save_pretrained(tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights = {name: weight for name, weight in weights.items() if "vq_model" not in name}
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match="holds no codec that fits"):
+        tokenize_dataset(tmp_path / "model", tmp_path / "codes", "imagefolder", data_dir=str(photos))
+
+
+def test_a_codec_keeps_its_identity_through_the_format_of_taming(tmp_path):
+    codec = tiny_codec(norm_num_groups=32, block_out_channels=[32, 32])
+    save_taming_codec(codec, tmp_path)
+    assert codec_identity(load_taming_codec(tmp_path)) == codec_identity(codec)
+
+
+def test_the_identity_of_a_codec_is_that_of_its_weights_and_configuration(checkpoint):
+    codec = tiny_codec()
+    identity = codec_identity(codec)
+    assert len(identity) == 64
+    for dtype in (torch.float32, torch.bfloat16):  # of the language model; the codec stays in fp32
+        loaded = LiquidForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+        assert codec_identity(loaded.model.vq_model) == identity
+    assert codec_identity(tiny_codec(seed=1)) != identity
+    assert codec_identity(tiny_codec(act_fn="relu")) != identity
+    assert codec_identity(tiny_codec(sample_size=16)) == identity
+    assert codec_identity(tiny_codec(block_out_channels=(8, 8))) == identity
+    with torch.no_grad():
+        codec.quantize.embedding.weight[3, 2] += 1e-3
+    assert codec_identity(codec) != identity
+
+
+def test_manifests_are_read_from_the_hub_and_there_is_none_elsewhere(checkpoint, photos, tmp_path, monkeypatch):
+    manifest = tokenize_dataset(checkpoint, tmp_path / "codes", "imagefolder", data_dir=str(photos))
+    # A copy in the cache, as a download leaves it.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository, commit = tmp_path / "hub" / "datasets--someone--codes", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(tmp_path / "codes", repository / "snapshots" / commit)
+    assert read_manifest("someone/codes") == manifest
+    assert read_manifest("someone/texts") is None
+    assert read_manifest(photos) is None
+    assert read_manifest("json") is None
+    assert read_manifest(photos / "metadata.jsonl") is None
+
+
+# Accidents
+
+
+def run_command(output, source, checkpoint, tmp_path, launcher=("-m",)):
+    """`transformers-liquid tokenize` in a process of its own."""
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in source.items()]
+    settings = ["--batch-size=3", "--records-per-shard=2", "--grids", "4x4", "4x2"]
+    environment = os.environ | {
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    return subprocess.Popen(
+        [
+            *(sys.executable, *launcher, "transformers_liquid", "tokenize", *arguments),
+            *(f"--model={checkpoint}", f"--output={output}", *settings),
+        ],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+IN_THIS_PROCESS = {"batch_size": 3, "records_per_shard": 2, "grids": [(4, 4), (4, 2)]}
+
+
+def test_a_killed_run_goes_on_and_the_result_is_identical(checkpoint, photos, tmp_path):
+    source = as_json(photos, tmp_path)
+    tokenize_dataset(checkpoint, tmp_path / "whole", **source, **IN_THIS_PROCESS)
+
+    # A pipe in place of the eighth picture: whoever reads it waits for ever.
+    (photos / "07.png").rename(tmp_path / "kept.png")
+    os.mkfifo(photos / "07.png")
+    output = tmp_path / "codes"
+    process = run_command(output, source, checkpoint, tmp_path)
+    deadline = time.monotonic() + 120
+    while len(list(output.glob("data/*.parquet"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    finished = {path: path.stat().st_mtime_ns for path in output.glob("data/*.parquet")}
+    assert sorted(path.name for path in finished) == [f"train-0000{n}.parquet" for n in range(3)]
+    with pytest.raises(ValueError, match="is not finished"):
+        read_manifest(output)
+    # What a kill in the middle of a write leaves behind.
+    (output / "data" / "train-00003.unfinished").write_bytes(b"half")
+
+    (photos / "07.png").unlink()
+    (tmp_path / "kept.png").rename(photos / "07.png")
+    tokenize_dataset(checkpoint, output, **source, **IN_THIS_PROCESS)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    whole, gone_on = files_of(tmp_path / "whole"), files_of(output)
+    assert whole.pop("README.md") != gone_on.pop("README.md")  # their titles
+    assert gone_on == whole
+
+
+def test_two_processes_write_what_one_writes(checkpoint, photos, tmp_path):
+    source = {"dataset": "imagefolder", "data_dir": str(photos)}
+    tokenize_dataset(checkpoint, tmp_path / "one" / "codes", **source, **IN_THIS_PROCESS)
+    # What `accelerate launch` starts several processes with; for CPUs alone it would ask for MPI.
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
+    process = run_command(tmp_path / "two" / "codes", source, checkpoint, tmp_path, launcher)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.count("9 pictures as codes, 2 skipped") == 1
+    assert files_of(tmp_path / "two" / "codes") == files_of(tmp_path / "one" / "codes")
+
+
+def test_streams_go_on_where_they_stopped(checkpoint, photos, tmp_path):
+    source = as_parquet(photos, tmp_path)
+    settings = IN_THIS_PROCESS | {"streaming": True}
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source, **settings)
+    whole = files_of(tmp_path / "codes")
+    for shard in (1, 4):
+        (tmp_path / "codes" / "data" / f"train-0000{shard}.parquet").unlink()
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source, **settings)
+    assert files_of(tmp_path / "codes") == whole
+
+
+def test_other_settings_are_refused_and_nothing_is_changed(checkpoint, photos, tmp_path):
+    source = as_json(photos, tmp_path)
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    before = files_of(tmp_path / "codes")
+    other = tiny_model(seed=1)
+    other.save_pretrained(tmp_path / "other")
+    for settings, message in [
+        ({"grids": [(4, 2)]}, r"grids was \[\[4, 4\]\] and is now \[\[4, 2\]\]"),
+        ({"framing": "pad"}, "framing was 'crop' and is now 'pad'"),
+        ({"model": tmp_path / "other"}, "codec was '.{64}' and is now '.{64}'"),
+        ({"streaming": True}, "streaming was False and is now True"),
+        ({"records_per_shard": 5, "kind": "caption"}, "kind was .*; records_per_shard was 1000 and is now 5"),
+        ({"text_column": "image_path"}, "text_column was 'text' and is now 'image_path'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tokenize_dataset(**{"model": checkpoint, "output": tmp_path / "codes", **source, **settings})
+    with open(photos / "l.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"image_path": "00.png", "text": "one more"}))
+    with pytest.raises(ValueError, match="num_records was 11 and is now 12"):
+        tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    assert files_of(tmp_path / "codes") == before
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"text_column": "words"},
+            "no column words, only image, text: name the one that holds the texts with text_col",
+        ),
+        ({"image_column": "photo"}, "no column photo, only image, text"),
+        ({"text_column": "text.en"}, "no column text.en, only image, text"),
+        ({"image_column": "text", "text_column": "image"}, "'image' holds dict: expected texts"),
+        ({"split": "validation"}, "cannot be read: Unknown split"),
+        ({"data_dir": "nowhere"}, "cannot be read: .*nowhere"),
+        ({"grids": []}, "at least one"),
+        ({"grids": [(4, 0)]}, "all positive"),
+        ({"grids": [(4, 4), (2, 2)]}, "same proportions"),
+        ({"framing": "stretch"}, "framing must be one of crop, pad, got 'stretch'"),
+        ({"kind": "text"}, "kind must be one of text_to_image, caption, got 'text'"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"data_dir": None, "data_files": ["a/x.png", "b/y.png"]}, "several folders"),
+    ],
+)
+def test_bad_arguments_raise_and_nothing_is_written(settings, message, checkpoint, photos, tmp_path):
+    arguments = {"dataset": "imagefolder", "data_dir": str(photos), **settings}
+    with pytest.raises(ValueError, match=message):
+        tokenize_dataset(checkpoint, tmp_path / "codes", **arguments)
+    assert not (tmp_path / "codes").exists()
+
+
+def test_pictures_without_texts_raise_and_the_message_says_how_to_give_them(checkpoint, photos, tmp_path):
+    (photos / "metadata.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"no column text or caption or txt, only image: .* metadata\.jsonl"):
+        tokenize_dataset(checkpoint, tmp_path / "codes", "imagefolder", data_dir=str(photos))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name", "streaming", "message"),
+    [
+        ("json", "broken.jsonl", False, "cannot be read: .*quotation mark"),
+        ("json", "broken.jsonl", True, "cannot be read: .*quotation mark"),
+        ("parquet", "empty.parquet", False, "cannot be read: .*no data"),
+        ("parquet", "empty.parquet", True, "is empty"),
+        ("json", "missing.jsonl", False, "cannot be read: Unable to find .*missing.jsonl"),
+    ],
+)
+def test_unreadable_and_empty_sources_raise(dataset, name, streaming, message, checkpoint, tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"image_path": "a.png", "te')
+    datasets.Dataset.from_dict({"image": [], "text": []}).to_parquet(tmp_path / "empty.parquet")
+    arguments = {"dataset": dataset, "data_files": str(tmp_path / name), "streaming": streaming}
+    with pytest.raises(ValueError, match=message):
+        tokenize_dataset(checkpoint, tmp_path / "codes", **arguments)
+    assert not (tmp_path / "codes").exists()
+
+
+def test_a_stream_that_breaks_off_raises_and_finished_shards_are_kept(checkpoint, photos, tmp_path):
+    as_json(photos, tmp_path)
+    (photos / "m.jsonl").write_text('{"image_path": "a.png", "te')
+    files = [str(photos / "l.jsonl"), str(photos / "m.jsonl")]
+    with pytest.raises(ValueError, match=r"cannot be read after record 10 .*Finished shards are kept"):
+        tokenize_dataset(checkpoint, tmp_path / "codes", "json", data_files=files, streaming=True, **IN_THIS_PROCESS)
+    assert (tmp_path / "codes" / "data" / "train-00001.parquet").exists()
+
+
+def test_records_that_are_all_broken_raise(checkpoint, tmp_path):
+    source = write_json(tmp_path / "l.jsonl", [{"image_path": f"{n}.png", "text": "a"} for n in range(3)])
+    with pytest.raises(ValueError, match=r"All 3 records had to be skipped, .*No such file.*Delete"):
+        tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+
+
+def test_a_folder_of_something_else_is_left_alone(checkpoint, photos):
+    before = files_of(photos)
+    with pytest.raises(ValueError, match="holds something else"):
+        tokenize_dataset(checkpoint, photos, "imagefolder", data_dir=str(photos))
+    assert files_of(photos) == before
+
+
+def test_without_datasets_the_message_says_what_to_install(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'pip install "transformers-liquid\[train\]"'):
+        tokenize_dataset(checkpoint, tmp_path / "codes", "imagefolder")
+
+
+def test_the_command_says_in_one_line_what_is_wrong(checkpoint, photos, tmp_path, capsys):
+    arguments = ["--dataset", "imagefolder", "--data-dir", str(photos), "--output", str(tmp_path / "codes")]
+    for wrong, message in [(["--text-column=words"], "no column words"), (["--grids", "4x4", "4"], "ROWSxCOLUMNS")]:
+        assert main(["tokenize", *arguments, "--model", str(checkpoint), *wrong]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("transformers-liquid: error: ") and message in error
