@@ -241,8 +241,7 @@ def test_indices_are_returned_on_request(processor, packing):
     batch = collate(processor, *records, packing=packing, return_indices=True)
     assert batch["record_indices"].tolist() == [7, 3] and batch["record_indices"].dtype == torch.int64
     assert "record_indices" not in collate(processor, *records, packing=packing)
-    with pytest.raises(ValueError, match="needs records with an 'index'"):
-        collate(processor, TEXT, return_indices=True)
+    assert collate(processor, TEXT, return_indices=True)["record_indices"].tolist() == [-1]
 
 
 # Draws

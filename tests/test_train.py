@@ -215,7 +215,7 @@ def test_records_that_are_too_long_are_dropped_on_request_only(folder, tmp_path)
     rows.append({"kind": "text_to_image", "text": "picture", "codes": list(range(16)), "grid": [4, 4]})
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = config(folder, tmp_path / "run", datasets=[str(tmp_path / "mixed.jsonl")], max_length=15)
-    with pytest.raises(ValueError, match="1 of the 4 records of .*mixed.jsonl do not fit into max_length=15"):
+    with pytest.raises(ValueError, match=r"1 of the 4 records of .*mixed\.jsonl do not fit into max_length=15"):
         build_trainer(*parse_arguments(argv))
     argv = [*argv, "--too_long", "drop", "--output_dir", str(tmp_path / "dropped")]
     assert [record["kind"] for record in build_trainer(*parse_arguments(argv)).train_dataset] == ["text"] * 3
@@ -225,7 +225,7 @@ def test_a_run_does_not_go_on_with_other_settings(folder, tmp_path):
     argv = config(folder, tmp_path / "run", save_steps=1)
     main(argv)
     with pytest.raises(
-        ValueError, match="of another run: caption_probability was 0.2, now 0.5; learning_rate was 0.01"
+        ValueError, match=r"of another run: caption_probability was 0\.2, now 0\.5; learning_rate was 0\.01"
     ):
         main([*argv, "--learning_rate", "0.1", "--caption_probability", "0.5"])
     assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").exists()

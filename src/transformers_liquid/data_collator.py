@@ -56,7 +56,8 @@ class LiquidDataCollator:
         pad_to_multiple_of (`int`, *optional*): Row lengths are rounded up to a multiple of this.
         packing (`bool`, defaults to `False`): Put all records of a batch into one row without pads. Positions begin at
             0 again with each, by which transformers keeps them apart; see [`check_packing`].
-        return_indices (`bool`, defaults to `False`): Add the records' `"index"`, for those who report on them.
+        return_indices (`bool`, defaults to `False`): Add the records' `"index"`, -1 for none, for those who report on
+            them.
         seed (`int`, defaults to 0): Of the draws. A record with an `"index"` (int) gets the same draws whatever the
             batch and the worker it is in, different ones in each epoch that `set_epoch` announces; others draw from
             a running generator (one per data loader worker).
@@ -97,9 +98,7 @@ class LiquidDataCollator:
         batch = self._pack(rows) if self.packing else self._pad(rows)
         if self.return_indices:
             indices = [record.get("index") for record in records]
-            if None in indices:
-                raise ValueError("return_indices=True needs records with an 'index', as `mix_records` gives them.")
-            batch["record_indices"] = torch.tensor(indices)
+            batch["record_indices"] = torch.tensor([-1 if index is None else index for index in indices])
         return batch
 
     def set_epoch(self, epoch: int) -> None:

@@ -20,8 +20,9 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .data_collator import LiquidDataCollator
 from .data_mixture import drop_too_long, load_records, mix_records
@@ -199,9 +200,14 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Li
     """
     set_seed(args.seed)
     # 1. What is trained
+    if args.deepspeed_plugin is not None:
+        # Loaded whole, and spread over the processes later: before, its codec and its packing are looked at.
+        unset_hf_deepspeed_config()
     model = LiquidForCausalLM.from_pretrained(
         model_args.model, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
     )
+    if args.deepspeed_plugin is not None:
+        args.deepspeed_plugin.set_deepspeed_weakref()
     processor = LiquidProcessor.from_pretrained(model_args.model)
     processor.check_fits(model.config)
     if model_args.max_z_loss_coef is not None:
