@@ -45,7 +45,8 @@ class LiquidTrainer(Trainer):
         kwargs: As for the Trainer.
 
     Raises:
-        ValueError: If the collator is another one, or packs records for a base that cannot keep them apart.
+        ValueError: If the collator is another one, or packs records for a base that cannot keep them apart; or with
+            FSDP, if there is LoRA on a tied base.
     """
 
     def __init__(self, *args: Any, data_collator: LiquidDataCollator, **kwargs: Any):
@@ -55,9 +56,19 @@ class LiquidTrainer(Trainer):
         super().__init__(*args, data_collator=data_collator, **kwargs)
         # The Trainer turns the cache off for good, and saved models would draw slowly. With labels none is used anyway.
         self.model.config.use_cache = True
-        if self.args.max_grad_norm is None:
-            is_large = sum(weight.numel() for weight in self.model.parameters()) >= 7e9
-            self.args.max_grad_norm = 0.5 if is_large else 1.0
+        adapters = {config.peft_type for config in getattr(self.model, "peft_config", {}).values()}
+        if self.is_fsdp_enabled and "LORA" in adapters and self.model.config.tie_word_embeddings:
+            raise ValueError(
+                "FSDP cannot shard LoRA on a base whose head is tied to its embeddings: train it with DDP, or train the "
+                "whole model."
+            )
+        # DeepSpeed rounds all weights to the type that it trains in.
+        codec = liquid_model(self.model).model.vq_model if self.is_deepspeed_enabled else torch.nn.Module()
+        self._codec = {f"model.vq_model.{name}": tensor.cpu().clone() for name, tensor in codec.state_dict().items()}
+        if not all(tensor.numel() for tensor in self._codec.values()):
+            raise ValueError(
+                "With ZeRO-3, load the model before the TrainingArguments are made: its codec is in pieces."
+            )
         if data_collator.packing:
             check_packing(liquid_model(self.model))
         self.eval_data_collator = dataclasses.replace(
@@ -67,6 +78,9 @@ class LiquidTrainer(Trainer):
         self._token_stats = {"train": 0.0, "eval": 0.0}
 
     def create_accelerator_and_postprocess(self) -> None:
+        if self.args.max_grad_norm is None:  # here, because DeepSpeed is told now
+            is_large = sum(weight.numel() for weight in self.model.parameters()) >= 7e9
+            self.args.max_grad_norm = 0.5 if is_large else 1.0
         super().create_accelerator_and_postprocess()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
@@ -95,9 +109,9 @@ class LiquidTrainer(Trainer):
             FloatingPointError: If the loss is not finite, naming the step and the records.
         """
         inputs = dict(inputs)
-        indices = inputs.pop("record_indices", None)
+        indices = inputs.pop("record_indices")
         counts = True
-        if not model.training and indices is not None:
+        if not model.training:
             inputs["labels"], counts = self._labels_without_repeats(inputs, len(indices))
         loss, outputs = super().compute_loss(
             model, {**inputs, "skip_logits": True}, return_outputs=True, num_items_in_batch=num_items_in_batch
@@ -105,7 +119,7 @@ class LiquidTrainer(Trainer):
         if not loss.isfinite():
             raise FloatingPointError(
                 f"The loss is {float(loss)} in step {self.state.global_step + 1}, on the records with index "
-                f"{'unknown' if indices is None else indices.tolist()}. Look at these records; or lower learning_rate, "
+                f"{indices.tolist()} (-1: unknown). Look at these records; or lower learning_rate, "
                 "or train in bf16 instead of fp16. Continue from an earlier checkpoint."
             )
         if outputs.get("token_stats") is not None:
@@ -161,7 +175,9 @@ class LiquidTrainer(Trainer):
         if state_dict is not None:
             # Gathered from all processes, tied weights are no longer one tensor and would be saved twice.
             tied = liquid_model(self.model).all_tied_weights_keys
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+            state_dict = {
+                name: self._codec.get(name, tensor) for name, tensor in state_dict.items() if name not in tied
+            }
         super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
