@@ -3,15 +3,18 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import BASES, CODEBOOK_SIZE, tiny_base, tiny_model, tiny_processor
+from tiny import BASES, BOI_ID, CODEBOOK_SIZE, tiny_base, tiny_model, tiny_processor
 
 from transformers_liquid import LiquidDataCollator
 from transformers_liquid.data_collator import check_packing
+from transformers_liquid.packed_attention import use_packed_attention
 
 
 # A state space model carries its state on; OPT counts positions itself.
 UNPACKABLE = ["mamba", "opt"]
 PACKABLE = [base for base in BASES if base not in UNPACKABLE]
+COMBINATIONS = [(base, attention) for base in PACKABLE for attention in ("packed_sdpa", "sdpa", "eager")]
+COMBINATIONS.append(("opt", "packed_sdpa"))
 CODES = [code % CODEBOOK_SIZE for code in range(3, 19)]
 RECORDS = [
     {"kind": "text_to_image", "text": "red", "codes": CODES, "index": 0},
@@ -23,7 +26,7 @@ RECORDS = [
 
 def build_model(base, attention):
     model = tiny_model(base)
-    if attention == "sdpa" and not model.model.text_model._supports_sdpa:
+    if attention.endswith("sdpa") and not model.model.text_model._supports_sdpa:
         pytest.skip(f"{base} has no sdpa")
     model.set_attn_implementation(attention)
     return model
@@ -40,8 +43,7 @@ def gradients(model, batch, **kwargs):
     return loss, {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("base", PACKABLE)
+@pytest.mark.parametrize(("base", "attention"), COMBINATIONS)
 def test_a_packed_row_gives_the_loss_and_gradients_of_padded_rows(base, attention):
     model = build_model(base, attention)
     padded, packed = collate(), collate(packing=True)
@@ -56,8 +58,7 @@ def test_a_packed_row_gives_the_loss_and_gradients_of_padded_rows(base, attentio
             torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-5 * scale + 1e-7, msg=name)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("base", PACKABLE)
+@pytest.mark.parametrize(("base", "attention"), COMBINATIONS)
 @torch.no_grad()
 def test_each_record_of_a_packed_row_has_the_logits_it_has_alone(base, attention):
     model = build_model(base, attention)
@@ -98,3 +99,61 @@ def test_a_model_that_ignores_restarting_positions_is_refused(base):
     model.model.text_model.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
     with pytest.raises(ValueError, match="by 100% of what running them on"):
         check_packing(model)
+
+
+# packed_sdpa
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_sdpa_runs_record_by_record_wherever_that_works(base):
+    model = tiny_model(base)
+    if base == "mamba":
+        with pytest.raises(ValueError, match="does not keep the records of a packed row apart"):
+            use_packed_attention(model)
+        return
+    use_packed_attention(model)
+    expected = "packed_sdpa" if model.model.text_model._supports_sdpa else "eager"
+    assert model.config.get_text_config()._attn_implementation == expected
+
+
+def test_a_base_that_hides_its_positions_from_its_attention_keeps_sdpa(monkeypatch):
+    model = tiny_model("llama")
+    for layer in model.model.text_model.model.layers:
+        forward = layer.self_attn.forward
+        monkeypatch.setattr(
+            layer.self_attn, "forward", lambda *args, position_ids, forward=forward, **kwargs: forward(*args, **kwargs)
+        )
+    use_packed_attention(model)
+    assert model.config.get_text_config()._attn_implementation == "sdpa"
+
+
+def test_no_pairs_of_tokens_of_different_records_are_computed():
+    model, batch = build_model("llama", "packed_sdpa"), collate(packing=True)
+    lengths = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+    torch.nn.functional.scaled_dot_product_attention = lambda query, *args, **kwargs: (
+        lengths.append(query.shape[2]) or attention(query, *args, **kwargs)
+    )
+    try:
+        model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = attention
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    expected = [end - start for start, end in zip(starts, [*starts[1:], batch["input_ids"].shape[1]], strict=True)]
+    assert lengths == expected * model.config.get_text_config().num_hidden_layers
+
+
+@pytest.mark.parametrize("base", ["llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_pictures_and_padded_batches_are_those_of_sdpa(base, cache):
+    ids, mask = torch.randint(7, 250, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    ids[0, :4], mask[0, :4], ids[:, -1] = 0, 0, BOI_ID
+    found = []
+    for attention in ("sdpa", "packed_sdpa"):
+        model = build_model(base, attention)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        logits = model(**inputs).logits[:, 4:]
+        settings = {"generation_mode": "image", "do_sample": False, "guidance_scale": 2.0}
+        found.append((logits, model.generate(**inputs, **settings, cache_implementation=cache)))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])

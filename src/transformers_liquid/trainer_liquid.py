@@ -18,9 +18,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from .data_collator import IGNORE_INDEX, LiquidDataCollator, check_packing
+from .data_collator import IGNORE_INDEX, LiquidDataCollator
 from .image_processing_liquid import contact_sheet
 from .modeling_liquid import LiquidForCausalLM
+from .packed_attention import use_packed_attention
 from .pipeline_liquid import LiquidImageGenerationPipeline
 
 
@@ -70,7 +71,7 @@ class LiquidTrainer(Trainer):
                 "With ZeRO-3, load the model before the TrainingArguments are made: its codec is in pieces."
             )
         if data_collator.packing:
-            check_packing(liquid_model(self.model))
+            use_packed_attention(liquid_model(self.model))
         self.eval_data_collator = dataclasses.replace(
             data_collator, unconditional_probability=0.0, caption_probability=0.0
         )
