@@ -119,7 +119,7 @@ class LiquidTrainer(Trainer):
         )
         if not loss.isfinite():
             raise FloatingPointError(
-                f"The loss is {float(loss)} in step {self.state.global_step + 1}, on the records with index "
+                f"The loss is {loss.item()} in step {self.state.global_step + 1}, on the records with index "
                 f"{indices.tolist()} (-1: unknown). Look at these records; or lower learning_rate, "
                 "or train in bf16 instead of fp16. Continue from an earlier checkpoint."
             )
