@@ -83,7 +83,9 @@ def main(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     print(f"{torch.get_num_threads()} threads, {args.rounds} rounds")
-    results = {
+    # Parts that are not run now stay in the file as they are.
+    results = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
+    results |= {
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -221,10 +223,10 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any]:
             num_attention_heads=1,
             num_key_value_heads=1,
         )
-        config = LiquidConfig(text_config=text_config, vq_config=CHAMELEON_VQ_CONFIG, image_size=128)
+        config = LiquidConfig(text_config=text_config, vq_config=CHAMELEON_VQ_CONFIG, image_size=256)
         LiquidForCausalLM._from_config(config).save_pretrained(chameleon)
         for name, model, number, batch_size in (
-            ("Chameleon's codec, 128 x 128", chameleon, 16, 8),
+            ("Chameleon's codec, 256 x 256", chameleon, 16, 8),
             ("liquid-emoji's codec, 64 x 64", EMOJI_CHECKPOINT, 256, 16),
         ):
             results[name] = tokenize_with(name, model, number, batch_size, args.rounds, Path(folder))
