@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.utils.data import get_worker_info
 
+from .loss_liquid import IGNORE_INDEX
 from .processing_liquid import TEXT_TO_IMAGE_INSTRUCTIONS, LiquidProcessor, TooLongError
 
 
-IGNORE_INDEX = -100
 RECORD_KINDS = ("text_to_image", "caption", "text", "interleaved", "conversation")
 
 

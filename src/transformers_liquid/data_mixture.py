@@ -124,9 +124,10 @@ def drop_too_long(
     kept = dataset.filter(collator.fits, desc="leaving out what is too long")
     if not len(kept):
         raise ValueError(f"None of the {len(dataset)} records fits into max_length={collator.max_length}: raise it.")
-    logger.warning(
-        f"{len(dataset) - len(kept)} of {len(dataset)} records do not fit into {collator.max_length} tokens."
-    )
+    if len(kept) < len(dataset):
+        logger.warning(
+            f"{len(dataset) - len(kept)} of {len(dataset)} records do not fit into {collator.max_length} tokens."
+        )
     return kept
 
 

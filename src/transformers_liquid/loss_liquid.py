@@ -223,9 +223,7 @@ def _logits_function(
     Returns:
         A function from `(N, hidden)`, or `(N, vocabulary)` if `given_logits`, to logits `(N, vocabulary)`.
     """
-    view = copy.copy(text_model)
-    view.__dict__["_modules"] = dict(text_model._modules)
-    view.__dict__.pop("forward", None)  # accelerate's hooks bind it to the original module
+    view = shallow_copy(text_model)
     view._modules[text_model.base_model_prefix] = _Given(output_class)
     head = text_model.get_output_embeddings()
     if given_logits:
@@ -233,6 +231,15 @@ def _logits_function(
     elif isinstance(head, FSDPModule):
         view.set_output_embeddings(_InPlaceOfHead(head, head.forward))
     return lambda given: view(inputs_embeds=given[None], use_cache=False).logits[0]
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """A module that shares every child and weight, but whose children can be swapped without touching the original."""
+    view = copy.copy(module)
+    view.__dict__["_modules"] = dict(module._modules)
+    # accelerate's hooks bind `forward` to the original module.
+    view.__dict__.pop("forward", None)
+    return view
 
 
 class _Given(nn.Module):

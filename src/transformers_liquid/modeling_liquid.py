@@ -6,7 +6,6 @@ stays its own. Images exist only as token ids: nothing here but the codec knows 
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import Any
 
@@ -32,7 +31,7 @@ from .generation_liquid import (
     SuppressImageTokensLogitsProcessor,
     generate_image_tokens,
 )
-from .loss_liquid import LiquidCausalLMOutputWithPast, chunked_causal_lm_loss, image_targets, next_labels
+from .loss_liquid import LiquidCausalLMOutputWithPast, chunked_causal_lm_loss, image_targets, next_labels, shallow_copy
 from .model_card import write_model_card
 from .modeling_liquid_vq import LiquidVQModel
 
@@ -485,8 +484,8 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         Weights are shared and this model is left as it is. The base's own head path still runs, so soft-capping,
         scaling and biases hold. Its generation config is empty: what the base has there is about text.
         """
-        view, view.model = _shallow_copy(self), _shallow_copy(self.model)
-        view.model.text_model = _shallow_copy(self.model.text_model)
+        view, view.model = shallow_copy(self), shallow_copy(self.model)
+        view.model.text_model = shallow_copy(self.model.text_model)
         view.set_output_embeddings(_sliced_head(self.get_output_embeddings(), self.config.image_slice))
         view.generation_config = GenerationConfig()
         return view
@@ -497,15 +496,6 @@ def _placeholder_runs(is_placeholder: torch.Tensor) -> list[tuple[int, int, int]
     edges = nn.functional.pad(is_placeholder.int(), (1, 1)).diff(dim=1)
     starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
     return [(row, start, end - start) for (row, start), (_, end) in zip(starts, ends, strict=True)]
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    """A module that shares every child and weight, but whose children can be swapped without touching the original."""
-    view = copy.copy(module)
-    view.__dict__["_modules"] = dict(module._modules)
-    # accelerate's hooks bind `forward` to the original module.
-    view.__dict__.pop("forward", None)
-    return view
 
 
 def _sliced_head(head: nn.Module, rows: slice) -> nn.Module:
