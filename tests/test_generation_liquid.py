@@ -72,7 +72,7 @@ def code_scores(model, ids: list[int]) -> torch.Tensor:
 def oracle(
     model,
     prompt,
-    uniforms=None,
+    noise=None,
     unconditional=UNCONDITIONAL_PROMPT,
     codes=4,
     guidance_scale=7.0,
@@ -81,7 +81,7 @@ def oracle(
     top_k=CODES,
     top_p=1.0,
 ):
-    """One picture: two forwards per code over everything so far; greedy without uniforms."""
+    """One picture: two forwards per code over everything so far; greedy without noise."""
     drawn = []
     for step in range(codes):
         conditional = code_scores(model, prompt + drawn)
@@ -94,7 +94,7 @@ def oracle(
             support = conditional.softmax(0)
             candidates = [code for code in candidates if support[code] >= guidance_min_p * support.max()]
         candidates = sorted(candidates, key=lambda code: -scores[code])
-        if uniforms is None:
+        if noise is None:
             drawn.append(OFFSET + candidates[0])
             continue
         candidates = candidates[:top_k]
@@ -104,18 +104,13 @@ def oracle(
             if mass < top_p * sum(weights.values()):
                 kept.append(code)
             mass += weights[code]
-        target, reached = uniforms[step] * sum(weights[code] for code in kept), 0.0
-        for code in sorted(kept):
-            reached += weights[code]
-            if reached > target:
-                break
-        drawn.append(OFFSET + code)
+        drawn.append(OFFSET + max(kept, key=lambda code: scores[code] / temperature + noise[step][code]))
     return drawn
 
 
-def uniforms(seed: int, steps: int = 4) -> list[float]:
+def gumbel(seed: int, steps: int = 4) -> list[list[float]]:
     generator = torch.Generator().manual_seed(seed)
-    return [float(torch.rand(1, generator=generator)) for _ in range(steps)]
+    return [[-math.log(-math.log(number)) for number in torch.rand(CODES, generator=generator)] for _ in range(steps)]
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
@@ -141,20 +136,17 @@ SAMPLING = [
 
 
 @pytest.mark.parametrize("settings", SAMPLING)
-def test_sampling_inverts_the_guided_and_filtered_distribution(model, settings):
+def test_sampling_takes_the_best_noisy_score_of_the_guided_and_filtered_codes(model, settings):
     ids = draw(model, **settings, generator=generators(1, 2, 3))
-    expected = [oracle(model, prompt, uniforms(seed), **settings) for seed, prompt in enumerate(PROMPTS, 1)]
+    expected = [oracle(model, prompt, gumbel(seed), **settings) for seed, prompt in enumerate(PROMPTS, 1)]
     assert ids.tolist() == expected
 
 
 def test_one_generator_draws_for_the_rows_of_a_step_in_order(llama):
     settings = SAMPLING[1]
     generator = torch.Generator().manual_seed(5)
-    steps = [torch.rand(3, generator=generator).tolist() for _ in range(4)]
-    expected = [
-        oracle(llama, prompt, numbers, **settings)
-        for prompt, numbers in zip(PROMPTS, zip(*steps, strict=True), strict=True)
-    ]
+    noise = torch.stack([-(-torch.rand(3, CODES, generator=generator).log()).log() for _ in range(4)])
+    expected = [oracle(llama, prompt, noise[:, row].tolist(), **settings) for row, prompt in enumerate(PROMPTS)]
     assert draw(llama, **settings, generator=torch.Generator().manual_seed(5)).tolist() == expected
 
 
@@ -220,7 +212,7 @@ def test_prompts_without_bos_get_an_unconditional_prompt_without_bos(llama):
 def test_num_return_sequences_keeps_the_pictures_of_a_prompt_together(llama):
     settings = {"guidance_scale": 2.0, "temperature": 1.5, "top_k": CODES, "top_p": 1.0}
     ids = draw(llama, **settings, num_return_sequences=2, generator=generators(*range(6)))
-    expected = [oracle(llama, PROMPTS[seed // 2], uniforms(seed), **settings) for seed in range(6)]
+    expected = [oracle(llama, PROMPTS[seed // 2], gumbel(seed), **settings) for seed in range(6)]
     assert ids.tolist() == expected
     assert len({tuple(picture) for picture in expected}) > 3
 

@@ -1,4 +1,4 @@
-"""Drawing pictures with `generate()`: logits processors, settings, and the image decoding loop."""
+"""Drawing pictures with `generate()`: logits processors, settings, and what happens before the decoding loop."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
-from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
+from transformers.generation import StoppingCriteriaList
+from transformers.generation.configuration_utils import STATIC_CACHE_IMPLEMENTATIONS
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .configuration_liquid import LiquidConfig
+from .sampling_liquid import sample_image_tokens
+from .speculative_liquid import check_speculative, speculative_sample_image_tokens
 
 
 if TYPE_CHECKING:
@@ -30,7 +33,18 @@ DEFAULT_IMAGE_GENERATION_CONFIG: dict[str, Any] = {
 
 # What of transformers' generation settings has a meaning for a fixed number of codes.
 _IMAGE_SETTINGS = {
-    *("guidance_scale", "guidance_min_p", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+    *(
+        "guidance_scale",
+        "guidance_min_p",
+        "guidance_interval",
+        "speculative",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "typical_p",
+    ),
     *("epsilon_cutoff", "eta_cutoff", "top_h", "renormalize_logits", "remove_invalid_values", "max_time"),
     *("num_return_sequences", "use_cache", "cache_implementation", "cache_config", "max_cache_len"),
     *("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"),
@@ -103,13 +117,17 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             raise ValueError(
                 f"Guidance needs conditional and unconditional rows in equal number, got {len(scores)} rows."
             )
+        return self.guide(scores).repeat(2, 1)
+
+    def guide(self, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """The guided scores of every pair, once: `(2 B, vocabulary)` to `(B, vocabulary)`."""
         conditional, unconditional = scores.chunk(2)
         guided = torch.lerp(unconditional, conditional, self.guidance_scale)
         # What is forbidden in both rows stays forbidden: -inf minus -inf would be NaN.
         excluded = conditional == -torch.inf
         if self.log_min_p is not None:
             excluded = conditional < conditional.amax(-1, keepdim=True) + self.log_min_p
-        return guided.masked_fill(excluded, -torch.inf).repeat(2, 1)
+        return guided.masked_fill(excluded, -torch.inf)
 
 
 def generate_image_tokens(
@@ -132,13 +150,17 @@ def generate_image_tokens(
 
     1. settings: the defaults, then the model's, then the caller's;
     2. rows: the conditional ones, then the unconditional ones, padded together;
-    3. transformers' `generate()` prepares cache, processors and criteria, and runs [`sample_image_tokens`].
+    3. transformers' `generate()` prepares cache, processors and criteria, and runs [`sample_image_tokens`] or
+       [`speculative_liquid.speculative_sample_image_tokens`].
     """
     settings, model_kwargs = _image_settings(model, generation_config, kwargs)
     guidance_scale = settings.pop("guidance_scale")
     guidance = GuidanceLogitsProcessor(guidance_scale, settings.pop("guidance_min_p", None))
     rows, columns = model.config.grid(height, width)
-    _check_image_inputs(model, input_ids, rows * columns, generator, settings.get("num_return_sequences") or 1)
+    num_codes = rows * columns
+    guided = guided_codes(settings.pop("guidance_interval", None), num_codes)
+    window = check_speculative(settings.pop("speculative", None), num_codes, settings)
+    _check_image_inputs(model, input_ids, num_codes, generator, settings.get("num_return_sequences") or 1)
 
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -150,115 +172,80 @@ def generate_image_tokens(
             (input_ids, attention_mask),
             _repeat_to(batch_size, negative_prompt_ids, negative_prompt_attention_mask),
         )
-        check_context(model, input_ids, rows * columns)
+        check_context(model, input_ids, num_codes)
     if streamer is not None:
         streamer.put(input_ids[:batch_size].cpu())
 
-    loop = functools.partial(
-        sample_image_tokens,
-        guidance=guidance if guidance_scale > 1 else None,
-        generator=generator,
-        image_streamer=streamer,
-    )
+    has_own_processors = bool(logits_processor)
+    if _compiles_by_default(model, settings, model_kwargs, has_own_processors):
+        settings["cache_implementation"] = "static"
+    loop, options = sample_image_tokens, {}
+    if window is not None:
+        loop, options = speculative_sample_image_tokens, {"window": window}
+    if settings.get("cache_implementation") in STATIC_CACHE_IMPLEMENTATIONS:
+        # Room for drafts beyond the last code, and the same for prompts of similar length: one graph serves them all.
+        length = input_ids.shape[1] + num_codes + (window or 0)
+        settings["max_cache_len"] = max(settings.get("max_cache_len") or 0, math.ceil(length / 128) * 128)
     # The view has logits of the image rows only, so processors and scores are `codebook_size` wide.
     return GenerationMixin.generate(
         model.image_head_view(),
         input_ids,
         attention_mask=attention_mask,
-        generation_config=GenerationConfig(max_new_tokens=rows * columns, **settings),
+        generation_config=GenerationConfig(max_new_tokens=num_codes, **settings),
         logits_processor=logits_processor,
         stopping_criteria=stopping_criteria,
-        custom_generate=loop,
+        custom_generate=functools.partial(
+            loop,
+            guidance=guidance if guidance_scale > 1 else None,
+            guided=guided,
+            generator=generator,
+            image_streamer=streamer,
+            processors_see_ids=has_own_processors,
+            **options,
+        ),
         **model_kwargs,
     )
 
 
-def sample_image_tokens(
-    model: LiquidForCausalLM,
-    input_ids: torch.LongTensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    guidance: GuidanceLogitsProcessor | None = None,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    image_streamer: BaseStreamer | None = None,
-    **model_kwargs: Any,
-) -> ModelOutput | torch.LongTensor:
-    """The image decoding loop: one forward for all rows, guidance, filters, one draw for both rows of a pair.
+def guided_codes(interval: tuple[float, float] | None, num_codes: int) -> range:
+    """The positions of the codes that `guidance_interval` lets guidance act on.
 
     Args:
-        model ([`LiquidForCausalLM`]): A view whose logits are those of the codes
-            ([`~LiquidForCausalLM.image_head_view`]).
-        input_ids (`torch.LongTensor` of shape `(R, L)`): R = B, or 2 B with guidance: conditional, then unconditional.
-        logits_processor, stopping_criteria, generation_config, model_kwargs: As prepared by `generate()`.
-        guidance ([`GuidanceLogitsProcessor`], *optional*): Merges the halves.
-        generator (`torch.Generator` or a list of B of them, *optional*): For the draws.
-        image_streamer (`BaseStreamer`, *optional*): Receives the B new ids of every step.
+        interval (`tuple[float, float]`, *optional*): Start and stop as fractions of the picture's codes.
+        num_codes (`int`): Of the picture.
 
-    Returns:
-        `torch.LongTensor` of shape `(B, new ids)`, or a `GenerateDecoderOnlyOutput`.
+    Raises:
+        ValueError: Unless 0 <= start < stop <= 1.
     """
-    offset = model.config.image_token_offset
-    prompt_length = input_ids.shape[1]
-    num_pictures = len(input_ids) // 2 if guidance is not None else len(input_ids)
-    recorded: dict[str, list[Any]] = {
-        name: []
-        for name in ("scores", "logits", "attentions", "hidden_states")
-        if _is_recorded(name, generation_config)
-    }
-
-    outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    while True:
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        # Processors may work in place; recorded logits stay the model's.
-        guided = logits.clone() if guidance is None else guidance(input_ids, logits)[:num_pictures]
-        scores = logits_processor(input_ids[:num_pictures], guided)
-        codes = _draw(scores, generator) if generation_config.do_sample else scores.argmax(-1)
-
-        new_ids = codes + offset
-        input_ids = torch.cat([input_ids, new_ids.repeat(len(input_ids) // num_pictures)[:, None]], dim=1)
-        if image_streamer is not None:
-            image_streamer.put(new_ids.cpu())
-        step = {"scores": scores, "logits": logits, "attentions": outputs.get("attentions")}
-        step["hidden_states"] = outputs.get("hidden_states")
-        for name, values in recorded.items():
-            values.append(step[name])
-        if stopping_criteria(input_ids[:num_pictures], scores).all():
-            break
-        # Freed before the next forward, or two sets of outputs would be alive at once.
-        del outputs, logits
-        inputs = model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
+    if interval is None:
+        return range(num_codes)
+    is_pair = isinstance(interval, (list, tuple)) and len(interval) == 2
+    if (
+        not is_pair
+        or not all(isinstance(end, (int, float)) for end in interval)
+        or not 0 <= interval[0] < interval[1] <= 1
+    ):
+        raise ValueError(
+            "guidance_interval must be two fractions of the picture's codes with 0 <= start < stop <= 1, such as "
+            f"(0.0, 0.75), got {interval!r}."
         )
-        outputs = model(**inputs, return_dict=True)
+    return range(math.ceil(interval[0] * num_codes), math.ceil(interval[1] * num_codes))
 
-    if image_streamer is not None:
-        image_streamer.end()
-    sequences = input_ids[:num_pictures, prompt_length:]
-    if not generation_config.return_dict_in_generate:
-        return sequences
-    return GenerateDecoderOnlyOutput(
-        sequences=sequences,
-        past_key_values=model_kwargs.get("past_key_values"),
-        **{name: tuple(values) for name, values in recorded.items()},
+
+def _compiles_by_default(
+    model: LiquidForCausalLM, settings: dict[str, Any], model_kwargs: dict[str, Any], has_own_processors: bool
+) -> bool:
+    """Whether a static cache is chosen although nobody asked: on CUDA, where the compiled step is possible."""
+    chosen = [settings.get(name) for name in ("cache_implementation", "disable_compile", "return_dict_in_generate")]
+    return (
+        model.device.type == "cuda"
+        and model._can_compile_fullgraph
+        and len(set(getattr(model, "hf_device_map", {}).values())) <= 1
+        and settings.get("use_cache", True)
+        and not any(chosen)
+        and not has_own_processors
+        and "past_key_values" not in model_kwargs
     )
-
-
-def _draw(scores: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.LongTensor:
-    """One index per row by inverting the distribution function at one uniform number per row.
-
-    Unlike `torch.multinomial` this takes a generator per row, and generators of the CPU for any device.
-    """
-    if isinstance(generator, list):
-        uniform = torch.cat([torch.rand(1, generator=one, device=one.device).to(scores.device) for one in generator])
-    elif generator is not None:
-        uniform = torch.rand(len(scores), generator=generator, device=generator.device).to(scores.device)
-    else:
-        uniform = torch.rand(len(scores), device=scores.device)
-    # In float64 the largest float32 uniform stays below the total: an entry of probability 0 is never drawn.
-    cumulative = scores.softmax(-1).double().cumsum(-1)
-    return torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True).squeeze(1)
 
 
 def _image_settings(
@@ -357,7 +344,3 @@ def _stack_left_padded(*batches: tuple[torch.LongTensor, torch.Tensor]) -> tuple
     ]
     ids, masks = zip(*padded, strict=True)
     return torch.cat(ids), torch.cat(masks)
-
-
-def _is_recorded(name: str, generation_config: GenerationConfig) -> bool:
-    return bool(generation_config.return_dict_in_generate and getattr(generation_config, f"output_{name}"))

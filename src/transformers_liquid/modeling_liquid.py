@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_liquid import LiquidConfig
+from .few_rows_linear import few_rows_view
 from .generation_liquid import (
     DEFAULT_IMAGE_GENERATION_CONFIG,
     SuppressImageTokensLogitsProcessor,
@@ -361,7 +362,11 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def decode_image_tokens(
-        self, image_tokens: torch.LongTensor, height: int | None = None, width: int | None = None
+        self,
+        image_tokens: torch.LongTensor,
+        height: int | None = None,
+        width: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Turns image token ids into pictures.
 
@@ -370,12 +375,14 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
                 row, as returned by `generate(generation_mode="image")`.
             height (`int`, *optional*): Of the picture in pixels; defaults to `config.image_size`.
             width (`int`, *optional*): Of the picture in pixels; defaults to `config.image_size`.
+            dtype (`torch.dtype`, *optional*): Half precision for the codec: see [`LiquidVQModel.decode_codes`].
 
         Returns:
             `torch.Tensor` of shape `(B, 3, height, width)` in [-1, 1].
 
         Raises:
-            ValueError: If an id is no image id, or if there are not `rows * columns` of them.
+            ValueError: If an id is no image id, if there are not `rows * columns` of them, or `dtype` is no half
+                precision.
         """
         rows, columns = self.config.grid(height, width)
         image_tokens = image_tokens[None] if image_tokens.ndim == 1 else image_tokens
@@ -385,7 +392,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
                 f"{image_tokens.shape[-1]}. Pass the height and width that the ids were generated with."
             )
         codes = self.config.ids_to_codes(image_tokens).view(-1, rows, columns)
-        return self.model.vq_model.decode_codes(codes.to(self.model.vq_model.device)).clamp(-1, 1)
+        return self.model.vq_model.decode_codes(codes.to(self.model.vq_model.device), dtype=dtype).clamp(-1, 1)
 
     @torch.no_grad()
     def generate(
@@ -426,7 +433,11 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             suppress_image_tokens (`bool`, defaults to `True`): Text mode: never emit an image id or one of the four
                 image specials.
             kwargs: As in transformers' `generate`: `input_ids`, `attention_mask`, `negative_prompt_ids`,
-                `negative_prompt_attention_mask`, `guidance_scale`, `temperature`, `top_k`, ...
+                `negative_prompt_attention_mask`, `guidance_scale`, `temperature`, `top_k`, ... Image mode knows two
+                more. `speculative` (`bool` or `int`): draws several codes per forward; the pictures are the same
+                ([`speculative_liquid`]). `True`, or the number of codes in a forward. `guidance_interval`
+                (`tuple[float, float]`): guidance acts only on this part of the codes, such as `(0.0, 0.75)`, and the
+                unconditional rows run only there. It changes what is drawn.
 
         Returns:
             Text mode: as in transformers (prompts and continuations). Image mode: `torch.LongTensor` of shape
@@ -487,6 +498,8 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         view, view.model = shallow_copy(self), shallow_copy(self.model)
         view.model.text_model = shallow_copy(self.model.text_model)
         view.set_output_embeddings(_sliced_head(self.get_output_embeddings(), self.config.image_slice))
+        if self.device.type == "cpu":
+            view.model.text_model = few_rows_view(view.model.text_model)
         view.generation_config = GenerationConfig()
         return view
 
