@@ -80,13 +80,14 @@ def oracle(
     temperature=1.0,
     top_k=CODES,
     top_p=1.0,
+    guided=None,
 ):
     """One picture: two forwards per code over everything so far; greedy without noise."""
     drawn = []
     for step in range(codes):
         conditional = code_scores(model, prompt + drawn)
         scores = conditional
-        if unconditional is not None:
+        if unconditional is not None and (guided is None or step in guided):
             other = code_scores(model, unconditional + drawn)
             scores = other + guidance_scale * (conditional - other)
         candidates = range(CODES)
@@ -232,6 +233,49 @@ def test_guidance_1_runs_no_unconditional_rows(llama):
     assert output.sequences.tolist() == [oracle(llama, prompt, unconditional=None) for prompt in PROMPTS]
     ignored = draw(llama, do_sample=False, guidance_scale=1.0, negative_prompt_ids=torch.tensor([[33, BOI]]))
     assert torch.equal(ignored, output.sequences)
+
+
+INTERVALS = [
+    ((0.0, 0.5), range(6)),
+    ((0.25, 1.0), range(3, 12)),
+    ((0.3, 0.7), range(4, 9)),  # codes 3.6 to 8.4
+    ([0, 1], range(12)),
+]
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
+@pytest.mark.parametrize(("interval", "guided"), INTERVALS)
+def test_guidance_acts_on_its_interval_alone_and_the_unconditional_rows_run_only_there(model, interval, guided, cache):
+    rows_of_forwards = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: rows_of_forwards.append(len(args[0]))
+    )
+    try:
+        ids = draw(model, height=6, width=8, do_sample=False, guidance_scale=3.0, guidance_interval=interval, **cache)
+    finally:
+        hook.remove()
+    expected = [oracle(model, prompt, codes=12, guidance_scale=3.0, guided=guided) for prompt in PROMPTS]
+    assert ids.tolist() == expected
+    # With a cache, equal rows run once where guidance sets in: all unconditional rows if nothing is drawn yet.
+    together = 3 + len({tuple(picture[: guided.start]) for picture in expected})
+    at_start = together if cache != {"use_cache": False} else 6
+    expected_rows = [6 if code in guided else 3 for code in range(12)]
+    expected_rows[guided.start] = at_start
+    assert rows_of_forwards == expected_rows
+
+
+def test_equal_prompts_run_once_and_an_unconditional_prompt_too(llama):
+    rows_of_forwards = []
+    hook = llama.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: rows_of_forwards.append(tuple(args[0].shape))
+    )
+    settings = {"guidance_scale": 2.0, "temperature": 1.5, "top_k": CODES, "top_p": 1.0}
+    try:
+        ids = draw(llama, PROMPTS[:2], **settings, num_return_sequences=4, generator=generators(*range(8)))
+    finally:
+        hook.remove()
+    assert rows_of_forwards == [(3, 7), *[(16, 1)] * 3]
+    assert ids.tolist() == [oracle(llama, PROMPTS[seed // 4], gumbel(seed), **settings) for seed in range(8)]
 
 
 # --- transformers' own options ---
@@ -532,6 +576,14 @@ def test_guidance_that_is_no_guidance_is_refused(llama, scale):
 def test_guidance_min_p_that_is_no_fraction_is_refused(llama, min_p):
     with pytest.raises(ValueError, match=rf"guidance_min_p must be in \(0, 1\], got {min_p}"):
         draw(llama, guidance_min_p=min_p)
+
+
+@pytest.mark.parametrize(
+    "interval", [(0.5, 0.5), (0.6, 0.2), (-0.1, 1.0), (0.0, 1.5), (0.2,), 0.5, ("a", "b"), (math.nan, 1)]
+)
+def test_a_guidance_interval_that_is_none_is_refused(llama, interval):
+    with pytest.raises(ValueError, match=r"two fractions of the picture's codes with 0 <= start < stop <= 1.*got"):
+        draw(llama, guidance_interval=interval)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ class FewRowsLinear(nn.Linear):
             return super().forward(input)
         columns = input.reshape(rows, self.in_features).T
         output = self.weight @ columns if self.bias is None else torch.addmm(self.bias[:, None], self.weight, columns)
-        return output.T.reshape(*input.shape[:-1], self.out_features)
+        return output.T.contiguous().view(*input.shape[:-1], self.out_features)
 
 
 def few_rows_view(module: nn.Module) -> nn.Module:

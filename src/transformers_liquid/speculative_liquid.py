@@ -74,7 +74,7 @@ def check_speculative(speculative: bool | int | None, num_codes: int, settings: 
     Raises:
         ValueError: If the window is below 2 or above the picture, or another setting rules it out.
     """
-    if speculative is None or speculative is False:
+    if speculative is None or speculative is False or (speculative is True and num_codes == 1):
         return None
     window = min(DEFAULT_WINDOW, num_codes) if speculative is True else speculative
     if not isinstance(window, int) or not 2 <= window <= num_codes:
@@ -120,7 +120,6 @@ def speculative_sample_image_tokens(
     """
     rows = ImageRows(model, input_ids, generation_config, model_kwargs, guidance, guided)
     num_pictures, num_codes, offset = rows.num_pictures, rows.num_codes, model.config.image_token_offset
-    each, ahead = torch.arange(num_pictures)[:, None], torch.arange(window)
     noise = None
     if generation_config.do_sample:
         beyond = torch.zeros(num_pictures, window, model.config.codebook_size, device=input_ids.device)
@@ -137,8 +136,8 @@ def speculative_sample_image_tokens(
 
     while (shown := min(done)) < num_codes:
         # 1. Logits behind the last final code of every picture, and behind the drafts
-        columns = torch.tensor(done)[:, None] + ahead
-        noise_here = None if noise is None else noise[each, columns]
+        columns = torch.tensor(done)[:, None] + torch.arange(window)
+        noise_here = None if noise is None else _noise_of(noise, columns)
         columns = (columns + start).to(ids.device)
         seen_ids = (ids, columns) if processors_see_ids else None
         if rows.must_start(shown):
@@ -152,9 +151,7 @@ def speculative_sample_image_tokens(
             inputs = cache.inputs(ids.gather(1, columns - 1), shown)
             codes, scores, _ = step(model, inputs, seen_ids, rows.guidance, logits_processor, noise_here)
             drawn = codes + offset
-            # The first draw is final. A later one is if all drafts before it turned out right.
-            is_right = drawn[:, :-1] == ids.gather(1, columns[:, :-1])
-            agreed = (1 + is_right.long().cumprod(1).sum(1)).tolist()
+            agreed = _num_final(drawn, ids.gather(1, columns[:, :-1])).tolist()
 
         # 2. Draws become final codes or the next drafts; what nothing is known of is guessed to be like the last
         ids.scatter_(1, columns, drawn)
@@ -177,6 +174,16 @@ def speculative_sample_image_tokens(
     if not generation_config.return_dict_in_generate:
         return final[:, start:]
     return SpeculativeImageOutput(sequences=final[:, start:], accepted_codes=torch.tensor(accepted))
+
+
+def _noise_of(noise: torch.Tensor, positions: torch.LongTensor) -> torch.Tensor:
+    """The noise `(B, W, codebook_size)` that belongs to positions `(B, W)`, whichever step looks at them."""
+    return noise[torch.arange(len(noise))[:, None], positions]
+
+
+def _num_final(drawn: torch.LongTensor, drafts: torch.LongTensor) -> torch.LongTensor:
+    """How many draws of `(B, W)` are final: the first one, and each one that only right drafts `(B, W - 1)` precede."""
+    return 1 + (drawn[:, :-1] == drafts).long().cumprod(1).sum(1)
 
 
 class _AlignedCache:

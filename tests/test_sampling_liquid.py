@@ -1,0 +1,161 @@
+"""The compiled step, noise, and the linear layers of few rows."""
+
+import logging
+
+import pytest
+import torch
+from test_generation_liquid import BOI, BOS, PROMPTS, build, draw, generators
+from torch import nn
+from transformers.generation import CompileConfig
+
+from transformers_liquid import sampling_liquid
+from transformers_liquid.few_rows_linear import FewRowsLinear, few_rows_view
+from transformers_liquid.sampling_liquid import draw_codes, gumbel_noise
+
+
+def compiling(backend="aot_eager") -> dict:
+    """Settings that compile on a CPU too."""
+    config = CompileConfig(backend=backend, mode=None)
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+@pytest.fixture(autouse=True)
+def forget_what_did_not_compile():
+    yield
+    sampling_liquid._NOT_COMPILABLE.clear()
+    torch.compiler.reset()
+
+
+SETTINGS = {"guidance_scale": 2.0, "temperature": 1.5, "top_k": 10, "top_p": 0.9, "height": 4, "width": 8}
+
+
+# --- the compiled step ---
+
+
+@pytest.mark.parametrize("base", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("speculative", [{}, {"speculative": 3}])
+def test_the_compiled_step_draws_the_same_pictures(base, speculative):
+    model = build(base)
+    plain = draw(model, **SETTINGS, generator=generators(1, 2, 3))
+    compiled = draw(model, **SETTINGS, **compiling(), **speculative, generator=generators(1, 2, 3))
+    assert torch.equal(compiled, plain)
+    greedy = draw(model, **SETTINGS | {"do_sample": False, "top_k": None, "top_p": None}, **compiling(), **speculative)
+    assert torch.equal(greedy, draw(model, **SETTINGS | {"do_sample": False, "top_k": None, "top_p": None}))
+
+
+def test_a_step_is_one_graph_that_other_prompts_of_the_batch_size_share():
+    model = build()
+    torch._dynamo.utils.counters.clear()
+    draw(model, **SETTINGS, **compiling(), generator=generators(1, 2, 3))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    others = [[BOS, 31, BOI], [BOS, 32, 33, 34, 35, 36, 37, 38, 39, BOI], [BOS, 21, BOI]]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled = draw(model, others, **SETTINGS, **compiling(), generator=generators(4, 5, 6))
+    assert torch.equal(compiled, draw(model, others, **SETTINGS, generator=generators(4, 5, 6)))
+
+
+def test_without_a_working_compiler_pictures_are_drawn_all_the_same_and_it_is_said_once(caplog):
+    attempts = []
+
+    def broken_backend(graph, inputs):
+        attempts.append(graph)
+        raise RuntimeError("no compiler on this machine")
+
+    model = build()
+    plain = draw(model, **SETTINGS, generator=generators(1, 2, 3))
+    transformers_logger = logging.getLogger("transformers")
+    propagate, transformers_logger.propagate = transformers_logger.propagate, True
+    try:
+        for _ in range(2):
+            ids = draw(model, **SETTINGS, **compiling(broken_backend), generator=generators(1, 2, 3))
+            assert torch.equal(ids, plain)
+    finally:
+        transformers_logger.propagate = propagate
+    warnings = [record.getMessage() for record in caplog.records if "did not compile" in record.getMessage()]
+    assert len(warnings) == 1 and "disable_compile=True" in warnings[0] and "llama" in warnings[0]
+    assert len(attempts) == 1
+
+
+def test_a_users_processor_or_recorded_output_is_not_compiled():
+    model = build()
+
+    def never(graph, inputs):
+        raise AssertionError("compiled")
+
+    options = {"return_dict_in_generate": True, "output_scores": True}
+    output = draw(model, **SETTINGS, **compiling(never), **options, generator=generators(1, 2, 3))
+    assert torch.equal(output.sequences, draw(model, **SETTINGS, generator=generators(1, 2, 3)))
+    assert len(output.scores) == 8
+
+
+# --- noise ---
+
+
+def test_a_draw_has_the_probabilities_of_the_softmax():
+    scores = torch.tensor([2.0, 1.0, 0.0, -torch.inf, -1.0])
+    samples = 20_000
+    noise = gumbel_noise(torch.Generator().manual_seed(0), samples, 5, torch.device("cpu"))
+    codes, _ = draw_codes(scores.expand(samples, 1, 5), None, None, lambda ids, scores: scores, noise[:, None])
+    counts = torch.bincount(codes.flatten(), minlength=5)
+    expected = samples * scores.softmax(0)
+    assert counts[3] == 0
+    kept = expected > 0
+    statistic = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    assert statistic < 16.3  # the 99.9 % quantile for three degrees of freedom
+
+
+def test_noise_of_zero_and_of_nearly_one_never_draws_what_is_forbidden(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: torch.tensor([0.0, 1 - 2**-24, 0.5]).expand(*size))
+    noise = gumbel_noise(None, 1, 3, torch.device("cpu"))
+    assert noise[0, 0] == -torch.inf and torch.isfinite(noise[0, 1:]).all()
+    scores = torch.tensor([[[-torch.inf, -torch.inf, 0.0]]])
+    codes, _ = draw_codes(scores, None, None, lambda ids, scores: scores, noise[:, None])
+    assert codes.item() == 2
+
+
+# --- linear layers of few rows ---
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3), (2, 2), (5, 1), (3, 7)])
+def test_a_few_rows_layer_computes_what_the_layer_computes(shape, bias):
+    layer = nn.Linear(12, 20, bias=bias)
+    view = few_rows_view(nn.Sequential(layer))[0]
+    assert type(view) is FewRowsLinear and view.weight is layer.weight
+    input = torch.randn(*shape, 12)
+    torch.testing.assert_close(view(input), layer(input), rtol=0, atol=1e-5)
+    assert view(input).is_contiguous()
+
+
+def test_a_view_of_few_rows_leaves_the_original_and_special_layers_alone():
+    class Special(nn.Linear):
+        pass
+
+    tree = nn.ModuleDict(
+        {
+            "plain": nn.ModuleList([nn.Linear(4, 4), nn.ReLU()]),
+            "special": Special(4, 4),
+            "in_half": nn.Linear(4, 4).bfloat16(),
+            "other": nn.Sequential(nn.ReLU()),
+        }
+    )
+    before = dict(tree.named_modules())
+    view = few_rows_view(tree)
+    assert dict(tree.named_modules()) == before
+    assert type(tree["plain"][0]) is nn.Linear and type(view["plain"][0]) is FewRowsLinear
+    for name in ("special", "in_half", "other"):
+        assert view[name] is tree[name]
+    view.register_forward_hook(lambda *args: None)
+    view["plain"].register_forward_hook(lambda *args: None)
+    assert not tree._forward_hooks and not tree["plain"]._forward_hooks
+
+
+def test_hidden_states_are_recorded_once_however_often_pictures_are_drawn():
+    model = build()
+    options = {"return_dict_in_generate": True, "output_hidden_states": True, "do_sample": False}
+    for _ in range(3):
+        output = draw(model, PROMPTS[:1], **options)
+        assert len(output.hidden_states[0]) == 3
+    assert len(model(torch.tensor(PROMPTS[:1]), output_hidden_states=True).hidden_states) == 3
