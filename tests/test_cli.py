@@ -1,22 +1,27 @@
 """The command line: what it writes, and the one line it says on bad input."""
 
 import json
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import PartialState
 from PIL import Image
 from tiny import EOS_ID, tiny_base, tiny_codec, tiny_model, tiny_processor, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import transformers_liquid
-from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidProcessor, load_taming_codec
+from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidProcessor, cli, load_taming_codec
 from transformers_liquid.cli import main, read_metadata
 
 
@@ -127,6 +132,9 @@ def test_the_contact_sheet_of_single_pictures_is_nearly_square(checkpoint):
         "--guidance-scale 4 --temperature 0.7 --top-k 5 --top-p 0.9 --guidance-min-p 0.01",
         "--negative-prompt=-blue --height 4 --width 12",
         "--dtype bfloat16",
+        "--guidance-interval 0.25 0.75",
+        "--speculative",
+        "--speculative=4 --greedy",
     ],
 )
 def test_the_metadata_hold_the_command_that_draws_the_picture_again(checkpoint, options):
@@ -159,11 +167,11 @@ def test_without_a_seed_pictures_differ_and_say_their_seed(checkpoint):
     assert read_metadata("one.png")["seed"] != read_metadata("two.png")["seed"]
 
 
-def test_pictures_of_finished_batches_are_kept_when_a_later_one_fails(checkpoint, tmp_path, monkeypatch):
-    from transformers_liquid import LiquidImageGenerationPipeline
-
+@pytest.mark.parametrize("options", ["a b c --output drawn", "--prompts-file prompts.txt --output-dir drawn"])
+def test_pictures_of_finished_batches_are_kept_when_a_later_one_fails(checkpoint, tmp_path, monkeypatch, options):
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
     calls = []
-    draw = LiquidImageGenerationPipeline.__call__
+    draw = LiquidForCausalLM.generate
 
     def draw_then_fail(*args, **kwargs):
         calls.append(args)
@@ -171,9 +179,273 @@ def test_pictures_of_finished_batches_are_kept_when_a_later_one_fails(checkpoint
             raise KeyboardInterrupt
         return draw(*args, **kwargs)
 
-    monkeypatch.setattr(LiquidImageGenerationPipeline, "__call__", draw_then_fail)
-    assert run("generate a b c --output drawn --batch-size 2", checkpoint) == 130
-    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["0-a.png", "1-b.png"]
+    monkeypatch.setattr(LiquidForCausalLM, "generate", draw_then_fail)
+    assert run(f"generate {options} --batch-size 2", checkpoint) == 130
+    assert sorted(path.name.split("-")[1] for path in (tmp_path / "drawn").iterdir()) == ["a.png", "b.png"]
+
+
+def test_a_preview_is_written_where_the_picture_goes(checkpoint, monkeypatch):
+    seen = []
+    write = cli._write_png
+
+    def write_and_look(image, path, **kwargs):
+        write(image, path, **kwargs)
+        seen.append(pixels(path))
+
+    monkeypatch.setattr(cli, "_write_png", write_and_look)
+    assert run("generate apple --output apple.png --seed 3 --preview-every 6", checkpoint) == 0
+    assert len(seen) == 3  # after 6, 12 and 16 codes
+    assert (seen[0][4:] == 128).all() and not (seen[1][4:] == 128).all()
+    run("generate apple --output whole.png --seed 3", checkpoint)
+    np.testing.assert_array_equal(seen[2], pixels("whole.png"))
+
+
+# generate --prompts-file --output-dir
+
+FROM_FILE = "generate --prompts-file prompts.txt --output-dir drawn"
+
+
+@pytest.fixture
+def prompts():
+    """Writes the lines of the prompts file."""
+    path = Path("prompts.txt")
+    path.write_text("red apple\ndog\na longer prompt\n")
+    return lambda *lines: path.write_text("".join(line + "\n" for line in lines))
+
+
+def drawn(folder="drawn"):
+    return {path.name: pixels(path) for path in sorted(Path(folder).iterdir())}
+
+
+def times(folder="drawn"):
+    return {path.name: path.stat().st_mtime_ns for path in Path(folder).iterdir()}
+
+
+def assert_same_pictures(left, right):
+    assert list(left) == list(right)
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name])
+
+
+def test_pictures_of_a_file_are_named_and_seeded_by_their_lines(checkpoint, prompts, capsys):
+    assert run(FROM_FILE + " --num-images 2 --seed 5 --batch-size 3 --grid sheet.png", checkpoint) == 0
+    names = ["000001-red-apple", "000002-dog", "000003-a-longer-prompt"]
+    assert list(drawn()) == [f"{name}-{image}.png" for name in names for image in range(2)]
+    assert [read_metadata(f"drawn/{name}")["seed"] for name in drawn()] == [5, 6, 7, 8, 9, 10]
+    assert capsys.readouterr().out == "drawn: 6 pictures, 6 of them drawn now.\nsheet.png\n"
+    pipe = transformers.pipeline("text-to-image", model=checkpoint, device="cpu", progress_bar=False)
+    expected = pipe(["red apple", "dog", "a longer prompt"], num_images_per_prompt=2, seed=5)
+    for picture, image in zip(drawn().values(), expected, strict=True):
+        np.testing.assert_array_equal(picture, np.asarray(image))
+    np.testing.assert_array_equal(pixels("sheet.png")[8:16, 8:], drawn()["000002-dog-1.png"])
+
+
+def test_the_seed_of_a_folder_is_0_unless_given(checkpoint, prompts):
+    run(FROM_FILE, checkpoint)
+    assert [read_metadata(f"drawn/{name}")["seed"] for name in drawn()] == [0, 1, 2]
+
+
+def test_the_same_command_draws_only_what_is_missing(checkpoint, prompts, capsys):
+    run(FROM_FILE, checkpoint)
+    whole, before = drawn(), times()
+    Path("drawn/000002-dog.png").unlink()
+    Path("drawn/.000002-dog.png.unfinished").write_bytes(b"half a picture")
+    capsys.readouterr()
+    assert run(FROM_FILE, checkpoint) == 0
+    assert capsys.readouterr().out == "drawn: 3 pictures, 1 of them drawn now.\n"
+    assert_same_pictures(drawn(), whole)
+    after = times()
+    assert {name for name in after if after[name] != before[name]} == {"000002-dog.png"}
+    assert run(FROM_FILE, checkpoint) == 0 and times() == after
+
+
+def test_a_picture_is_whole_or_not_there(checkpoint, prompts, monkeypatch):
+    def killed(*paths):
+        raise OSError("killed")
+
+    monkeypatch.setattr("os.replace", killed)
+    assert run(FROM_FILE, checkpoint) == 2
+    assert not list(Path("drawn").glob("*.png"))
+
+
+def test_lines_that_are_added_at_the_end_leave_the_others_alone(checkpoint, prompts):
+    run(FROM_FILE, checkpoint)
+    before = times()
+    prompts("red apple", "dog", "a longer prompt", "cat")
+    assert run(FROM_FILE, checkpoint) == 0
+    assert {name for name in times() if name not in before} == {"000004-cat.png"}
+    assert {name: time for name, time in times().items() if name in before} == before
+
+
+@pytest.mark.parametrize("output", ["--output-dir drawn", "--output drawn --seed 0"])
+def test_bad_lines_are_reported_with_their_numbers_and_the_rest_is_drawn(checkpoint, prompts, capsys, output):
+    prompts("red apple", "", "a <boi> b", "word " * 40, "dog")
+    assert run(f"generate --prompts-file prompts.txt {output}", checkpoint) == 2
+    captured = capsys.readouterr()
+    start = "transformers-liquid: prompts.txt, line"
+    lines = captured.err.splitlines()
+    assert len(lines) == 4
+    assert lines[0] == f"{start} 2 is left out: It is empty: write what the picture shows."
+    assert lines[1].startswith(f"{start} 3 is left out: ") and "'<boi>', which is reserved for images" in lines[1]
+    assert lines[2].startswith(f"{start} 4 is left out: ") and "together more than the model's 128" in lines[2]
+    assert lines[3] == "transformers-liquid: error: 3 of 5 lines of prompts.txt were left out, as said above."
+    by_line = ["000001-red-apple.png", "000005-dog.png"]
+    assert list(drawn()) == (by_line if "dir" in output else ["0-red-apple.png", "1-dog.png"])
+    if "dir" in output:
+        assert read_metadata("drawn/000005-dog.png")["seed"] == 4
+
+
+def test_a_line_that_is_mended_is_drawn_as_if_it_had_always_been_good(checkpoint, prompts):
+    run(FROM_FILE, checkpoint)
+    whole = drawn()
+    shutil.rmtree("drawn")
+    prompts("red apple", "<boi>", "a longer prompt")
+    assert run(FROM_FILE, checkpoint) == 2
+    prompts("red apple", "dog", "a longer prompt")
+    assert run(FROM_FILE, checkpoint) == 0
+    assert_same_pictures(drawn(), whole)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--seed 1", "000001-red-apple.png was drawn with seed=0, but now it would be seed=1."),
+        ("--height 4 --width 12", "was drawn with height=8, width=8, but now it would be height=4, width=12."),
+        ("--greedy", "was drawn with do_sample=True, temperature=0.99, top_k=12, top_p=0.96, but now it would be "),
+        ("--top-k 3", "was drawn with top_k=12, but now it would be top_k=3."),
+        ("--negative-prompt blue", "was drawn with negative_prompt=None, but now it would be negative_prompt='blue'."),
+        ("--dtype bfloat16", "was drawn with dtype='float32', but now it would be dtype='bfloat16'."),
+        ("--num-images 2", "000001-red-apple.png belongs to no line of the prompts file, nor to --num-images"),
+    ],
+)
+def test_pictures_that_were_drawn_otherwise_are_named_before_drawing(checkpoint, prompts, capsys, options, message):
+    run(FROM_FILE, checkpoint)
+    before = times()
+    Path("drawn/000003-a-longer-prompt.png").unlink()
+    error = error_of(f"{FROM_FILE} {options}", capsys, checkpoint)
+    assert message in error and "choose another --output-dir, or delete the file" in error
+    assert times().items() <= before.items()
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (["Red apple!", "dog"], "was drawn with prompt='red apple', but now it would be prompt='Red apple!'."),
+        (["cat", "dog"], "000001-red-apple.png belongs to no line of the prompts file"),
+        (["new", "red apple", "dog"], "000001-red-apple.png belongs to no line of the prompts file"),
+    ],
+)
+def test_pictures_of_another_file_of_prompts_are_named_before_drawing(checkpoint, prompts, capsys, lines, message):
+    run(FROM_FILE, checkpoint)
+    before = times()
+    prompts(*lines)
+    assert message in error_of(FROM_FILE, capsys, checkpoint)
+    assert times() == before
+
+
+def test_pictures_of_another_model_are_named_before_drawing(checkpoint, prompts, capsys):
+    run(FROM_FILE, checkpoint)
+    shutil.copytree(checkpoint, "other")
+    assert "but now it would be model='other'." in error_of(FROM_FILE, capsys, "other")
+
+
+def test_a_picture_that_does_not_say_how_it_was_drawn_is_named(checkpoint, prompts, picture, capsys):
+    os.mkdir("drawn")
+    shutil.copy(picture, "drawn/000002-dog.png")
+    shutil.copy(picture, "drawn/mine.png")
+    assert "drawn/000002-dog.png does not say how it was drawn" in error_of(FROM_FILE, capsys, checkpoint)
+    os.remove("drawn/000002-dog.png")
+    assert run(FROM_FILE, checkpoint) == 0
+
+
+def test_a_file_without_any_good_line_says_so(checkpoint, prompts, capsys):
+    prompts("<boi>")
+    assert run(FROM_FILE, checkpoint) == 2
+    assert "Nothing to draw: no line of prompts.txt can be drawn" in capsys.readouterr().err
+
+
+def environment():
+    source = str(Path(transformers_liquid.__file__).parents[1])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
+
+
+def test_two_processes_draw_what_one_does(checkpoint, prompts):
+    prompts("red apple", "a", "", "a longer prompt", "b", "dog", "c")
+    assert run(FROM_FILE + " --batch-size 2 --grid sheet.png", checkpoint) == 2
+    config = Path(__file__).parents[1] / "examples" / "accelerate" / "ddp.yaml"
+    options = ["--config_file", str(config), "--num_processes", "2", "--mixed_precision", "no"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", "0"]
+    command = [*FROM_FILE.replace("drawn", "shared").split(), "--batch-size", "2", "--grid", "shared.png"]
+    # One of the pictures is there already.
+    Path("shared").mkdir()
+    shutil.copy("drawn/000005-b.png", "shared")
+    done = subprocess.run(
+        [*launcher, "-m", "transformers_liquid", *command, "--model", checkpoint],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert_same_pictures(drawn("shared"), drawn())
+    np.testing.assert_array_equal(pixels("shared.png"), pixels("sheet.png"))
+    assert done.stdout == "shared: 6 pictures, 5 of them drawn now.\nshared.png\n"
+    assert done.stderr.count("prompts.txt, line 3 is left out") == 1
+    assert done.stderr.count("1 of 7 lines of prompts.txt were left out") == 1 and done.returncode != 0
+    assert "ChildFailedError" in done.stderr  # the launcher of several processes
+
+
+def test_each_process_draws_its_share_alone(checkpoint, prompts, monkeypatch, capsys):
+    prompts("a", "b", "c", "d", "")
+    shared_state = PartialState(cpu=True)._shared_state
+    monkeypatch.setitem(shared_state, "num_processes", 2)
+    monkeypatch.setitem(shared_state, "process_index", 1)
+    assert main([*FROM_FILE.split(), "--model", checkpoint]) == 0
+    assert list(drawn()) == ["000002-b.png", "000004-d.png"]
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("generate a --output drawn", "Several processes share the lines of a file"),
+        (FROM_FILE + " --device cpu", "Each process has a device of its own: leave out --device cpu"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_said_at_once(prompts, monkeypatch, capsys, command, message):
+    PartialState(cpu=True)
+    monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
+    assert message in error_of(command, capsys)
+
+
+@pytest.fixture
+def one_thread():
+    """As in a process of `environment`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_killed_run_loses_only_the_pictures_in_flight(prompts, one_thread):
+    prompts(*(f"{color} {thing}" for color in ("red", "blue", "green", "big") for thing in ("apple", "dog", "car")))
+    command = [sys.executable, "-m", "transformers_liquid", *FROM_FILE.split(), "--batch-size", "1", "--device", "cpu"]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not Path("drawn").exists() or len(list(Path("drawn").glob("*.png"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed = {path.name: path.stat().st_mtime_ns for path in Path("drawn").glob("*.png")}
+    assert 3 <= len(killed) < 12
+    for name in killed:
+        assert pixels(f"drawn/{name}").shape == (64, 64, 3)
+
+    assert main(command[3:]) == 0
+    assert killed.items() <= times().items() and len(times()) == 12
+    assert main([*command[3:], "--output-dir", "whole"]) == 0
+    assert_same_pictures(drawn(), drawn("whole"))
 
 
 # The other commands
@@ -346,6 +618,16 @@ def test_the_embedded_checkpoint_is_the_default():
         ("generate --prompts-file none.txt", "No such file or directory: 'none.txt'"),
         ("generate --prompts-file empty.txt", "Nothing to draw"),
         ("generate --prompts-file picture.png", "picture.png is no text in UTF-8"),
+        ("generate a --output-dir new", "give --prompts-file, and no PROMPT beside it"),
+        ("generate a --prompts-file empty.txt --output-dir new", "give --prompts-file, and no PROMPT beside it"),
+        ("generate --prompts-file empty.txt --output-dir new", "Nothing to draw"),
+        ("generate --prompts-file f --output-dir new --output a.png", "not allowed with argument --output-dir"),
+        ("generate a b --preview-every 3", "--preview-every is for a single picture"),
+        ("generate a --num-images 2 --preview-every 3", "--preview-every is for a single picture"),
+        ("generate a --output new --preview-every 3", "--preview-every is for a single picture"),
+        ("generate a --preview-every 0", "--preview-every: must be at least 1, got 0"),
+        ("generate a --speculative x", "--speculative: invalid int value: 'x'"),
+        ("generate a --guidance-interval 0", "--guidance-interval: expected 2 arguments"),
         ("generate a --num-images 0", "--num-images: must be at least 1, got 0"),
         ("generate a --seed=-1", "--seed: must be in 0 ... 2**32 - 1, got -1"),
         ("generate a --seed x", "--seed: invalid _seed value: 'x'"),
@@ -412,6 +694,8 @@ def bad_files_once(tmp_path_factory):
         ("generate a --guidance-scale nan", "guidance_scale must be a finite number >= 1 (1 is no guidance), got nan"),
         ("generate a --guidance-min-p 7", "guidance_min_p must be in (0, 1], got 7.0"),
         ("generate a --top-p 7", "top_p"),
+        ("generate a --speculative=1", "speculative must be True, or a window of 2 ... 16 codes"),
+        ("generate a --guidance-interval 0.5 0.2", "guidance_interval must be two fractions of the picture's codes"),
         ("generate a --temperature=-1", "temperature"),
         ("generate a 'b <image>'", "reserved for images"),
         (f"generate a '{'word ' * 40}'", "together more than the model's 128 positions. Shorten the prompt"),

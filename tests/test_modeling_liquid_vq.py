@@ -1,9 +1,14 @@
 """The codec: pixels to codes and back."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import VQModel
+from tiny import IMAGE_TOKEN_OFFSET, tiny_model
 
+from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM
 from transformers_liquid.modeling_liquid_vq import CHAMELEON_VQ_CONFIG, LiquidVQModel, downsample_factor
 
 
@@ -115,6 +120,177 @@ def test_a_half_precision_codec_takes_float32_pictures(codec, dtype):
     decoded = codec.decode_codes(codes)
     assert decoded.dtype == dtype
     assert decoded.shape == expected.shape
+
+
+@pytest.fixture(scope="module")
+def emoji_codec():
+    return LiquidForCausalLM.from_pretrained(EMOJI_CHECKPOINT).model.vq_model
+
+
+@pytest.fixture(scope="module")
+def emoji_codes():
+    """`(64, 8, 8)`: the codes of 64 pictures."""
+    codes = json.loads((Path(__file__).parent / "emoji_codes.json").read_text(encoding="utf-8"))
+    return torch.tensor([*codes["seen"].values(), *codes["unseen_composition"].values()]).view(-1, 8, 8)
+
+
+def random_codes(*shape):
+    return torch.randint(32, shape, generator=torch.Generator().manual_seed(0))
+
+
+def decoder_inputs(codec):
+    """What the decoder is given from now on."""
+    inputs = []
+    codec.decoder.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    return inputs
+
+
+def psnr(pictures, expected):
+    """In dB, of each picture in [-1, 1]."""
+    return 10 * torch.log10(4 / (pictures - expected).pow(2).mean((1, 2, 3)))
+
+
+# Half precision
+
+
+def test_autocast_changes_no_code(codec):
+    pixel_values = pictures(4, 3, 32, 32)
+    codes = codec.encode_codes(pixel_values)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(codec.encode_codes(pixel_values), codes)
+
+
+def test_autocast_changes_no_picture_unless_asked(codec):
+    codes = random_codes(2, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = codec.decode_codes(codes)
+    assert torch.equal(inside, codec.decode_codes(codes))
+
+
+@pytest.mark.parametrize(("dtype", "decibels"), [(torch.bfloat16, 54), (torch.float16, 72)])
+def test_half_precision_pictures_are_float32_and_as_near_as_the_docstring_says(
+    emoji_codec, emoji_codes, dtype, decibels
+):
+    codes = emoji_codes[::8]  # CPUs without half-precision instructions are slow
+    expected = emoji_codec.decode_codes(codes).clamp(-1, 1)
+    decoded = emoji_codec.decode_codes(codes, dtype=dtype)
+    assert decoded.dtype == torch.float32
+    assert not torch.equal(decoded.clamp(-1, 1), expected)
+    assert psnr(decoded.clamp(-1, 1), expected).min() > decibels
+
+
+def test_half_precision_computes_in_it_and_keeps_no_second_copy_of_the_weights(codec):
+    seen = []
+    codec.decoder.mid_block.resnets[0].conv1.register_forward_hook(
+        lambda module, args, output: seen.append((output.dtype, torch.is_autocast_cache_enabled(), module.weight.dtype))
+    )
+    codec.decode_codes(random_codes(1, 2, 2), dtype=torch.bfloat16)
+    assert seen == [(torch.bfloat16, False, torch.float32)]
+
+
+def test_the_model_hands_the_precision_on():
+    model = tiny_model()
+    codes = torch.arange(16)
+    expected = model.model.vq_model.decode_codes(codes.view(1, 4, 4), dtype=torch.bfloat16).clamp(-1, 1)
+    decoded = model.decode_image_tokens(codes + IMAGE_TOKEN_OFFSET, dtype=torch.bfloat16)
+    assert torch.equal(decoded, expected)
+    assert not torch.equal(decoded, model.decode_image_tokens(codes + IMAGE_TOKEN_OFFSET))
+
+
+@pytest.mark.parametrize("dtype", [16, "bfloat16", torch.int8, torch.float64])
+def test_what_is_no_half_precision_raises(codec, dtype):
+    with pytest.raises(ValueError, match=r"torch\.bfloat16, torch\.float16 or None.*got"):
+        codec.decode_codes(random_codes(1, 2, 2), dtype=dtype)
+
+
+# Memory
+
+
+def test_codes_enter_the_decoder_channels_last(codec):
+    inputs = decoder_inputs(codec)
+    codec.decode_codes(random_codes(2, 4, 6))
+    assert inputs[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_slicing_decodes_picture_by_picture_what_a_batch_gives(codec):
+    codes = random_codes(3, 4, 5)
+    expected = codec.decode_codes(codes)
+    inputs = decoder_inputs(codec)
+    codec.enable_slicing()
+    torch.testing.assert_close(codec.decode_codes(codes), expected, atol=1e-5, rtol=1e-5)
+    codec.disable_slicing()
+    codec.decode_codes(codes)
+    assert [len(batch) for batch in inputs] == [1, 1, 1, 3]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(4, 4), (2, 4), (1, 1)])
+def test_a_picture_that_fits_into_a_tile_is_decoded_whole(codec, rows, columns):
+    codes = random_codes(2, rows, columns)
+    expected = codec.decode_codes(codes)
+    codec.enable_tiling()  # tiles of 16 pixels
+    assert torch.equal(codec.decode_codes(codes), expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "overlap", "tops", "lefts"),
+    [(7, 5, 0.25, [0, 3], [0, 1]), (10, 4, 0.5, [0, 2, 4, 6], [0]), (8, 3, 0, [0, 4], [0])],
+)
+def test_tiles_are_blended_by_weights_that_fall_off_over_the_overlap(codec, rows, columns, overlap, tops, lefts):
+    codes = random_codes(2, rows, columns)
+    pixels = int(4 * overlap) * 4  # tiles of 4 codes, 4 pixels per code
+
+    def weight(position, length):
+        return min(position + 1, length - position, pixels + 1)
+
+    expected = torch.zeros(2, 3, rows * 4, columns * 4, dtype=torch.float64)
+    total = torch.zeros(rows * 4, columns * 4, dtype=torch.float64)
+    for top in tops:
+        for left in lefts:
+            tile = codec.decode_codes(codes[:, top : top + 4, left : left + 4])
+            for y in range(tile.shape[2]):
+                for x in range(tile.shape[3]):
+                    share = weight(y, tile.shape[2]) * weight(x, tile.shape[3])
+                    expected[:, :, top * 4 + y, left * 4 + x] += share * tile[:, :, y, x]
+                    total[top * 4 + y, left * 4 + x] += share
+
+    codec.enable_tiling(16, overlap)
+    torch.testing.assert_close(codec.decode_codes(codes).double(), expected / total, atol=1e-5, rtol=1e-5)
+
+
+def test_tiling_bounds_what_is_decoded_at_once_and_can_be_switched_off(codec):
+    codes = random_codes(1, 9, 11)
+    expected = codec.decode_codes(codes)
+    inputs = decoder_inputs(codec)
+    codec.enable_tiling(12)
+    assert codec.decode_codes(codes).shape == expected.shape
+    assert {tuple(tile.shape[2:]) for tile in inputs} == {(3, 3)}
+    codec.disable_tiling()
+    assert torch.equal(codec.decode_codes(codes), expected)
+
+
+def test_tiled_pictures_are_near_whole_ones(emoji_codec, emoji_codes):
+    """64 pictures side by side are one of 64 x 64 codes."""
+    codes = emoji_codes.view(8, 8, 8, 8).transpose(1, 2).reshape(1, 64, 64)
+    whole = emoji_codec.decode_codes(codes).clamp(-1, 1)
+    emoji_codec.enable_tiling(256)
+    tiled = emoji_codec.decode_codes(codes).clamp(-1, 1)
+    emoji_codec.disable_tiling()
+    assert psnr(tiled, whole) > 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((18,), "multiple of 4 pixels.*got 18"),
+        ((0,), "positive multiple.*got 0"),
+        ((16, 0.75), r"0 \.\.\. 0\.5, got 0\.75"),
+        ((16, -0.1), r"got -0\.1"),
+    ],
+)
+def test_tiles_that_cannot_be_raise_and_change_nothing(codec, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        codec.enable_tiling(*arguments)
+    assert not codec.use_tiling
 
 
 def test_save_and_load_give_the_same_codec(codec, tmp_path):

@@ -6,7 +6,16 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny import CODEBOOK_SIZE, EOS_ID, IMAGE_TOKEN_OFFSET, tiny_base, tiny_model, tiny_processor, tiny_tokenizer
+from tiny import (
+    BOI_ID,
+    CODEBOOK_SIZE,
+    EOS_ID,
+    IMAGE_TOKEN_OFFSET,
+    tiny_base,
+    tiny_model,
+    tiny_processor,
+    tiny_tokenizer,
+)
 from transformers import AutoProcessor, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY, AnyToAnyPipeline
 from transformers.utils import logging
@@ -18,6 +27,7 @@ from transformers_liquid import (
     LiquidModel,
     LiquidProcessor,
 )
+from transformers_liquid.pipeline_liquid import _OnStepEnd
 
 
 IMAGE_IDS = range(IMAGE_TOKEN_OFFSET, IMAGE_TOKEN_OFFSET + CODEBOOK_SIZE)
@@ -197,6 +207,76 @@ def test_output_types_hold_the_same_picture(pipe):
     np.testing.assert_array_equal(np.stack([np.asarray(image) for image in images]), (array * 255).round())
 
 
+# Many pictures
+
+
+UNEVEN = ["a", "a much longer prompt", "b", "another long prompt!", "c", "red apple"]
+
+
+def test_prompts_of_the_same_length_are_drawn_side_by_side_without_pads(pipe):
+    batches = pipe.preprocess(UNEVEN, batch_size=2, seed=0)
+    assert [batch["indices"] for batch in batches] == [[1, 3], [5, 0], [2, 4]]
+    assert [int((batch["attention_mask"] == 0).sum()) for batch in batches] == [0, len("red apple") - 1, 0]
+
+
+@pytest.mark.parametrize("negative_prompt", [None, "blue", [*"xyzuv", "a very long negative prompt"]])
+def test_the_grouped_inputs_are_those_of_each_prompt_alone(pipe, negative_prompt):
+    batches = pipe.preprocess(UNEVEN, negative_prompt, num_images_per_prompt=2, batch_size=5, seed=7)
+    assert sorted(index for batch in batches for index in batch["indices"]) == list(range(12))
+    for batch in batches:
+        for row, index in enumerate(batch["indices"]):
+            negative = negative_prompt[index // 2] if isinstance(negative_prompt, list) else negative_prompt
+            alone = pipe.processor(
+                text=UNEVEN[index // 2], negative_prompt=negative, generation_mode="image", return_tensors="pt"
+            )
+            for ids, mask in (
+                ("input_ids", "attention_mask"),
+                ("negative_prompt_ids", "negative_prompt_attention_mask"),
+            ):
+                kept = batch[mask][row].bool()
+                assert batch[ids][row][kept].tolist() == alone[ids][0].tolist()
+                assert kept.tolist() == sorted(kept.tolist())
+            assert batch["generator"][row].initial_seed() == 7 + index
+
+
+def test_grouping_changes_no_picture_and_no_order(pipe):
+    alone = [pipe(prompt, seed=3 + index)[0] for index, prompt in enumerate(UNEVEN)]
+    assert same(pipe(UNEVEN, seed=3, batch_size=2), alone)
+
+
+def test_one_generator_for_all_pictures_keeps_their_order(pipe):
+    batches = pipe.preprocess(UNEVEN, batch_size=4, generator=torch.Generator())
+    assert [batch["indices"] for batch in batches] == [[0, 1, 2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_the_stream_is_the_call_in_another_order(pipe, output_type):
+    streamed = dict(pipe.stream(UNEVEN, seed=1, batch_size=4, output_type=output_type))
+    assert list(streamed) == [1, 3, 5, 0, 2, 4]
+    called = pipe(UNEVEN, seed=1, batch_size=4, output_type=output_type)
+    assert same([streamed[index] for index in range(6)], called)
+
+
+def test_a_batch_is_handed_out_before_the_next_one_is_drawn(pipe):
+    steps = []
+    stream = pipe.stream(["a", "b", "c"], seed=0, batch_size=2, callback_on_step_end=lambda *args: steps.append(args))
+    assert not steps
+    next(stream), next(stream)
+    assert len(steps) == 16
+    next(stream)
+    assert len(steps) == 32 and next(stream, None) is None
+
+
+def test_the_stream_checks_all_prompts_when_it_is_asked_for(pipe):
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        pipe.stream(["a", ""])
+
+
+def test_a_streamer_for_several_batches_is_refused(pipe):
+    with pytest.raises(ValueError, match="A streamer follows one batch, but these are 2: pass a batch_size"):
+        pipe.stream(["a", "b"], batch_size=1, streamer=object())
+
+
 # Progress
 
 
@@ -212,6 +292,33 @@ def test_the_callback_sees_every_code_of_every_batch(pipe):
     assert [call[2] for call in calls] == [*reversed(range(16))] * 2
     assert [tuple(call[3].shape) for call in calls] == [(rows, n + 1) for rows in (2, 1) for n in range(16)]
     assert all(token in IMAGE_IDS for call in calls for token in call[3].flatten().tolist())
+
+
+def test_steps_that_finish_several_codes_count_them_all(pipe):
+    calls, bar = [], logging.tqdm(total=2 * 16, disable=False)
+    on_step_end = _OnStepEnd(pipe, 16, bar, lambda _, *args: calls.append(args))
+    prompt = torch.tensor([[0, 1, 30, BOI_ID], [1, 30, 31, BOI_ID]])
+    codes = torch.arange(32).view(2, 16) % CODEBOOK_SIZE + IMAGE_TOKEN_OFFSET
+    for number in (3, 4, 9, 16):
+        ids = torch.cat([prompt, codes[:, :number]], dim=1)
+        assert on_step_end(ids, None).tolist() == [False, False]
+        assert bar.n == 2 * number
+    assert [call[:2] for call in calls] == [(2, 13), (3, 12), (8, 7), (15, 0)]
+    assert all(torch.equal(call[2]["image_tokens"], codes[:, : call[0] + 1]) for call in calls)
+    bar.close()
+
+
+def test_the_callback_sees_what_each_speculative_step_added(pipe):
+    calls = []
+
+    def on_step_end(pipe_, step, timestep, callback_kwargs):
+        calls.append((step, timestep, callback_kwargs["image_tokens"].clone()))
+
+    pipe(["a", "b"], seed=0, do_sample=False, speculative=8, callback_on_step_end=on_step_end)
+    steps = [step for step, *_ in calls]
+    assert len(steps) < 16 and steps == sorted(set(steps)) and steps[-1] == 15
+    assert [timestep for _, timestep, _ in calls] == [15 - step for step in steps]
+    assert all(torch.equal(ids, calls[-1][2][:, : step + 1]) for step, _, ids in calls)
 
 
 def test_an_exception_of_the_callback_ends_the_call(pipe):

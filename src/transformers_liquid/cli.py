@@ -1,6 +1,7 @@
 """`transformers-liquid COMMAND`: each command calls the function of the package that does it.
 
-Bad input ends with exit code 2 and one line on stderr, before any long work.
+Bad input ends with exit code 2 and one line on stderr, before any long work. Of a file of prompts, each line that cannot
+be drawn is told, the others are drawn, and the exit code is 2 too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer, set_seed
@@ -39,6 +45,7 @@ from .convert_codec import save_taming_codec
 from .expand_vocabulary import expand_vocabulary
 from .generation_liquid import DEFAULT_IMAGE_GENERATION_CONFIG
 from .image_processing_liquid import FRAMINGS, contact_sheet, load_image
+from .image_streamer import ImageStreamer
 from .modeling_liquid import LiquidForCausalLM
 from .pipeline_liquid import DEFAULT_BATCH_SIZE, EMOJI_CHECKPOINT, LiquidImageGenerationPipeline
 from .processing_liquid import LiquidProcessor
@@ -51,7 +58,10 @@ PROG = "transformers-liquid"
 METADATA_KEY = "transformers_liquid"
 
 # What of a picture's settings `generate` has an option for.
-SETTINGS = ("guidance_scale", "guidance_min_p", "temperature", "top_k", "top_p")
+SETTINGS = ("guidance_scale", "guidance_min_p", "temperature", "top_k", "top_p", "speculative", "guidance_interval")
+
+# What of its record must be the same, with all settings, for a picture not to be drawn again.
+IDENTITY = ("prompt", "negative_prompt", "seed", "model", "height", "width", "dtype")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,49 +99,62 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generate(args: argparse.Namespace) -> None:
     """Draws pictures from prompts and writes them as PNGs, batch by batch."""
     # 1. What can be checked without the model
-    prompts = _read_prompts(args)
-    if args.greedy and (
-        given := [name for name in ("temperature", "top_k", "top_p") if getattr(args, name) is not None]
-    ):
-        raise ValueError(f"--greedy draws nothing by chance: leave out --{given[0].replace('_', '-')}.")
-    pictures = [prompt for prompt in prompts for _ in range(args.num_images)]
-    paths = _picture_paths(args.output, pictures)
-    _check_writable(args.output)
-    if args.grid is not None:
-        _check_writable(args.grid, is_directory=False)
+    lines = _read_lines(args)
+    _check_generate(args)
+    processes = _processes(args)
 
-    # 2. What needs it
+    # 2. What needs it: what is wrong with any prompt is raised, what is wrong with a line of the file is reported
     pipe = _load_pipeline(args)
     settings = _image_settings(pipe.model, args)
     size = {"height": args.height, "width": args.width}
-    pipe.preprocess(pictures, negative_prompt=args.negative_prompt, **size)
+    pipe.preprocess(args.prompts or "a", negative_prompt=args.negative_prompt, **size)
+    bad = _bad_lines(pipe, lines, size)
+    if processes.is_main_process:
+        for number, reason in bad.items():
+            print(f"{PROG}: {args.prompts_file}, line {number} is left out: {reason}", file=sys.stderr)
+    pictures = _pictures(args, lines, bad)
+    records = {picture.path: _record(args, pipe, picture.prompt, picture.seed, settings) for picture in pictures}
 
-    # 3. Pictures are written as soon as they are drawn
-    seed = random.randrange(2**31) if args.seed is None else args.seed
-    drawn = []
-    for start in range(0, len(pictures), args.batch_size):
-        part = range(start, min(start + args.batch_size, len(pictures)))
-        of_all = f"pictures {part[0] + 1}-{part[-1] + 1} of {len(pictures)}"
-        pipe.set_progress_bar_config(desc=of_all if len(pictures) > 1 else None, disable=None)
-        images = pipe(
-            [pictures[index] for index in part],
+    # 3. Every process takes its share of what is left, once all of them have seen what that is
+    left = pictures if args.output_dir is None else _left(args.output_dir, pictures, records)
+    processes.wait_for_everyone()
+    share = left[processes.process_index :: processes.num_processes]
+
+    # 4. Pictures are written as soon as they are drawn
+    def write(image: Image.Image, path: Path) -> None:
+        _save_picture(image, path, records[path])
+        if args.output_dir is None:
+            print(path)
+
+    if share:
+        of_all = f"{len(share)} of {len(left)} pictures" if len(share) < len(left) else f"{len(left)} pictures"
+        bar = {"desc": of_all if len(left) > 1 else None, "disable": None if processes.is_main_process else True}
+        pipe.set_progress_bar_config(**bar)
+        preview = {} if args.preview_every is None else {"streamer": _PreviewWriter(pipe.model, args)}
+        drawn = pipe.stream(
+            [picture.prompt for picture in share],
             negative_prompt=args.negative_prompt,
-            seed=[seed + index for index in part],
+            seed=[picture.seed for picture in share],
             batch_size=args.batch_size,
             **size,
             **settings,
+            **preview,
         )
-        for index, image in zip(part, images, strict=True):
-            record = _record(args, pipe, pictures[index], seed + index, image, settings)
-            _save_picture(image, paths[index], record)
-            print(paths[index])
-            drawn.append((image, record))
+        _write_behind(write, ((image, share[index].path) for index, image in drawn), args.batch_size)
+    processes.wait_for_everyone()
+    if not processes.is_main_process:
+        return
 
-    # 4. The contact sheet
+    # 5. All of it
+    if args.output_dir is not None:
+        print(f"{args.output_dir}: {len(pictures)} pictures, {len(left)} of them drawn now.")
     if args.grid is not None:
-        columns = args.num_images if args.num_images > 1 else math.ceil(math.sqrt(len(drawn)))
-        _save_picture(contact_sheet([image for image, _ in drawn], columns), args.grid, [record for _, record in drawn])
+        columns = args.num_images if args.num_images > 1 else math.ceil(math.sqrt(len(pictures)))
+        images = [load_image(picture.path) for picture in pictures]
+        _save_picture(contact_sheet(images, columns), args.grid, [records[picture.path] for picture in pictures])
         print(args.grid)
+    if bad:
+        raise ValueError(f"{len(bad)} of {len(lines)} lines of {args.prompts_file} were left out, as said above.")
 
 
 def describe(args: argparse.Namespace) -> None:
@@ -289,18 +312,34 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add(generate, 'generate "red apple" "dog face" --num-images 2 --seed 7 --output drawn --grid sheet.png')
     command.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw")
-    command.add_argument("--prompts-file", type=Path, metavar="FILE", help="further prompts, one in a line")
     command.add_argument(
+        "--prompts-file",
+        type=Path,
+        metavar="FILE",
+        help="further prompts, one in a line; lines that cannot be drawn are reported and left out (exit code 2)",
+    )
+    output = command.add_mutually_exclusive_group()
+    output.add_argument(
         "--output",
         type=Path,
         default=Path("liquid.png"),
         metavar="PATH",
         help="a .png, or a folder (default: %(default)s)",
     )
+    output.add_argument(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help="a folder for the pictures of --prompts-file, named after its lines: the same command draws what is "
+        "missing, on any number of processes of `accelerate launch`. The seed is 0 unless given",
+    )
     command.add_argument("--grid", type=Path, metavar="FILE", help="also write a contact sheet, a .png")
     command.add_argument("--num-images", type=_count, default=1, metavar="N", help="pictures of each prompt")
     command.add_argument(
         "--batch-size", type=_count, default=DEFAULT_BATCH_SIZE, metavar="N", help="drawn side by side"
+    )
+    command.add_argument(
+        "--preview-every", type=_count, metavar="K", help="of a single picture: write what is drawn every K codes"
     )
     _add_drawing_arguments(command)
     _add_model_arguments(command)
@@ -412,6 +451,21 @@ def _add_drawing_arguments(command: argparse.ArgumentParser) -> None:
         help="1 is no guidance (default of each: the checkpoint's)",
     )
     command.add_argument("--guidance-min-p", type=float, metavar="P", help="guidance chooses among codes this probable")
+    command.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("START", "STOP"),
+        help="guidance only from this to that fraction of the codes",
+    )
+    command.add_argument(
+        "--speculative",
+        type=int,
+        nargs="?",
+        const=True,
+        metavar="WINDOW",
+        help="draw several codes in a step, up to WINDOW",
+    )
     command.add_argument("--greedy", action="store_true", help="always take the most probable code")
     command.add_argument("--temperature", type=float, metavar="T")
     command.add_argument("--top-k", type=int, metavar="K")
@@ -461,6 +515,20 @@ def _load(args: argparse.Namespace, **kwargs: Any) -> tuple[LiquidForCausalLM, L
 def _load_pipeline(args: argparse.Namespace) -> LiquidImageGenerationPipeline:
     model, processor = _load(args)
     return LiquidImageGenerationPipeline(model=model, processor=processor, device=model.device)
+
+
+def _processes(args: argparse.Namespace) -> PartialState:
+    """The processes of `accelerate launch`, each with a device of its own; or this one alone."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    # A process that is done may wait long for the others.
+    processes = PartialState(cpu=on_cpu, timeout=timedelta(days=365))
+    if processes.num_processes > 1:
+        if args.output_dir is None:
+            raise ValueError("Several processes share the lines of a file: give --prompts-file and --output-dir.")
+        if args.device is not None:
+            raise ValueError(f"Each process has a device of its own: leave out --device {args.device}.")
+        args.device = str(processes.device)
+    return processes
 
 
 def _device(name: str | None) -> torch.device:
@@ -523,6 +591,25 @@ def _answer(
 # Pictures
 
 
+@dataclass
+class _Picture:
+    prompt: str
+    seed: int
+    path: Path
+
+
+class _PreviewWriter(ImageStreamer):
+    """Writes the partly drawn picture where the finished one goes."""
+
+    def __init__(self, model: LiquidForCausalLM, args: argparse.Namespace) -> None:
+        super().__init__(model, args.preview_every, args.height, args.width)
+        self.path = args.output
+
+    def on_finalized_images(self, images: list[Image.Image], num_codes: int, stream_end: bool = False) -> None:
+        if not stream_end:
+            _write_png(images[0], self.path)
+
+
 def _draw(pipe: LiquidImageGenerationPipeline, prompt: str, args: argparse.Namespace) -> Path:
     """One picture of a conversation."""
     settings = _image_settings(pipe.model, args)
@@ -532,7 +619,7 @@ def _draw(pipe: LiquidImageGenerationPipeline, prompt: str, args: argparse.Names
     number = 0
     while (path := args.output / f"drawing-{number}.png").exists():
         number += 1
-    _save_picture(image, path, _record(args, pipe, prompt, seed, image, settings))
+    _save_picture(image, path, _record(args, pipe, prompt, seed, settings))
     return path
 
 
@@ -556,31 +643,126 @@ def _stored_settings(model: str) -> dict[str, Any]:
     return DEFAULT_IMAGE_GENERATION_CONFIG | (stored or {})
 
 
-def _read_prompts(args: argparse.Namespace) -> list[str]:
-    prompts = list(args.prompts)
+def _read_lines(args: argparse.Namespace) -> list[str]:
+    """The lines of the prompts file, the empty ones too."""
+    lines = []
     if args.prompts_file is not None:
         try:
-            lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
+            with args.prompts_file.open(encoding="utf-8") as file:
+                lines = [line.strip() for line in file]
         except UnicodeDecodeError as error:
             raise ValueError(f"{args.prompts_file} is no text in UTF-8: {error}") from error
-        prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts:
+    if not args.prompts and not any(lines):
         raise ValueError("Nothing to draw: give a PROMPT, or --prompts-file with one prompt in a line.")
-    for index, prompt in enumerate(prompts):
+    return lines
+
+
+def _check_generate(args: argparse.Namespace) -> None:
+    """What is wrong with the arguments by themselves."""
+    for index, prompt in enumerate(args.prompts):
         if not prompt.strip():
             raise ValueError(f"Prompt {index} is empty: write what the picture shows.")
-    return prompts
+    given = [name for name in ("temperature", "top_k", "top_p") if getattr(args, name) is not None]
+    if args.greedy and given:
+        raise ValueError(f"--greedy draws nothing by chance: leave out --{given[0].replace('_', '-')}.")
+    if args.output_dir is not None and (args.prompts or args.prompts_file is None):
+        raise ValueError(
+            "--output-dir names pictures after the lines of a file: give --prompts-file, and no PROMPT beside it."
+        )
+    if args.preview_every is not None and (
+        len(args.prompts) * args.num_images != 1 or args.prompts_file is not None or _is_directory(args.output)
+    ):
+        raise ValueError("--preview-every is for a single picture: give one PROMPT, and a .png as --output.")
+    if args.output_dir is not None:
+        _check_writable(args.output_dir, is_directory=True)
+    else:
+        _check_writable(args.output)
+    if args.grid is not None:
+        _check_writable(args.grid, is_directory=False)
+
+
+def _bad_lines(pipe: LiquidImageGenerationPipeline, lines: list[str], size: dict[str, int | None]) -> dict[int, str]:
+    """Number (from 1) and fault of each line that cannot be drawn."""
+    bad = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            if not line:
+                raise ValueError("It is empty: write what the picture shows.")
+            pipe.preprocess(line, **size)
+        except ValueError as error:
+            bad[number] = " ".join(str(error).split())
+    return bad
+
+
+def _pictures(args: argparse.Namespace, lines: list[str], bad: dict[int, str]) -> list[_Picture]:
+    """What the command draws, whether it is there already or not."""
+    good = {number: line for number, line in enumerate(lines, start=1) if number not in bad}
+    if not args.prompts and not good:
+        raise ValueError(f"Nothing to draw: no line of {args.prompts_file} can be drawn, as said above.")
+    if args.output_dir is not None:
+        # Names and seeds depend on the line alone, so that lines can be added at the end.
+        seed = args.seed or 0
+        suffixes = [f"-{image}" for image in range(args.num_images)] if args.num_images > 1 else [""]
+        pictures = []
+        for number, line in good.items():
+            stem = f"{number:06}-{_slug(line)}"
+            for image, suffix in enumerate(suffixes):
+                path = args.output_dir / f"{stem}{suffix}.png"
+                pictures.append(_Picture(line, seed + (number - 1) * args.num_images + image, path))
+        return pictures
+    seed = random.randrange(2**31) if args.seed is None else args.seed
+    prompts = [prompt for prompt in [*args.prompts, *good.values()] for _ in range(args.num_images)]
+    paths = _picture_paths(args.output, prompts)
+    return [
+        _Picture(prompt, seed + index, path) for index, (prompt, path) in enumerate(zip(prompts, paths, strict=True))
+    ]
+
+
+def _left(folder: Path, pictures: list[_Picture], records: dict[Path, dict[str, Any]]) -> list[_Picture]:
+    """The pictures without a file. Raises if the folder holds one that this command would draw in another way."""
+    instead = "Give the same arguments as before, choose another --output-dir, or delete the file."
+    for path in sorted(folder.glob("*.png")):
+        if not re.match(r"\d{6,}-", path.name):
+            continue
+        if path not in records:
+            raise ValueError(f"{path} belongs to no line of the prompts file, nor to --num-images as given. {instead}")
+        before, now = _identity(read_metadata(path)), _identity(records[path])
+        different = [name for name in before | now if before.get(name) != now.get(name)]
+        if different:
+            values = [", ".join(f"{name}={one.get(name)!r}" for name in different) for one in (before, now)]
+            raise ValueError(f"{path} was drawn with {values[0]}, but now it would be {values[1]}. {instead}")
+    return [picture for picture in pictures if not picture.path.exists()]
 
 
 def _picture_paths(output: Path, prompts: list[str]) -> list[Path]:
     """Where each picture goes: the file, numbered files beside it, or files in the folder named after the prompts."""
     digits = len(str(len(prompts) - 1))
     if _is_directory(output):
-        slugs = [re.sub(r"\W+", "-", prompt.lower())[:40].strip("-") for prompt in prompts]
-        return [output / f"{index:0{digits}}-{slug}.png" for index, slug in enumerate(slugs)]
+        return [output / f"{index:0{digits}}-{_slug(prompt)}.png" for index, prompt in enumerate(prompts)]
     if len(prompts) == 1:
         return [output]
     return [output.with_name(f"{output.stem}-{index:0{digits}}{output.suffix}") for index in range(len(prompts))]
+
+
+def _identity(record: dict[str, Any]) -> dict[str, Any]:
+    """All that pictures must share to be the same, as JSON keeps it."""
+    return json.loads(json.dumps({name: record.get(name) for name in IDENTITY} | record["settings"]))
+
+
+def _write_behind(write: Callable[..., None], drawn: Iterable[tuple[Any, ...]], limit: int) -> None:
+    """Writes pictures in another thread while the next ones are drawn; no more than `limit` of them wait for it."""
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        written: deque[Future] = deque()
+        for arguments in drawn:
+            written.append(writer.submit(write, *arguments))
+            if len(written) > limit:
+                written.popleft().result()
+        for one in written:
+            one.result()
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"\W+", "-", prompt.lower())[:40].strip("-")
 
 
 def _is_directory(path: Path) -> bool:
@@ -615,25 +797,32 @@ def _record(
     pipe: LiquidImageGenerationPipeline,
     prompt: str,
     seed: int,
-    image: Image.Image,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything that a picture depends on, and the command that makes it again."""
+    rows, columns = pipe.model.config.grid(args.height, args.width)
+    size = {
+        "height": rows * pipe.model.config.downsample_factor,
+        "width": columns * pipe.model.config.downsample_factor,
+    }
     options = {"model": args.model} if args.model != EMOJI_CHECKPOINT else {}
-    options |= {"seed": seed, "height": image.height, "width": image.width}
-    options |= {name: settings[name] for name in SETTINGS if name in settings}
+    options |= {"seed": seed, **size}
+    options |= {name: settings[name] for name in SETTINGS if name in settings and name != "guidance_interval"}
     options |= {"negative_prompt": args.negative_prompt} if args.negative_prompt is not None else {}
     options |= {"device": pipe.device.type, "dtype": str(pipe.dtype).removeprefix("torch.")}
     # With "=", and after "--", a value may begin with a dash.
-    command = [PROG, "generate", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]
+    command = [PROG, "generate"]
+    for name, value in options.items():
+        command.append(f"--{name.replace('_', '-')}" + (f"={value}" if value is not True else ""))
+    if "guidance_interval" in settings:
+        command += ["--guidance-interval", *map(str, settings["guidance_interval"])]
     command += ["--greedy"] * (not settings["do_sample"]) + ["--"] * prompt.startswith("-") + [prompt]
     return {
         "prompt": prompt,
         "negative_prompt": args.negative_prompt,
         "seed": seed,
         "model": Path(args.model).name if args.model == EMOJI_CHECKPOINT else args.model,
-        "height": image.height,
-        "width": image.width,
+        **size,
         "settings": settings,
         "device": pipe.device.type,
         "dtype": str(pipe.dtype).removeprefix("torch."),
@@ -645,7 +834,14 @@ def _record(
 def _save_picture(image: Image.Image, path: Path, record: dict[str, Any] | list[dict[str, Any]]) -> None:
     metadata = PngImagePlugin.PngInfo()
     metadata.add_itxt(METADATA_KEY, json.dumps(record, ensure_ascii=False))
-    image.save(path, pnginfo=metadata)
+    _write_png(image, path, pnginfo=metadata)
+
+
+def _write_png(image: Image.Image, path: Path, **kwargs: Any) -> None:
+    """Whole or not at all, whenever the process is killed."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    image.save(unfinished, format="PNG", **kwargs)
+    os.replace(unfinished, path)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | list[dict[str, Any]]:

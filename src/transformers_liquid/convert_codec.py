@@ -66,7 +66,8 @@ def load_taming_codec(path: str | Path, config: str | Path | dict[str, Any] | No
     if config is None:
         config = checkpoint.with_suffix(".yaml")
     vq_config = vq_config_from_taming(config if isinstance(config, dict) else read_yaml(Path(config)))
-    codec = LiquidVQModel(**vq_config)
+    with torch.device("meta"):  # the tensors read become its weights
+        codec = LiquidVQModel(**vq_config)
     state_dict = taming_to_vq_state_dict(_read_checkpoint(checkpoint), vq_config)
     for key, expected in codec.state_dict().items():
         if state_dict[key].shape != expected.shape:
@@ -74,7 +75,7 @@ def load_taming_codec(path: str | Path, config: str | Path | dict[str, Any] | No
                 f"{checkpoint}: the tensor for {key} has shape {tuple(state_dict[key].shape)}, but its configuration "
                 f"asks for {tuple(expected.shape)}. Are checkpoint and configuration of the same codec?"
             )
-    codec.load_state_dict(state_dict)
+    codec.load_state_dict({key: tensor.float() for key, tensor in state_dict.items()}, assign=True)
     return codec.eval()
 
 

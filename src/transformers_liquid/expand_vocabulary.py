@@ -207,11 +207,12 @@ def _set_new_rows(
     weight: torch.Tensor, old_num_rows: int, num_text_tokens: int, init: str, generator: torch.Generator
 ) -> None:
     text_rows, new_rows = weight[:num_text_tokens], weight[old_num_rows:]
-    mean = text_rows.mean(0, dtype=torch.float32)
+    # In pieces: the rows of a large base in fp32 may not fit beside it, and torch sums half precision by way of fp32.
+    pieces = text_rows.split(8192)
+    mean = sum(piece.sum(0, dtype=torch.float32) for piece in pieces) / len(text_rows)
     new_rows.copy_(mean)
     if init == "normal":
-        # In pieces: the rows of a large base in fp32 may not fit beside it.
-        centred = (piece.float() - mean for piece in text_rows.split(8192))
+        centred = (piece.float() - mean for piece in pieces)
         covariance = sum(piece.T @ piece for piece in centred) / max(len(text_rows) - 1, 1)
         variances, directions = torch.linalg.eigh(covariance)
         draws = torch.randn(new_rows.shape, generator=generator).to(weight.device)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import BatchFeature, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 from transformers.utils import logging
 
@@ -115,13 +116,14 @@ class LiquidImageGenerationPipeline(Pipeline):
                 turn, or one each.
             batch_size (`int`, *optional*, defaults to 8): Pictures that are drawn side by side.
             output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"` or `"pt"`.
-            callback_on_step_end (`Callable`, *optional*): Called after every code of a batch with `(pipe, step,
-                timestep, callback_kwargs)`, as diffusers does: `step` counts up from 0, `timestep` is the number of
-                codes still to come, and `callback_kwargs["image_tokens"]` holds the ids so far, `(B, step + 1)`. What
-                it returns is ignored; an exception ends the call.
+            callback_on_step_end (`Callable`, *optional*): Called after every step of a batch with `(pipe, step,
+                timestep, callback_kwargs)`, as diffusers does: `step` is the index of the last finished code (a step
+                can finish several), `timestep` the number of codes still to come, and
+                `callback_kwargs["image_tokens"]` holds the ids so far, `(B, step + 1)`. What it returns is ignored; an
+                exception ends the call. [`partial_pictures`] makes pictures of the ids.
             progress_bar (`bool`, *optional*, defaults to `True`): Whether to show one.
             generate_kwargs: Further settings of [`LiquidForCausalLM.generate`], such as `do_sample`, `temperature`,
-                `top_k`, `top_p` or `guidance_min_p`.
+                `top_k`, `top_p` or `guidance_min_p`; and `streamer`, such as an [`ImageStreamer`], for one batch.
 
         Returns:
             For N pictures a list of N `PIL.Image.Image`; or an array `(N, H, W, 3)` or tensor `(N, 3, H, W)` in [0, 1].
@@ -129,7 +131,8 @@ class LiquidImageGenerationPipeline(Pipeline):
         Raises:
             ValueError: On inputs that cannot be met, for all prompts, before any drawing.
         """
-        preprocess_params, forward_params, postprocess_params = self._sanitize_parameters(
+        drawn = self.stream(
+            prompt,
             negative_prompt=negative_prompt,
             num_images_per_prompt=num_images_per_prompt,
             height=height,
@@ -137,18 +140,52 @@ class LiquidImageGenerationPipeline(Pipeline):
             guidance_scale=guidance_scale,
             seed=seed,
             generator=generator,
-            batch_size=self._batch_size if batch_size is None else batch_size,
+            batch_size=batch_size,
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
             progress_bar=progress_bar,
             **generate_kwargs,
         )
-        return self.run_single(
-            prompt,
-            {**self._preprocess_params, **preprocess_params},
-            {**self._forward_params, **forward_params},
-            {**self._postprocess_params, **postprocess_params},
-        )
+        images = [image for _, image in sorted(drawn, key=lambda indexed: indexed[0])]
+        if isinstance(images[0], torch.Tensor):
+            return torch.stack(images)
+        return np.stack(images) if isinstance(images[0], np.ndarray) else images
+
+    def stream(self, prompt: str | list[str], **kwargs: Any) -> Iterator[tuple[int, Any]]:
+        """Draws pictures and hands out each batch of them as soon as it is done, for more than fit into memory.
+
+        Prompts of about the same length are drawn side by side, the longest ones first: an index says which picture of
+        the call came. With one `generator` for all pictures they are drawn and come in order.
+
+        Args:
+            prompt (`str` or `list[str]`): What the pictures show.
+            kwargs: As in [`~LiquidImageGenerationPipeline.__call__`].
+
+        Returns:
+            An iterator of `(index, image)`: a `PIL.Image.Image`, an array `(H, W, 3)` or a tensor `(3, H, W)` in
+            [0, 1].
+
+        Raises:
+            ValueError: As there: at once, not at the first picture.
+
+        Example:
+
+        ```python
+        >>> for index, image in pipe.stream(prompts, seed=0, batch_size=16):
+        ...     image.save(f"{index:06d}.png")
+        ```
+        """
+        if kwargs.get("batch_size") is None:
+            kwargs["batch_size"] = self._batch_size
+        preprocess_params, forward_params, postprocess_params = self._sanitize_parameters(**kwargs)
+        batches = self.preprocess(prompt, **{**self._preprocess_params, **preprocess_params})
+        forward_params = {**self._forward_params, **forward_params}
+        if "streamer" in forward_params and len(batches) > 1:
+            raise ValueError(
+                f"A streamer follows one batch, but these are {len(batches)}: pass a batch_size of at least the number "
+                "of pictures, or draw them in several calls."
+            )
+        return self._draw(batches, forward_params, {**self._postprocess_params, **postprocess_params})
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
@@ -180,62 +217,76 @@ class LiquidImageGenerationPipeline(Pipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
     ) -> list[dict[str, Any]]:
-        """Checks everything and makes the inputs of `generate` for each batch of pictures."""
+        """Checks everything and makes the inputs of `generate` for each batch of pictures, and their `indices`."""
         # 1. Checks
-        prompts, negative_prompts = self._check_prompts(prompt, negative_prompt)
+        prompts = self.processor.check_texts(prompt, "prompt")
         _check_count("num_images_per_prompt", num_images_per_prompt)
         _check_count("batch_size", batch_size)
         rows, columns = self.model.config.grid(height, width)
 
-        # 2. One row and one source of randomness per picture
-        prompts = [one for one in prompts for _ in range(num_images_per_prompt)]
-        if negative_prompts is not None:
-            negative_prompts = [one for one in negative_prompts for _ in range(num_images_per_prompt)]
-        generators = _generators(seed, generator, len(prompts))
+        # 2. One source of randomness per picture
+        number = len(prompts) * num_images_per_prompt
+        generators = _generators(seed, generator, number)
 
-        # 3. Inputs
+        # 3. Inputs of all prompts
+        inputs = self.processor(
+            text=prompts,
+            negative_prompt=negative_prompt,
+            generation_mode="image",
+            height=height,
+            width=width,
+            return_tensors="pt",
+        )
+        masks = [inputs["attention_mask"], inputs["negative_prompt_attention_mask"]]
+        lengths = torch.stack([mask.sum(1) for mask in masks]).amax(0).tolist()
+        for name in ("input_ids", "negative_prompt_ids"):
+            check_context(self.model, inputs[name], rows * columns)
+
+        # 4. Batches: the longest prompts first, since what does not fit into memory should fail at once
+        order = list(range(number))
+        if not isinstance(generators, torch.Generator):
+            order.sort(key=lambda index: -lengths[index // num_images_per_prompt])
         batches = []
-        for start in range(0, len(prompts), batch_size):
-            part = slice(start, start + batch_size)
-            inputs = self.processor(
-                text=prompts[part],
-                negative_prompt=None if negative_prompts is None else negative_prompts[part],
-                generation_mode="image",
-                height=height,
-                width=width,
-                return_tensors="pt",
+        for start in range(0, number, batch_size):
+            indices = order[start : start + batch_size]
+            batch = _rows_without_pads(inputs, [index // num_images_per_prompt for index in indices])
+            batch["generator"] = (
+                [generators[index] for index in indices] if isinstance(generators, list) else generators
             )
-            for name in ("input_ids", "negative_prompt_ids"):
-                check_context(self.model, inputs[name], rows * columns)
-            part_of_generators = generators[part] if isinstance(generators, list) else generators
-            batches.append({**inputs, "generator": part_of_generators})
+            batches.append({"indices": indices, **batch})
         return batches
+
+    def _draw(
+        self, batches: list[dict[str, Any]], forward_params: dict[str, Any], postprocess_params: dict[str, Any]
+    ) -> Iterator[tuple[int, Any]]:
+        show = forward_params.pop("progress_bar", True)
+        rows, columns = self.model.config.grid(forward_params.get("height"), forward_params.get("width"))
+        total = rows * columns * sum(len(batch["indices"]) for batch in batches)
+        with self.progress_bar(total=total, disable=not show) as bar:
+            for batch in batches:
+                pixel_values = self.forward(batch, bar=bar, **forward_params)
+                yield from zip(batch["indices"], self.postprocess(pixel_values, **postprocess_params), strict=True)
 
     def _forward(
         self,
-        batches: list[dict[str, Any]],
+        batch: dict[str, Any],
+        bar: Any,
         height: int | None = None,
         width: int | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
-        progress_bar: bool = True,
         stopping_criteria: StoppingCriteriaList | None = None,
         **generate_kwargs: Any,
     ) -> torch.Tensor:
-        """Draws the batches; pixel values (N, 3, H, W) in [-1, 1]."""
+        """Draws a batch; pixel values (B, 3, H, W) in [-1, 1]."""
         rows, columns = self.model.config.grid(height, width)
-        pixel_values = []
-        total = rows * columns * sum(len(batch["input_ids"]) for batch in batches)
-        with self.progress_bar(total=total, disable=not progress_bar) as bar:
-            for batch in batches:
-                on_step_end = _OnStepEnd(self, rows * columns, bar, callback_on_step_end)
-                ids = self.model.generate(
-                    **batch,
-                    generation_mode="image",
-                    stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), on_step_end]),
-                    **generate_kwargs,
-                )
-                pixel_values.append(self.model.decode_image_tokens(ids, height=height, width=width).float().cpu())
-        return torch.cat(pixel_values)
+        on_step_end = _OnStepEnd(self, rows * columns, bar, callback_on_step_end)
+        ids = self.model.generate(
+            **{name: value for name, value in batch.items() if name != "indices"},
+            generation_mode="image",
+            stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), on_step_end]),
+            **generate_kwargs,
+        )
+        return self.model.decode_image_tokens(ids, height=height, width=width).float()
 
     def postprocess(self, pixel_values: torch.Tensor, output_type: str = "pil") -> Any:
         """Pixel values to pictures."""
@@ -260,36 +311,29 @@ class LiquidImageGenerationPipeline(Pipeline):
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 
-    def _check_prompts(self, prompt: Any, negative_prompt: Any) -> tuple[list[str], list[str] | None]:
-        prompts = self.processor.check_texts(prompt, "prompt")
-        if negative_prompt is None:
-            return prompts, None
-        negative_prompts = self.processor.check_texts(negative_prompt, "negative_prompt")
-        if isinstance(negative_prompt, str):
-            negative_prompts = negative_prompts * len(prompts)
-        if len(negative_prompts) != len(prompts):
-            raise ValueError(
-                f"Got {len(negative_prompts)} negative prompts for {len(prompts)} prompts: give one, or one each."
-            )
-        return prompts, negative_prompts
-
 
 class _OnStepEnd(StoppingCriteria):
-    """Moves the bar and calls the callback; never stops."""
+    """Moves the bar and calls the callback; never stops. A step can add several codes."""
 
     def __init__(
         self, pipe: LiquidImageGenerationPipeline, num_codes: int, bar: Any, callback: Callable[..., Any] | None
     ) -> None:
         self.pipe, self.num_codes, self.bar, self.callback = pipe, num_codes, bar, callback
-        self.step = 0
+        self.prompt_length: int | None = None
+        self.num_drawn = 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.BoolTensor:
-        self.bar.update(len(input_ids))
+        if self.prompt_length is None:
+            # Up to the begin-of-image token, with the pads that guidance may have added.
+            is_boi = input_ids[0] == self.pipe.model.config.boi_token_id
+            self.prompt_length = int(is_boi.nonzero()[-1]) + 1
+        image_tokens = input_ids[:, self.prompt_length :]
+        batch_size, num_drawn = image_tokens.shape
+        self.bar.update(batch_size * (num_drawn - self.num_drawn))
+        self.num_drawn = num_drawn
         if self.callback is not None:
-            still_to_come = self.num_codes - self.step - 1
-            self.callback(self.pipe, self.step, still_to_come, {"image_tokens": input_ids[:, -(self.step + 1) :]})
-        self.step += 1
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            self.callback(self.pipe, num_drawn - 1, self.num_codes - num_drawn, {"image_tokens": image_tokens})
+        return torch.zeros(batch_size, dtype=torch.bool, device=input_ids.device)
 
 
 # Arguments of `generate()` that would change what comes back.
@@ -303,6 +347,18 @@ _NOT_HERE = {
 def _check_count(name: str, value: Any) -> None:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
+def _rows_without_pads(inputs: BatchFeature, rows: list[int]) -> dict[str, Any]:
+    """Some rows of what the processor made, left-padded to the longest of them."""
+    batch = dict(inputs)
+    for ids, mask in (
+        ("input_ids", "attention_mask"),
+        ("negative_prompt_ids", "negative_prompt_attention_mask"),
+    ):
+        length = int(inputs[mask][rows].sum(1).max())
+        batch |= {name: inputs[name][rows, -length:] for name in (ids, mask)}
+    return batch
 
 
 def _generators(

@@ -1,0 +1,106 @@
+"""When does `FewRowsLinear`'s transposed product beat `nn.Linear` on a CPU?
+
+```bash
+python benchmarks/few_rows.py --output docs/few_rows_benchmark.json
+```
+
+For the linear layers of the shapes of `decode.py` (q, k, v, o, gate, up, down, and the head's image rows) and a few rows
+of input, in fp32: microseconds of `F.linear(x, weight)`, divided by those of `(weight @ x.T).T`. Above 1 the transposed
+product is faster. The two take turns, over as many copies of the weight as exceed a CPU's caches, as in a model whose
+layers follow one another; the median of the rounds counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from decode import CODEBOOK_SIZE, SHAPES, cpu_name
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from transformers_liquid import EMOJI_CHECKPOINT
+from transformers_liquid.few_rows_linear import MAX_ROWS
+
+
+BYTES_OF_COPIES = 2**27
+
+
+def main(args: argparse.Namespace) -> None:
+    result = {"machine": cpu_name(), "torch": torch.__version__, "max_rows": MAX_ROWS, "layers": []}
+    print(f"{result['machine']}, torch {result['torch']}: time of F.linear ÷ time of the transposed product")
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        print(f"\n{threads} threads\n")
+        print("| model | out × in |" + "".join(f" {count} rows |" for count in args.rows))
+        print("|---|---|" + "---|" * len(args.rows))
+        for model, out_features, in_features in layers(args.shapes):
+            measured = {count: measure(out_features, in_features, count, args.rounds) for count in args.rows}
+            result["layers"].append(
+                {
+                    "threads": threads,
+                    "model": model,
+                    "out_features": out_features,
+                    "in_features": in_features,
+                    "microseconds": measured,
+                }
+            )
+            cells = [f"{one['linear'] / one['transposed']:.2f}" for one in measured.values()]
+            print(f"| {model} | {out_features} × {in_features} | " + " | ".join(cells) + " |", flush=True)
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def layers(names: list[str]) -> list[tuple[str, int, int]]:
+    """(model, out features, in features) of every kind of linear layer that a step runs."""
+    found: dict[tuple[str, int, int], None] = {}
+    for name in names:
+        make_config = SHAPES[name].text_config
+        if make_config is None:
+            liquid_config = AutoConfig.from_pretrained(EMOJI_CHECKPOINT)
+            config, codebook_size = liquid_config.text_config, liquid_config.codebook_size
+        else:
+            config, codebook_size = make_config(), CODEBOOK_SIZE
+        with torch.device("meta"):
+            body = AutoModelForCausalLM.from_config(config).base_model
+        for module in body.modules():
+            if isinstance(module, nn.Linear):
+                found[name, module.out_features, module.in_features] = None
+        found[name, codebook_size, config.hidden_size] = None
+    return list(found)
+
+
+def measure(out_features: int, in_features: int, rows: int, rounds: int) -> dict[str, float]:
+    """Microseconds of one product."""
+    weight = torch.randn(out_features, in_features)
+    weights = [weight.clone() for _ in range(-(-BYTES_OF_COPIES // weight.nbytes))]
+    x = torch.randn(rows, in_features)
+    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "linear": lambda weight: nn.functional.linear(x, weight),
+        # As in FewRowsLinear.
+        "transposed": lambda weight: (weight @ x.T).T,
+    }
+    microseconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, product in ways.items():
+            start = time.perf_counter()
+            for copy in weights:
+                product(copy)
+            microseconds[name].append(1e6 * (time.perf_counter() - start) / len(weights))
+    return {name: statistics.median(values[1:]) for name, values in microseconds.items()}
+
+
+if __name__ == "__main__":
+    shapes = [name for name in SHAPES if name != "gemma-7b"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=shapes, choices=shapes)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 3, 4, 8, 16])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5, help="after one that does not count (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    main(parser.parse_args())
