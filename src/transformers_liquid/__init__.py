@@ -26,6 +26,7 @@ from .generation_liquid import (
     SuppressImageTokensLogitsProcessor,
 )
 from .image_processing_liquid import LiquidImageProcessor
+from .image_streamer import ImageIteratorStreamer, ImageStreamer, partial_pictures
 from .modeling_liquid import LiquidForCausalLM, LiquidModel, LiquidPreTrainedModel
 from .modeling_liquid_vq import CHAMELEON_VQ_CONFIG, LiquidVQModel
 from .peft_liquid import liquid_lora_config, liquid_rows_config
@@ -48,6 +49,8 @@ __all__ = [
     "DEFAULT_IMAGE_GENERATION_CONFIG",
     "EMOJI_CHECKPOINT",
     "GuidanceLogitsProcessor",
+    "ImageIteratorStreamer",
+    "ImageStreamer",
     "ImageTokenLogitsProcessor",
     "LiquidConfig",
     "LiquidDataCollator",
@@ -66,6 +69,7 @@ __all__ = [
     "load_records",
     "load_taming_codec",
     "mix_records",
+    "partial_pictures",
     "save_taming_codec",
     "tokenize_dataset",
 ]

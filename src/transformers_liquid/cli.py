@@ -43,7 +43,7 @@ from .convert_checkpoint import (
 )
 from .convert_codec import save_taming_codec
 from .expand_vocabulary import expand_vocabulary
-from .generation_liquid import DEFAULT_IMAGE_GENERATION_CONFIG
+from .generation_liquid import image_settings
 from .image_processing_liquid import FRAMINGS, contact_sheet, load_image
 from .image_streamer import ImageStreamer
 from .modeling_liquid import LiquidForCausalLM
@@ -625,22 +625,19 @@ def _draw(pipe: LiquidImageGenerationPipeline, prompt: str, args: argparse.Names
 
 def _image_settings(model: LiquidForCausalLM, args: argparse.Namespace) -> dict[str, Any]:
     """All settings that a picture is drawn with: the checkpoint's, and what the arguments say instead."""
-    stored = getattr(model.generation_config, "image_generation_config", None) or {}
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    settings = DEFAULT_IMAGE_GENERATION_CONFIG | stored | given
     if args.greedy:
-        settings["do_sample"] = False
-    if not settings["do_sample"]:
-        settings = {name: value for name, value in settings.items() if name not in ("temperature", "top_k", "top_p")}
+        given["do_sample"] = False
+    settings = image_settings(model.generation_config, given)
     return {name: value for name, value in settings.items() if value is not None}
 
 
 def _stored_settings(model: str) -> dict[str, Any]:
     try:
-        stored = getattr(GenerationConfig.from_pretrained(model), "image_generation_config", None)
+        stored = GenerationConfig.from_pretrained(model)
     except OSError:
         stored = None
-    return DEFAULT_IMAGE_GENERATION_CONFIG | (stored or {})
+    return image_settings(stored, {})
 
 
 def _read_lines(args: argparse.Namespace) -> list[str]:
@@ -745,8 +742,9 @@ def _picture_paths(output: Path, prompts: list[str]) -> list[Path]:
 
 
 def _identity(record: dict[str, Any]) -> dict[str, Any]:
-    """All that pictures must share to be the same, as JSON keeps it."""
-    return json.loads(json.dumps({name: record.get(name) for name in IDENTITY} | record["settings"]))
+    """All that pictures must share to be the same, as JSON keeps it. Speculation does not change them."""
+    settings = {name: value for name, value in record["settings"].items() if name != "speculative"}
+    return json.loads(json.dumps({name: record.get(name) for name in IDENTITY} | settings))
 
 
 def _write_behind(write: Callable[..., None], drawn: Iterable[tuple[Any, ...]], limit: int) -> None:

@@ -153,7 +153,7 @@ def generate_image_tokens(
     3. transformers' `generate()` prepares cache, processors and criteria, and runs [`sample_image_tokens`] or
        [`speculative_liquid.speculative_sample_image_tokens`].
     """
-    settings, model_kwargs = _image_settings(model, generation_config, kwargs)
+    settings, model_kwargs = _split_settings(model, generation_config, kwargs)
     guidance_scale = settings.pop("guidance_scale")
     guidance = GuidanceLogitsProcessor(guidance_scale, settings.pop("guidance_min_p", None))
     rows, columns = model.config.grid(height, width)
@@ -248,16 +248,35 @@ def _compiles_by_default(
     )
 
 
-def _image_settings(
+def image_settings(stored: GenerationConfig | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that pictures are drawn with: the defaults, what a repository stores, what is given.
+
+    Args:
+        stored (`GenerationConfig`, *optional*): Its `image_generation_config` counts.
+        given (`dict`): Names and values.
+
+    Returns:
+        `dict`: With `guidance_scale` and `do_sample`; without sampling settings if nothing is sampled.
+    """
+    own = getattr(stored, "image_generation_config", None) or {}
+    settings = DEFAULT_IMAGE_GENERATION_CONFIG | own | given
+    if not settings["do_sample"]:
+        # As transformers does not: sampling settings of the repository say nothing against a greedy call.
+        settings = {name: value for name, value in settings.items() if name not in ("temperature", "top_k", "top_p")}
+    if settings["guidance_scale"] is None:
+        settings["guidance_scale"] = 1.0
+    return settings
+
+
+def _split_settings(
     model: LiquidForCausalLM, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits keyword arguments into the settings of an image and what is left for the model."""
-    own = getattr(model.generation_config, "image_generation_config", None)
-    settings = DEFAULT_IMAGE_GENERATION_CONFIG | (own or {})
+    settings = {}
     if generation_config is not None:
         # A config with image settings, such as the copy of the model's that pipelines pass, is about text elsewhere.
         given = getattr(generation_config, "image_generation_config", None) or generation_config.to_diff_dict()
-        settings |= {name: value for name, value in given.items() if name in _IMAGE_SETTINGS and value is not None}
+        settings = {name: value for name, value in given.items() if name in _IMAGE_SETTINGS and value is not None}
     known = GenerationConfig._get_default_generation_params().keys() | GenerationConfig().to_dict().keys()
     model_kwargs = {}
     for name, value in kwargs.items():
@@ -273,12 +292,7 @@ def _image_settings(
                 f"{name}={value} has no meaning for images: a picture is exactly rows x columns codes, drawn greedily "
                 f"or by sampling. Settings for images: {', '.join(sorted(_IMAGE_SETTINGS))}, height, width."
             )
-    if not settings["do_sample"]:
-        # As transformers does not: sampling settings of the repository say nothing against a greedy call.
-        settings = {name: value for name, value in settings.items() if name not in ("temperature", "top_k", "top_p")}
-    if settings["guidance_scale"] is None:
-        settings["guidance_scale"] = 1.0
-    return settings, model_kwargs
+    return image_settings(model.generation_config, settings), model_kwargs
 
 
 def _check_image_inputs(
