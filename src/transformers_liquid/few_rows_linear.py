@@ -35,7 +35,11 @@ def few_rows_view(module: nn.Module) -> nn.Module:
 
     Subclasses, quantized layers and layers with hooks stay as they are, and so does the original.
     """
-    if type(module) is nn.Linear and "forward" not in module.__dict__ and module.weight.dtype == torch.float32:
+    if type(module) is nn.Linear:
+        # Quantized and distributed weights are tensors of classes of their own.
+        is_plain = type(module.weight.data) is torch.Tensor and module.weight.dtype == torch.float32
+        if not is_plain or "forward" in module.__dict__:
+            return module
         view = shallow_copy(module)
         view.__class__ = FewRowsLinear
         return view

@@ -5,12 +5,12 @@ draft are right whatever the draft is; those behind the second are right if the 
 speculative Jacobi decoding (arXiv 2410.01699) the drafts are the draws of the step before, made under drafts
 that were partly wrong, so that a window settles from its front to its back.
 
-What couples the draws of one step to those of the next is their noise: a position keeps its Gumbel noise until it is
-final, and a draw is the argmax of scores plus noise. A draft is therefore final as soon as it was drawn under the final
-codes before it, and it is then the very code that the plain loop draws: not only from the same distribution, but the same
-picture for the same seed. Two draws from p and q with shared Gumbel noise agree with a probability of at least
-(1 - d) / (1 + d), d their total variation distance (arXiv 2408.07978); the maximal coupling reaches 1 - d (arXiv 2510.24211),
-but gives other pictures, and in our measurements no more codes per step (`benchmarks/speculative_coupling.py`).
+What couples the draws of one step to those of the next (arXiv 2510.24211) is their noise: a position keeps its Gumbel
+noise until it is final, and a draw is the argmax of scores plus noise. A draft is therefore final as soon as it is drawn
+behind final codes, and it is then the very code that the plain loop draws: not only from the same distribution, but
+the same picture for the same seed. Two draws from p and q that share their Gumbel noise agree with a probability of at
+least (1 - d) / (1 + d), d being the total variation distance of p and q (arXiv 2408.07978). The maximal coupling reaches
+1 - d in one step, but gives other pictures, and over several steps no more codes: `docs/benchmarks.md` has the counts.
 """
 
 from __future__ import annotations
