@@ -20,7 +20,7 @@ have the shapes of language models, 8192 codes, random weights and the reference
   vocabulary.
 - `stock`: transformers' `generate(guidance_scale=...)`, with the restriction to image ids as a logits processor.
 - `janus`: transformers' decoding loop for Janus, around the same body, with Janus' head and as many codes. Its codec,
-  which the loop does not use, is a stub.
+  which the loop does not use, is a stub. For a Qwen2 body, which the loop cannot take, around a llama of its shape.
 
 Times are of whole calls, prompts included, divided by the codes of a picture. Ratios are medians over the rounds, with
 the smallest and the largest in brackets.
@@ -132,6 +132,10 @@ SHAPES = {
     # The other defaults are Gemma-7B's. Only with CUDA.
     "gemma-7b": Shape(lambda: GemmaConfig(vocab_size=256000 + CODEBOOK_SIZE), cpu_codes=0, cpu_batches=()),
 }
+LLAMA_SHAPE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings"),
+)
 CUDA_CODES, CUDA_BATCHES = 256, (1, 2, 4, 8, 16)
 
 # Where every code point is an emoji: food, animals, people and things, faces, vehicles, and those of later years.
@@ -259,8 +263,14 @@ def emoji_names() -> list[str]:
 
 
 def make_janus(subject: Subject) -> JanusForConditionalGeneration:
-    """A Janus around the subject's own body, with Janus' embeddings and head for its codes."""
+    """A Janus around the subject's own body, with Janus' embeddings and head for its codes.
+
+    Its loop fails for a body with types of layers, such as Qwen2: there a llama of the same shape stands in.
+    """
     text_config, dtype = subject.body.config, subject.model.dtype
+    takes_body = getattr(text_config, "layer_types", None) is None
+    if not takes_body:
+        text_config = LlamaConfig(**{name: getattr(text_config, name) for name in LLAMA_SHAPE})
     config = JanusConfig(
         text_config=text_config,
         vision_config=JanusVisionConfig(
@@ -283,7 +293,8 @@ def make_janus(subject: Subject) -> JanusForConditionalGeneration:
     )
     with subject.device:
         janus = JanusForConditionalGeneration._from_config(config, dtype=dtype).eval()
-    janus.model.language_model = subject.body
+    if takes_body:
+        janus.model.language_model = subject.body
     janus.generation_config.generation_kwargs = {"boi_token_id": subject.model.config.boi_token_id}
     janus.generation_config.bos_token_id, janus.generation_config.pad_token_id = BOS, PAD
     return janus

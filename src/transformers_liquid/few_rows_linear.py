@@ -14,16 +14,13 @@ from torch import nn
 from .loss_liquid import shallow_copy
 
 
-# Above, the usual product is as fast.
-MAX_ROWS = 4
-
-
 class FewRowsLinear(nn.Linear):
-    """`nn.Linear`, transposed for 2 to `MAX_ROWS` rows."""
+    """`nn.Linear`, transposed where that is faster: for 2 to 4 rows, on several cores for 8 if the result is wide."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = input.numel() // self.in_features
-        if not 1 < rows <= MAX_ROWS:
+        most = 8 if self.out_features >= self.in_features and torch.get_num_threads() > 1 else 4
+        if not 1 < rows <= most:
             return super().forward(input)
         columns = input.reshape(rows, self.in_features).T
         output = self.weight @ columns if self.bias is None else torch.addmm(self.bias[:, None], self.weight, columns)

@@ -10,7 +10,7 @@ noise until it is final, and a draw is the argmax of scores plus noise. A draft 
 behind final codes, and it is then the very code that the plain loop draws: not only from the same distribution, but
 the same picture for the same seed. Two draws from p and q that share their Gumbel noise agree with a probability of at
 least (1 - d) / (1 + d), d being the total variation distance of p and q (arXiv 2408.07978). The maximal coupling reaches
-1 - d in one step, but gives other pictures, and over several steps no more codes: `docs/benchmarks.md` has the counts.
+1 - d in one step, but gives other pictures, and over several steps we measured no difference (`docs/benchmarks.md`).
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from .modeling_liquid import LiquidForCausalLM
 
 
-# Codes per forward of `speculative=True`: where the embedded checkpoint is fastest on a CPU.
-DEFAULT_WINDOW = 8
+# Codes per forward of `speculative=True`: with which the embedded checkpoint is fastest on a CPU.
+DEFAULT_WINDOW = 12
 
 # Outputs that a step has for its drafts too.
 _NOT_RECORDED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
