@@ -25,14 +25,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from transformers_liquid import EMOJI_CHECKPOINT
-from transformers_liquid.few_rows_linear import MAX_ROWS
 
 
 BYTES_OF_COPIES = 2**27
 
 
 def main(args: argparse.Namespace) -> None:
-    result = {"machine": cpu_name(), "torch": torch.__version__, "max_rows": MAX_ROWS, "layers": []}
+    result = {"machine": cpu_name(), "torch": torch.__version__, "layers": []}
     print(f"{result['machine']}, torch {result['torch']}: time of F.linear ÷ time of the transposed product")
     for threads in args.threads:
         torch.set_num_threads(threads)
@@ -83,7 +82,7 @@ def measure(out_features: int, in_features: int, rows: int, rounds: int) -> dict
     ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "linear": lambda weight: nn.functional.linear(x, weight),
         # As in FewRowsLinear.
-        "transposed": lambda weight: (weight @ x.T).T,
+        "transposed": lambda weight: (weight @ x.T).T.contiguous(),
     }
     microseconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):

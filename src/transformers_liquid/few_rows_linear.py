@@ -15,12 +15,13 @@ from .loss_liquid import shallow_copy
 
 
 class FewRowsLinear(nn.Linear):
-    """`nn.Linear`, transposed where that is faster: for 2 to 4 rows, on several cores for 8 if the result is wide."""
+    """`nn.Linear`, transposed for 2 to `max_rows` rows."""
+
+    max_rows: int
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = input.numel() // self.in_features
-        most = 8 if self.out_features >= self.in_features and torch.get_num_threads() > 1 else 4
-        if not 1 < rows <= most:
+        if not 1 < rows <= self.max_rows:
             return super().forward(input)
         columns = input.reshape(rows, self.in_features).T
         output = self.weight @ columns if self.bias is None else torch.addmm(self.bias[:, None], self.weight, columns)
@@ -39,6 +40,9 @@ def few_rows_view(module: nn.Module) -> nn.Module:
             return module
         view = shallow_copy(module)
         view.__class__ = FewRowsLinear
+        # With more rows the usual product is as fast; on several cores that takes more rows where the result is wide.
+        is_wide = module.out_features >= module.in_features
+        view.max_rows = 8 if is_wide and torch.get_num_threads() > 1 else 4
         return view
     children = {name: few_rows_view(child) for name, child in module.named_children()}
     if all(child is module._modules[name] for name, child in children.items()):
