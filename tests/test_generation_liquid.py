@@ -584,6 +584,8 @@ def test_guidance_min_p_that_is_no_fraction_is_refused(llama, min_p):
 def test_a_guidance_interval_that_is_none_is_refused(llama, interval):
     with pytest.raises(ValueError, match=r"two fractions of the picture's codes with 0 <= start < stop <= 1.*got"):
         draw(llama, guidance_interval=interval)
+    with pytest.raises(ValueError, match=r"No code of the 4 lies in guidance_interval=\(0.1, 0.2\)"):
+        draw(llama, guidance_interval=(0.1, 0.2))
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def guided_codes(interval: tuple[float, float] | None, num_codes: int) -> range:
         num_codes (`int`): Of the picture.
 
     Raises:
-        ValueError: Unless 0 <= start < stop <= 1.
+        ValueError: Unless 0 <= start < stop <= 1, and a code lies between.
     """
     if interval is None:
         return range(num_codes)
@@ -229,7 +229,13 @@ def guided_codes(interval: tuple[float, float] | None, num_codes: int) -> range:
             "guidance_interval must be two fractions of the picture's codes with 0 <= start < stop <= 1, such as "
             f"(0.0, 0.75), got {interval!r}."
         )
-    return range(math.ceil(interval[0] * num_codes), math.ceil(interval[1] * num_codes))
+    guided = range(math.ceil(interval[0] * num_codes), math.ceil(interval[1] * num_codes))
+    if not guided:
+        raise ValueError(
+            f"No code of the {num_codes} lies in guidance_interval={interval!r}: widen it, or leave guidance out with "
+            "guidance_scale=1."
+        )
+    return guided
 
 
 def _compiles_by_default(

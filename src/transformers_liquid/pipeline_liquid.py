@@ -14,7 +14,7 @@ from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 from transformers.utils import logging
 
 from .configuration_liquid import LiquidConfig
-from .generation_liquid import GuidanceLogitsProcessor, check_context, guided_codes
+from .generation_liquid import GuidanceLogitsProcessor, check_context
 from .modeling_liquid import LiquidForCausalLM
 from .processing_liquid import LiquidProcessor, build_processor
 
@@ -197,7 +197,6 @@ class LiquidImageGenerationPipeline(Pipeline):
         if "guidance_scale" in kwargs or "guidance_min_p" in kwargs:
             # What it raises is raised now.
             GuidanceLogitsProcessor(kwargs.get("guidance_scale", 1.0), kwargs.get("guidance_min_p"))
-        guided_codes(kwargs.get("guidance_interval"), 1)
         if not 0 < kwargs.get("top_p", 1.0) <= 1:
             # transformers leaves the filter out above 1.
             raise ValueError(f"top_p must be in (0, 1], got {kwargs['top_p']}.")

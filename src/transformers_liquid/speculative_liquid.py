@@ -143,7 +143,7 @@ def speculative_sample_image_tokens(
         if rows.must_start(shown):
             revocable = functools.partial(_make_revocable, length=generation_config.max_cache_len)
             outputs = rows.start(shown, ids[:, start : start + shown], revocable)
-            cache = _AlignedCache(rows, window)
+            cache = _AlignedCache(rows)
             first = None if noise is None else noise_here[:, :1]
             codes, scores = draw_codes(outputs.logits[:, -1:], seen_ids, rows.guidance, logits_processor, first)
             drawn, agreed = codes.expand(-1, window) + offset, [1] * num_pictures
@@ -194,18 +194,17 @@ class _AlignedCache:
 
     Args:
         rows ([`ImageRows`]): Just started.
-        window (`int`): Codes per forward.
     """
 
-    def __init__(self, rows: ImageRows, window: int) -> None:
-        self.rows, self.window = rows, window
+    def __init__(self, rows: ImageRows) -> None:
+        self.rows = rows
         if not rows.cache.is_compileable:
             rows.cache.activate_past_recording()
         mask = rows.kwargs.get("attention_mask")
         # Of all final tokens. The last one of each row is not in the cache: it comes with the next forward.
         self.mask = torch.ones_like(rows.ids) if mask is None else mask
         self.done = [0] * rows.num_pictures
-        # Tokens of the last forward, from that last one on; of the start, this is the one that `boi` or a code is.
+        # Tokens of the last forward, from that last one on: of the start, one.
         self.num_fed = 1
 
     def inputs(self, fed: torch.LongTensor, position: int) -> dict[str, Any]:
@@ -214,12 +213,12 @@ class _AlignedCache:
         if rows.guidance is not None and not rows.is_guided(position):
             rows.drop_unconditional()
             self.mask = self.mask[: rows.num_pictures]
-        self.num_fed = self.window
-        mask = torch.nn.functional.pad(self.mask, (0, self.window - 1), value=1)
+        self.num_fed = fed.shape[1]
+        mask = torch.nn.functional.pad(self.mask, (0, self.num_fed - 1), value=1)
         # Drafts beyond the picture may be beyond the model's positions; what they give is not used.
         limit = getattr(rows.model.config.get_text_config(), "max_position_embeddings", None)
         positions = (mask.cumsum(1) - 1).clamp(min=0, max=None if limit is None else limit - 1)
-        own = {"attention_mask": mask, "position_ids": positions[:, -self.window :], "logits_to_keep": 0}
+        own = {"attention_mask": mask, "position_ids": positions[:, -self.num_fed :], "logits_to_keep": 0}
         fed = fed.repeat(len(mask) // len(fed), 1)
         return rows.model.prepare_inputs_for_generation(fed, **{**rows.kwargs, **own})
 
