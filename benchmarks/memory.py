@@ -50,9 +50,9 @@ from transformers import (
 )
 
 from transformers_liquid import CHAMELEON_VQ_CONFIG, LiquidForCausalLM, LiquidVQModel, expand_vocabulary
-from transformers_liquid.convert_checkpoint import export_base_model
-from transformers_liquid.convert_codec import save_taming_codec
-from transformers_liquid.processing_liquid import LiquidProcessor
+from transformers_liquid.codecs.taming import save_taming_codec
+from transformers_liquid.conversion.export import export_base_model
+from transformers_liquid.models.liquid.processing_liquid import LiquidProcessor
 
 
 GOAL = 1.2

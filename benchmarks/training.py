@@ -52,9 +52,9 @@ from transformers_liquid import (
     LiquidImageProcessor,
     LiquidProcessor,
 )
-from transformers_liquid.image_processing_liquid import load_image
-from transformers_liquid.packed_attention import use_packed_attention
-from transformers_liquid.tokenize_dataset import tokenize_dataset
+from transformers_liquid.data.tokenize import tokenize_dataset
+from transformers_liquid.models.liquid.image_processing_liquid import load_image
+from transformers_liquid.ops.packed_attention import use_packed_attention
 
 
 MAX_LENGTH = 2048

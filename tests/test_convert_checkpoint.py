@@ -38,12 +38,8 @@ from transformers_liquid import (
     export_base_model,
     save_taming_codec,
 )
-from transformers_liquid.convert_checkpoint import (
-    is_reference_checkpoint,
-    load_reference,
-    reference_processor,
-    vq_config_from_taming,
-)
+from transformers_liquid.codecs.taming import vq_config_from_taming
+from transformers_liquid.models.liquid.reference import is_reference_checkpoint
 
 
 MODEL_NAME, SPACE_NAME = "Junfeng5/Liquid_V1_7B", "Junfeng5/Liquid_demo"
@@ -331,7 +327,10 @@ def test_a_codec_in_the_local_copy_is_preferred_to_the_space(folder, local, code
 
 @torch.no_grad()
 def test_saved_as_ours_it_reloads_equal_and_needs_no_space(hub, ids, tmp_path):
-    model, processor = LiquidForCausalLM.from_pretrained(MODEL_NAME, **hub), reference_processor(MODEL_NAME, **hub)
+    model, processor = (
+        LiquidForCausalLM.from_pretrained(MODEL_NAME, **hub),
+        LiquidProcessor.from_pretrained(MODEL_NAME, **hub),
+    )
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -348,7 +347,10 @@ def test_saved_as_ours_it_reloads_equal_and_needs_no_space(hub, ids, tmp_path):
 
 @torch.no_grad()
 def test_an_export_is_the_plain_gemma_again(hub, reference, codec_dir, ids, tmp_path):
-    model, processor = LiquidForCausalLM.from_pretrained(MODEL_NAME, **hub), reference_processor(MODEL_NAME, **hub)
+    model, processor = (
+        LiquidForCausalLM.from_pretrained(MODEL_NAME, **hub),
+        LiquidProcessor.from_pretrained(MODEL_NAME, **hub),
+    )
     export_base_model(model, processor, tmp_path / "plain")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert type(plain) is GemmaForCausalLM
@@ -364,7 +366,7 @@ def test_an_export_is_the_plain_gemma_again(hub, reference, codec_dir, ids, tmp_
 
 def test_an_exported_base_writes_text_with_stock_transformers(hub, ids, tmp_path):
     model = LiquidForCausalLM.from_pretrained(MODEL_NAME, **hub)
-    export_base_model(model, reference_processor(MODEL_NAME, **hub), tmp_path)
+    export_base_model(model, LiquidProcessor.from_pretrained(MODEL_NAME, **hub), tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     arguments = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     expected = model.generate(ids.clamp(max=200), suppress_image_tokens=False, **arguments)
@@ -579,4 +581,4 @@ def test_a_base_without_a_free_token_for_the_placeholder_says_so(codec_dir, tmp_
     tokens = [token if not token.startswith("<unused") else f"word{index}" for index, token in enumerate(GEMMA_TOKENS)]
     write_gemma_tokenizer(path, tokens)
     with pytest.raises(ValueError, match="neither '<image>' nor a reserved token"):
-        load_reference(LiquidForCausalLM, path, vq_checkpoint=codec_dir)
+        LiquidForCausalLM.from_pretrained(path, vq_checkpoint=codec_dir)

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from transformers_liquid.convert_codec import (
+from transformers_liquid.codecs.taming import (
     load_taming_codec,
     save_taming_codec,
     taming_config_from_vq,
     vq_config_from_taming,
     vq_key_table,
 )
-from transformers_liquid.modeling_liquid_vq import CHAMELEON_VQ_CONFIG, LiquidVQModel
+from transformers_liquid.codecs.vq_model import CHAMELEON_VQ_CONFIG, LiquidVQModel
 
 
 CHAMELEON_YAML = """

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from transformers_liquid import LiquidDataCollator, LiquidImageProcessor, LiquidProcessor
-from transformers_liquid.processing_liquid import TEXT_TO_IMAGE_INSTRUCTIONS
+from transformers_liquid.models.liquid.processing_liquid import TEXT_TO_IMAGE_INSTRUCTIONS
 
 
 TOKENS = ["<pad>", "<bos>", "<eos>", "<boi>", "<eoi>", "<unconditional>", "<image>"]

@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from transformers_liquid import LiquidDataCollator
-from transformers_liquid.data_mixture import drop_too_long, load_records, mix_records
-from transformers_liquid.image_processing_liquid import LiquidImageProcessor
-from transformers_liquid.tokenize_dataset import codec_identity, tokenize_dataset
+from transformers_liquid.codecs.vq_model import codec_identity
+from transformers_liquid.data.mixture import drop_too_long, load_records, mix_records
+from transformers_liquid.data.tokenize import tokenize_dataset
+from transformers_liquid.models.liquid.image_processing_liquid import LiquidImageProcessor
 
 
 CODES = list(range(16))

@@ -23,7 +23,9 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_processor
 
-from transformers_liquid import LiquidForCausalLM, LiquidImageGenerationPipeline, LiquidProcessor, loss_liquid, train
+from transformers_liquid import LiquidForCausalLM, LiquidImageGenerationPipeline, LiquidProcessor
+from transformers_liquid.ops import chunked_loss as loss_liquid
+from transformers_liquid.training import train
 
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate"

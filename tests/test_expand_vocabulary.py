@@ -8,10 +8,10 @@ import torch
 from tiny import CODEBOOK_SIZE, tiny_base, tiny_codec, tiny_model, tiny_pictures, tiny_text_config, tiny_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from transformers_liquid.expand_vocabulary import expand_vocabulary
-from transformers_liquid.modeling_liquid import LiquidForCausalLM
-from transformers_liquid.modeling_liquid_vq import LiquidVQModel
-from transformers_liquid.processing_liquid import LiquidProcessor
+from transformers_liquid.codecs.vq_model import LiquidVQModel
+from transformers_liquid.conversion.expand import expand_vocabulary
+from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM
+from transformers_liquid.models.liquid.processing_liquid import LiquidProcessor
 
 
 BASE_TOKENS = ["<pad>", "<s>", "</s>"]

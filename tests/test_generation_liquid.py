@@ -20,13 +20,13 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from transformers_liquid.generation_liquid import (
+from transformers_liquid.generation.image_generation import (
     DEFAULT_IMAGE_GENERATION_CONFIG,
     GuidanceLogitsProcessor,
     ImageTokenLogitsProcessor,
     SuppressImageTokensLogitsProcessor,
 )
-from transformers_liquid.modeling_liquid import LiquidForCausalLM
+from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM
 
 
 VOCABULARY = VOCAB_SIZE + 8  # eight text rows follow the image rows

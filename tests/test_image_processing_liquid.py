@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 import torch
 
-from transformers_liquid.image_processing_liquid import LiquidImageProcessor, load_image
+from transformers_liquid.models.liquid.image_processing_liquid import LiquidImageProcessor, load_image
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from tiny import IMAGE_TOKEN_OFFSET, tiny_model, tiny_processor
 
 from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidImageGenerationPipeline
-from transformers_liquid.image_streamer import ImageIteratorStreamer, ImageStreamer, partial_pictures
+from transformers_liquid.pipelines.streamers import ImageIteratorStreamer, ImageStreamer, partial_pictures
 
 
 GREY = 128

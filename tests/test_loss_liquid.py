@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from tiny import BASES, BOS_ID, EOI_ID, EOS_ID, IMAGE_TOKEN_OFFSET, VOCAB_SIZE, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transformers_liquid import loss_liquid
-from transformers_liquid.loss_liquid import image_targets, next_labels
+from transformers_liquid.ops import chunked_loss as loss_liquid
+from transformers_liquid.ops.chunked_loss import image_targets, next_labels
 
 
 @pytest.fixture(autouse=True)

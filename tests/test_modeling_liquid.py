@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from transformers_liquid.modeling_liquid import LiquidForCausalLM, LiquidModel
+from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM, LiquidModel
 
 
 ALL_BASES = pytest.mark.parametrize("model_type", BASES)

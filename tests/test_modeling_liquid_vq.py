@@ -9,7 +9,7 @@ from diffusers import VQModel
 from tiny import IMAGE_TOKEN_OFFSET, tiny_model
 
 from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM
-from transformers_liquid.modeling_liquid_vq import CHAMELEON_VQ_CONFIG, LiquidVQModel, downsample_factor
+from transformers_liquid.codecs.vq_model import CHAMELEON_VQ_CONFIG, LiquidVQModel, downsample_factor
 
 
 TINY_VQ_CONFIG = {

@@ -6,8 +6,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import BASES, BOI_ID, CODEBOOK_SIZE, tiny_base, tiny_model, tiny_processor
 
 from transformers_liquid import LiquidDataCollator
-from transformers_liquid.data_collator import check_packing
-from transformers_liquid.packed_attention import use_packed_attention
+from transformers_liquid.ops.packed_attention import check_packing, use_packed_attention
 
 
 # A state space model carries its state on; OPT counts positions itself.

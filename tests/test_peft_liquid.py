@@ -29,7 +29,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from transformers_liquid import LiquidDataCollator, LiquidForCausalLM, expand_vocabulary
-from transformers_liquid.peft_liquid import liquid_lora_config, liquid_rows_config
+from transformers_liquid.training.adapters import liquid_lora_config, liquid_rows_config
 
 
 ROWS = [IMAGE_ID, BOI_ID, EOI_ID, UNCOND_ID, *range(IMAGE_TOKEN_OFFSET, VOCAB_SIZE)]

@@ -27,7 +27,7 @@ from transformers_liquid import (
     LiquidModel,
     LiquidProcessor,
 )
-from transformers_liquid.pipeline_liquid import _OnStepEnd
+from transformers_liquid.pipelines.text_to_image import _OnStepEnd
 
 
 IMAGE_IDS = range(IMAGE_TOKEN_OFFSET, IMAGE_TOKEN_OFFSET + CODEBOOK_SIZE)

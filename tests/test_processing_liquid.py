@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from transformers_liquid import LiquidConfig, LiquidImageProcessor, LiquidProcessor
-from transformers_liquid.processing_liquid import TEXT_TO_IMAGE_INSTRUCTIONS
+from transformers_liquid.models.liquid.processing_liquid import TEXT_TO_IMAGE_INSTRUCTIONS
 
 
 SENTENCES = [

@@ -8,9 +8,9 @@ from test_generation_liquid import BOI, BOS, PROMPTS, build, draw, generators
 from torch import nn
 from transformers.generation import CompileConfig
 
-from transformers_liquid import sampling_liquid
-from transformers_liquid.few_rows_linear import FewRowsLinear, few_rows_view
-from transformers_liquid.sampling_liquid import draw_codes, gumbel_noise
+from transformers_liquid.generation import sampling as sampling_liquid
+from transformers_liquid.generation.sampling import draw_codes, gumbel_noise
+from transformers_liquid.ops.few_rows_linear import FewRowsLinear, few_rows_view
 
 
 def compiling(backend="aot_eager") -> dict:

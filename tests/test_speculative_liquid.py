@@ -22,7 +22,8 @@ from test_generation_liquid import (
 )
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
-from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidProcessor, speculative_liquid
+from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidProcessor
+from transformers_liquid.generation import speculative as speculative_liquid
 
 
 SIZE = {"height": 8, "width": 6}  # 12 codes

@@ -27,8 +27,10 @@ from transformers_liquid import (
     save_taming_codec,
 )
 from transformers_liquid.cli import main
-from transformers_liquid.image_processing_liquid import load_image
-from transformers_liquid.tokenize_dataset import codec_identity, read_manifest, tokenize_dataset
+from transformers_liquid.codecs.vq_model import codec_identity
+from transformers_liquid.data.manifest import read_manifest
+from transformers_liquid.data.tokenize import tokenize_dataset
+from transformers_liquid.models.liquid.image_processing_liquid import load_image
 
 
 NUM_PICTURES = 11

@@ -11,9 +11,9 @@ from tiny import CODEBOOK_SIZE, tiny_codec, tiny_model, tiny_pictures, tiny_proc
 
 from transformers_liquid import LiquidForCausalLM
 from transformers_liquid.cli import main as cli
-from transformers_liquid.image_processing_liquid import LiquidImageProcessor
-from transformers_liquid.tokenize_dataset import tokenize_dataset
-from transformers_liquid.train import build_trainer, main, parse_arguments
+from transformers_liquid.data.tokenize import tokenize_dataset
+from transformers_liquid.models.liquid.image_processing_liquid import LiquidImageProcessor
+from transformers_liquid.training.train import build_trainer, main, parse_arguments
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_the_same_command_goes_on_where_it_stopped(folder, tmp_path):
     script = (
         "import sys\n"
         "from transformers import TrainerCallback\n"
-        "from transformers_liquid import train\n"
+        "from transformers_liquid.training import train\n"
         "class Stop(TrainerCallback):\n"
         "    def on_step_end(self, args, state, control, **kwargs):\n"
         "        if state.global_step == 3: sys.exit(9)\n"

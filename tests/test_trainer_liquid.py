@@ -12,9 +12,9 @@ from tiny import CODEBOOK_SIZE, tiny_model, tiny_processor
 from transformers import DataCollatorForLanguageModeling, TrainerCallback, pipeline
 
 from transformers_liquid import LiquidDataCollator, LiquidForCausalLM, LiquidProcessor, liquid_lora_config
-from transformers_liquid.loss_liquid import image_targets, next_labels
-from transformers_liquid.train import LiquidTrainingArguments, last_complete_checkpoint
-from transformers_liquid.trainer_liquid import LiquidTrainer, PreviewCallback
+from transformers_liquid.ops.chunked_loss import image_targets, next_labels
+from transformers_liquid.training.train import LiquidTrainingArguments, last_complete_checkpoint
+from transformers_liquid.training.trainer import LiquidTrainer, PreviewCallback
 
 
 def records(number=24):

@@ -14,11 +14,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from transformers_liquid.configuration_liquid import LiquidConfig
-from transformers_liquid.image_processing_liquid import LiquidImageProcessor
-from transformers_liquid.modeling_liquid import LiquidForCausalLM
-from transformers_liquid.modeling_liquid_vq import LiquidVQModel
-from transformers_liquid.processing_liquid import LiquidProcessor
+from transformers_liquid.codecs.vq_model import LiquidVQModel
+from transformers_liquid.models.liquid.configuration_liquid import LiquidConfig
+from transformers_liquid.models.liquid.image_processing_liquid import LiquidImageProcessor
+from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM
+from transformers_liquid.models.liquid.processing_liquid import LiquidProcessor
 
 
 # 8 x 8 pixels <-> 4 x 4 codes of 16.

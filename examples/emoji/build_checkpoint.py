@@ -15,9 +15,9 @@ import json
 import torch
 from transformers import GenerationConfig
 
-from transformers_liquid.modeling_liquid import LiquidForCausalLM
-from transformers_liquid.modeling_liquid_vq import LiquidVQModel
-from transformers_liquid.processing_liquid import LiquidProcessor
+from transformers_liquid.codecs.vq_model import LiquidVQModel
+from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM
+from transformers_liquid.models.liquid.processing_liquid import LiquidProcessor
 
 
 # The parts of the codec that codes depend on.

@@ -25,8 +25,8 @@ from emoji_data import Emoji, load_emoji, load_pixels
 from PIL import Image
 from tqdm import tqdm
 
-from transformers_liquid.modeling_liquid import LiquidForCausalLM
-from transformers_liquid.processing_liquid import LiquidProcessor
+from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM
+from transformers_liquid.models.liquid.processing_liquid import LiquidProcessor
 
 
 SPLITS = ("seen", "unseen_composition", "unseen_flag")

@@ -23,7 +23,7 @@ from emoji_data import load_emoji, load_pixels
 from PIL import Image
 from tqdm import tqdm
 
-from transformers_liquid.modeling_liquid_vq import LiquidVQModel
+from transformers_liquid.codecs.vq_model import LiquidVQModel
 
 
 CODEC_CONFIG = {

@@ -31,12 +31,16 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from transformers_liquid.configuration_liquid import LiquidConfig
-from transformers_liquid.data_collator import LiquidDataCollator
-from transformers_liquid.image_processing_liquid import LiquidImageProcessor
-from transformers_liquid.modeling_liquid import LiquidForCausalLM
-from transformers_liquid.modeling_liquid_vq import LiquidVQModel
-from transformers_liquid.processing_liquid import CAPTION_INSTRUCTION, TEXT_TO_IMAGE_INSTRUCTIONS, LiquidProcessor
+from transformers_liquid.codecs.vq_model import LiquidVQModel
+from transformers_liquid.data.collator import LiquidDataCollator
+from transformers_liquid.models.liquid.configuration_liquid import LiquidConfig
+from transformers_liquid.models.liquid.image_processing_liquid import LiquidImageProcessor
+from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM
+from transformers_liquid.models.liquid.processing_liquid import (
+    CAPTION_INSTRUCTION,
+    TEXT_TO_IMAGE_INSTRUCTIONS,
+    LiquidProcessor,
+)
 
 
 # Besides the standard caption prompt, these ask for the name of a picture too.

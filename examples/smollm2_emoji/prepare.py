@@ -30,7 +30,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, expand_vocabulary
-from transformers_liquid.tokenize_dataset import tokenize_dataset
+from transformers_liquid.data.tokenize import tokenize_dataset
 
 
 sys.path.append(str(Path(__file__).parents[1] / "emoji"))

@@ -13,26 +13,26 @@ from transformers import (
     AutoProcessor,
 )
 
-from .configuration_liquid import LiquidConfig
-from .convert_checkpoint import export_base_model
-from .convert_codec import load_taming_codec, save_taming_codec
-from .data_collator import LiquidDataCollator
-from .data_mixture import load_records, mix_records
-from .expand_vocabulary import expand_vocabulary
-from .generation_liquid import (
+from .codecs.taming import load_taming_codec, save_taming_codec
+from .codecs.vq_model import CHAMELEON_VQ_CONFIG, LiquidVQModel
+from .conversion.expand import expand_vocabulary
+from .conversion.export import export_base_model
+from .data.collator import LiquidDataCollator
+from .data.mixture import load_records, mix_records
+from .data.tokenize import tokenize_dataset
+from .generation.image_generation import (
     DEFAULT_IMAGE_GENERATION_CONFIG,
     GuidanceLogitsProcessor,
     ImageTokenLogitsProcessor,
     SuppressImageTokensLogitsProcessor,
 )
-from .image_processing_liquid import LiquidImageProcessor
-from .image_streamer import ImageIteratorStreamer, ImageStreamer, partial_pictures
-from .modeling_liquid import LiquidForCausalLM, LiquidModel, LiquidPreTrainedModel
-from .modeling_liquid_vq import CHAMELEON_VQ_CONFIG, LiquidVQModel
-from .peft_liquid import liquid_lora_config, liquid_rows_config
-from .pipeline_liquid import EMOJI_CHECKPOINT, LiquidImageGenerationPipeline
-from .processing_liquid import LiquidProcessor
-from .tokenize_dataset import tokenize_dataset
+from .models.liquid.configuration_liquid import LiquidConfig
+from .models.liquid.image_processing_liquid import LiquidImageProcessor
+from .models.liquid.modeling_liquid import LiquidForCausalLM, LiquidModel, LiquidPreTrainedModel
+from .models.liquid.processing_liquid import LiquidProcessor
+from .pipelines.streamers import ImageIteratorStreamer, ImageStreamer, partial_pictures
+from .pipelines.text_to_image import EMOJI_CHECKPOINT, LiquidImageGenerationPipeline
+from .training.adapters import liquid_lora_config, liquid_rows_config
 
 
 __version__ = "0.1.0"

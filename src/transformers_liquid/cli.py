@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +34,19 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer, set_seed
 from transformers.utils import cached_file
 
-from .configuration_liquid import LiquidConfig
-from .convert_checkpoint import (
-    export_base_model,
-    is_reference_checkpoint,
-    load_codec,
-    reference_config,
-    reference_processor,
-)
-from .convert_codec import save_taming_codec
-from .expand_vocabulary import expand_vocabulary
-from .generation_liquid import image_settings
-from .image_processing_liquid import FRAMINGS, contact_sheet, load_image
-from .image_streamer import ImageStreamer
-from .modeling_liquid import LiquidForCausalLM
-from .pipeline_liquid import DEFAULT_BATCH_SIZE, EMOJI_CHECKPOINT, LiquidImageGenerationPipeline
-from .processing_liquid import LiquidProcessor
-from .tokenize_dataset import IMAGE_KINDS, SKIPPED_NAME, tokenize_dataset
+from .codecs.taming import save_taming_codec
+from .conversion.expand import expand_vocabulary
+from .conversion.export import export_base_model
+from .data.tokenize import IMAGE_KINDS, SKIPPED_NAME, tokenize_dataset
+from .generation.image_generation import image_settings
+from .models.liquid.configuration_liquid import LiquidConfig
+from .models.liquid.image_processing_liquid import FRAMINGS, contact_sheet, load_image
+from .models.liquid.modeling_liquid import LiquidForCausalLM
+from .models.liquid.processing_liquid import LiquidProcessor
+from .models.liquid.reference import is_reference_checkpoint, load_codec, reference_config
+from .pipelines.streamers import ImageStreamer
+from .pipelines.text_to_image import DEFAULT_BATCH_SIZE, EMOJI_CHECKPOINT, LiquidImageGenerationPipeline
+from .utils.files import differences, whole
 
 
 PROG = "transformers-liquid"
@@ -222,7 +219,7 @@ def expand(args: argparse.Namespace) -> None:
 
 def train(argv: Sequence[str]) -> None:
     """Trains a model on text and image codes; has options of its own."""
-    from .train import main  # imports the Trainer, which takes seconds
+    from .training.train import main  # imports the Trainer, which takes seconds
 
     main(argv)
 
@@ -296,7 +293,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; the function of the chosen one is its `run`."""
     parser = _Parser(prog=PROG, description="Draws and reads pictures with one language model.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('transformers-liquid')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(run, example: str) -> argparse.ArgumentParser:
@@ -503,11 +500,8 @@ def _seed(text: str) -> int:
 def _load(args: argparse.Namespace, **kwargs: Any) -> tuple[LiquidForCausalLM, LiquidProcessor]:
     """Model and processor of a checkpoint in either layout, on the device."""
     device = _device(args.device)
-    is_reference = is_reference_checkpoint(args.model)
     model = LiquidForCausalLM.from_pretrained(args.model, dtype=_dtype(args.dtype), **kwargs).to(device)
-    processor = (
-        reference_processor(args.model, model.config) if is_reference else LiquidProcessor.from_pretrained(args.model)
-    )
+    processor = LiquidProcessor.from_pretrained(args.model, **kwargs)
     processor.check_fits(model.config)
     return model, processor
 
@@ -543,12 +537,6 @@ def _device(name: str | None) -> torch.device:
 
 def _dtype(name: str) -> str | torch.dtype:
     return name if name == "auto" else getattr(torch, name)
-
-
-def _version() -> str:
-    from . import __version__
-
-    return __version__
 
 
 # Text
@@ -723,11 +711,8 @@ def _left(folder: Path, pictures: list[_Picture], records: dict[Path, dict[str, 
             continue
         if path not in records:
             raise ValueError(f"{path} belongs to no line of the prompts file, nor to --num-images as given. {instead}")
-        before, now = _identity(read_metadata(path)), _identity(records[path])
-        different = [name for name in before | now if before.get(name) != now.get(name)]
-        if different:
-            values = [", ".join(f"{name}={one.get(name)!r}" for name in different) for one in (before, now)]
-            raise ValueError(f"{path} was drawn with {values[0]}, but now it would be {values[1]}. {instead}")
+        if different := differences(_identity(read_metadata(path)), _identity(records[path])):
+            raise ValueError(f"{path} was drawn otherwise: {different}. {instead}")
     return [picture for picture in pictures if not picture.path.exists()]
 
 
@@ -824,7 +809,7 @@ def _record(
         "settings": settings,
         "device": pipe.device.type,
         "dtype": str(pipe.dtype).removeprefix("torch."),
-        "version": _version(),
+        "version": version("transformers-liquid"),
         "command": shlex.join(command),
     }
 
@@ -836,10 +821,8 @@ def _save_picture(image: Image.Image, path: Path, record: dict[str, Any] | list[
 
 
 def _write_png(image: Image.Image, path: Path, **kwargs: Any) -> None:
-    """Whole or not at all, whenever the process is killed."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    image.save(unfinished, format="PNG", **kwargs)
-    os.replace(unfinished, path)
+    with whole(path) as unfinished:
+        image.save(unfinished, format="PNG", **kwargs)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | list[dict[str, Any]]:

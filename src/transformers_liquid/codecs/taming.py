@@ -1,0 +1,326 @@
+"""taming-transformers' `vqgan.ckpt` + `vqgan.yaml` <-> [`LiquidVQModel`]: one table of names, both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .vq_model import LiquidVQModel
+
+
+TAMING_CHECKPOINT_NAME = "vqgan.ckpt"
+TAMING_CONFIG_NAME = "vqgan.yaml"
+
+# taming's discriminator and perceptual loss: training only, and the one thing in a checkpoint that is skipped.
+TAMING_TRAINING_PREFIX = "loss."
+
+# The keys of `ddconfig` that a codec differs in.
+DDCONFIG_KEYS = (
+    "ch",
+    "ch_mult",
+    "num_res_blocks",
+    "attn_resolutions",
+    "z_channels",
+    "resolution",
+    "in_channels",
+    "out_ch",
+)
+
+# Its other keys, each with the only value that a diffusers `VQModel` can express. `dropout` acts in training only.
+DDCONFIG_FIXED = {
+    "double_z": False,
+    "resamp_with_conv": True,
+    "give_pre_end": False,
+    "tanh_out": False,
+    "use_linear_attn": False,
+    "attn_type": "vanilla",
+}
+
+# Names inside one block: taming's, diffusers'.
+RESNET_NAMES = (("norm1", "norm1"), ("conv1", "conv1"), ("norm2", "norm2"), ("conv2", "conv2"))
+SHORTCUT_NAMES = (("nin_shortcut", "conv_shortcut"),)
+ATTENTION_NAMES = (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
+
+
+def load_taming_codec(path: str | Path, config: str | Path | dict[str, Any] | None = None) -> LiquidVQModel:
+    """Loads a taming VQGAN, such as Chameleon's, as a [`LiquidVQModel`]. Code in the file is never executed.
+
+    Args:
+        path (`str` or `Path`): The checkpoint, or the directory of `vqgan.ckpt` and `vqgan.yaml`.
+        config (`str`, `Path` or `dict`, *optional*): taming's configuration. Defaults to the `.yaml` file of the
+            checkpoint's name, beside it.
+
+    Returns:
+        `LiquidVQModel`, in float32 and eval mode.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged or holds pickled code, the configuration is not one that diffusers' `VQModel`
+            can express, or a key is unknown, missing or of another shape.
+    """
+    checkpoint = Path(path) / TAMING_CHECKPOINT_NAME if Path(path).is_dir() else Path(path)
+    if config is None:
+        config = checkpoint.with_suffix(".yaml")
+    vq_config = vq_config_from_taming(config if isinstance(config, dict) else read_yaml(Path(config)))
+    with torch.device("meta"):  # the tensors read become its weights
+        codec = LiquidVQModel(**vq_config)
+    state_dict = taming_to_vq_state_dict(_read_checkpoint(checkpoint), vq_config)
+    for key, expected in codec.state_dict().items():
+        if state_dict[key].shape != expected.shape:
+            raise ValueError(
+                f"{checkpoint}: the tensor for {key} has shape {tuple(state_dict[key].shape)}, but its configuration "
+                f"asks for {tuple(expected.shape)}. Are checkpoint and configuration of the same codec?"
+            )
+    codec.load_state_dict({key: tensor.float() for key, tensor in state_dict.items()}, assign=True)
+    return codec.eval()
+
+
+def save_taming_codec(codec: LiquidVQModel, directory: str | Path) -> None:
+    """Writes a codec as taming's `vqgan.ckpt` and `vqgan.yaml`, which [`load_taming_codec`] reads back bit by bit.
+
+    Args:
+        codec ([`LiquidVQModel`]): The codec.
+        directory (`str` or `Path`): Where to write; made if it does not exist.
+
+    Raises:
+        ValueError: If taming cannot express the codec's configuration.
+    """
+    config = taming_config_from_vq(codec.config)
+    state_dict = vq_to_taming_state_dict(codec.state_dict(), codec.config)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": state_dict}, directory / TAMING_CHECKPOINT_NAME)
+    (directory / TAMING_CONFIG_NAME).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def vq_config_from_taming(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of [`LiquidVQModel`] for a taming configuration.
+
+    Args:
+        config (`dict`): `{"ddconfig": {...}, "embed_dim": int, "n_embed": int}`, or a whole `vqgan.yaml`, which holds
+            that under `model.params`.
+
+    Returns:
+        `dict`: For Chameleon's `vqgan.yaml`, `CHAMELEON_VQ_CONFIG`.
+
+    Raises:
+        ValueError: If a key is missing, or asks for what diffusers' `VQModel` cannot express.
+    """
+    params = config
+    for level in ("model", "params"):
+        params = params.get(level, params) if isinstance(params, dict) else params
+    _check_keys("The configuration", params, required=("ddconfig", "embed_dim", "n_embed"))
+    if params.get("remap") is not None:
+        raise ValueError("A codebook with a `remap` file is not supported: use a codec whose codes are all in use.")
+    ddconfig = params["ddconfig"]
+    _check_keys("ddconfig", ddconfig, required=DDCONFIG_KEYS, optional=(*DDCONFIG_FIXED, "dropout"))
+    for key, value in DDCONFIG_FIXED.items():
+        if ddconfig.get(key, value) != value:
+            raise ValueError(f"ddconfig has {key}={ddconfig[key]!r}, but only {key}={value!r} is supported.")
+    ch, ch_mult = ddconfig["ch"], ddconfig["ch_mult"]
+    if ch_mult[0] != 1:
+        # taming's first convolution gives ch channels, diffusers' gives as many as the first level has.
+        raise ValueError(f"ddconfig has ch_mult={list(ch_mult)}, but only a first entry of 1 is supported.")
+    # Level i works at resolution / 2**i; taming attends wherever that number is listed.
+    attends = [ddconfig["resolution"] // 2**level in ddconfig["attn_resolutions"] for level in range(len(ch_mult))]
+    return {
+        "in_channels": ddconfig["in_channels"],
+        "out_channels": ddconfig["out_ch"],
+        "down_block_types": ["AttnDownEncoderBlock2D" if attend else "DownEncoderBlock2D" for attend in attends],
+        "up_block_types": ["AttnUpDecoderBlock2D" if attend else "UpDecoderBlock2D" for attend in reversed(attends)],
+        "block_out_channels": [ch * factor for factor in ch_mult],
+        "layers_per_block": ddconfig["num_res_blocks"],
+        "act_fn": "silu",
+        "latent_channels": ddconfig["z_channels"],
+        "sample_size": ddconfig["resolution"],
+        "num_vq_embeddings": params["n_embed"],
+        "norm_num_groups": 32,
+        "vq_embed_dim": params["embed_dim"],
+        "mid_block_add_attention": True,
+    }
+
+
+def taming_config_from_vq(vq_config: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of [`vq_config_from_taming`], nested as in taming's `vqgan.yaml`.
+
+    Args:
+        vq_config (`dict`): Arguments of [`LiquidVQModel`], or its `config`.
+
+    Returns:
+        `dict`: `{"model": {"target": ..., "params": {...}}}`.
+
+    Raises:
+        ValueError: If taming cannot express the configuration, naming what is in the way.
+    """
+    channels, resolution = vq_config["block_out_channels"], vq_config["sample_size"]
+    embed_dim = vq_config["latent_channels"] if vq_config["vq_embed_dim"] is None else vq_config["vq_embed_dim"]
+    ddconfig = {
+        "double_z": False,
+        "z_channels": vq_config["latent_channels"],
+        "resolution": resolution,
+        "in_channels": vq_config["in_channels"],
+        "out_ch": vq_config["out_channels"],
+        "ch": channels[0],
+        "ch_mult": [count // channels[0] for count in channels],
+        "num_res_blocks": vq_config["layers_per_block"],
+        "attn_resolutions": [resolution // 2**level for level in _attention_levels(vq_config)],
+        "dropout": 0.0,
+    }
+    params = {"embed_dim": embed_dim, "n_embed": vq_config["num_vq_embeddings"], "ddconfig": ddconfig}
+    config = {"model": {"target": "taming.models.vqgan.VQModel", "params": params}}
+
+    given = {"norm_type": "group", "lookup_from_codebook": False, **vq_config, "vq_embed_dim": embed_dim}
+    expressed = {"norm_type": "group", "lookup_from_codebook": False, **vq_config_from_taming(config)}
+    for key, value in expressed.items():
+        is_same = list(given[key]) == value if isinstance(value, list) else given[key] == value
+        if not is_same:
+            raise ValueError(
+                f"A taming VQGAN cannot have {key}={given[key]!r}: the nearest it can express is {value!r}."
+            )
+    return config
+
+
+def taming_to_vq_state_dict(state_dict: dict[str, torch.Tensor], vq_config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Renames the tensors of a taming VQGAN to those of a [`LiquidVQModel`]; `loss.*` is left out.
+
+    Args:
+        state_dict (`dict`): taming's tensors.
+        vq_config (`dict`): Arguments of the [`LiquidVQModel`].
+
+    Returns:
+        `dict`: The same tensors, attention projections as matrices instead of 1 x 1 convolutions.
+
+    Raises:
+        ValueError: If a key is unknown or missing, naming it.
+    """
+    table = vq_key_table(vq_config)
+    state_dict = {key: tensor for key, tensor in state_dict.items() if not key.startswith(TAMING_TRAINING_PREFIX)}
+    _check_keys("The taming checkpoint", state_dict, required=table, optional=())
+    return {
+        key: state_dict[taming_key].flatten(1) if _is_projection(key) else state_dict[taming_key]
+        for taming_key, key in table.items()
+    }
+
+
+def vq_to_taming_state_dict(state_dict: dict[str, torch.Tensor], vq_config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The inverse of [`taming_to_vq_state_dict`].
+
+    Args:
+        state_dict (`dict`): A [`LiquidVQModel`]'s tensors.
+        vq_config (`dict`): Its arguments, or its `config`.
+
+    Returns:
+        `dict`: The same tensors by taming's names.
+
+    Raises:
+        ValueError: If a key is unknown or missing, naming it.
+    """
+    table = vq_key_table(vq_config)
+    _check_keys("The codec", state_dict, required=table.values(), optional=())
+    return {
+        taming_key: state_dict[key][..., None, None] if _is_projection(key) else state_dict[key]
+        for taming_key, key in table.items()
+    }
+
+
+def vq_key_table(vq_config: dict[str, Any]) -> dict[str, str]:
+    """Every tensor's name in taming -> its name in [`LiquidVQModel`].
+
+    Args:
+        vq_config (`dict`): Arguments of the [`LiquidVQModel`].
+
+    Returns:
+        `dict`: Names to names.
+    """
+    channels = list(vq_config["block_out_channels"])
+    last = len(channels) - 1
+    blocks = vq_config["layers_per_block"]
+    modules = [("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv")]
+    for coder in ("encoder", "decoder"):
+        modules += [(f"{coder}.conv_in", f"{coder}.conv_in"), (f"{coder}.conv_out", f"{coder}.conv_out")]
+        modules += [(f"{coder}.norm_out", f"{coder}.conv_norm_out")]
+        modules += _resnet(f"{coder}.mid.block_1", f"{coder}.mid_block.resnets.0")
+        modules += _attention(f"{coder}.mid.attn_1", f"{coder}.mid_block.attentions.0")
+        modules += _resnet(f"{coder}.mid.block_2", f"{coder}.mid_block.resnets.1")
+    # Both count the encoder's levels from the finest. taming counts the decoder's so too, diffusers in running order.
+    for level, count in enumerate(channels):
+        down, down_block = f"encoder.down.{level}", f"encoder.down_blocks.{level}"
+        up, up_block = f"decoder.up.{level}", f"decoder.up_blocks.{last - level}"
+        from_finer = channels[max(level - 1, 0)] != count
+        from_coarser = channels[min(level + 1, last)] != count
+        for block in range(blocks):
+            modules += _resnet(f"{down}.block.{block}", f"{down_block}.resnets.{block}", from_finer and block == 0)
+        for block in range(blocks + 1):
+            modules += _resnet(f"{up}.block.{block}", f"{up_block}.resnets.{block}", from_coarser and block == 0)
+        if level in _attention_levels(vq_config):
+            for block in range(blocks):
+                modules += _attention(f"{down}.attn.{block}", f"{down_block}.attentions.{block}")
+            for block in range(blocks + 1):
+                modules += _attention(f"{up}.attn.{block}", f"{up_block}.attentions.{block}")
+        if level < last:
+            modules += [(f"{down}.downsample.conv", f"{down_block}.downsamplers.0.conv")]
+        if level > 0:
+            modules += [(f"{up}.upsample.conv", f"{up_block}.upsamplers.0.conv")]
+    table = {f"{taming}.{kind}": f"{ours}.{kind}" for taming, ours in modules for kind in ("weight", "bias")}
+    return {**table, "quantize.embedding.weight": "quantize.embedding.weight"}
+
+
+def _resnet(taming: str, ours: str, has_shortcut: bool = False) -> list[tuple[str, str]]:
+    names = RESNET_NAMES + (SHORTCUT_NAMES if has_shortcut else ())
+    return [(f"{taming}.{name}", f"{ours}.{our_name}") for name, our_name in names]
+
+
+def _attention(taming: str, ours: str) -> list[tuple[str, str]]:
+    return [(f"{taming}.{name}", f"{ours}.{our_name}") for name, our_name in ATTENTION_NAMES]
+
+
+def _attention_levels(vq_config: dict[str, Any]) -> list[int]:
+    return [level for level, name in enumerate(vq_config["down_block_types"]) if name == "AttnDownEncoderBlock2D"]
+
+
+def _is_projection(key: str) -> bool:
+    return key.endswith((".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.0.weight"))
+
+
+def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no taming checkpoint at {path}.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and zipfile raise many kinds on broken files
+        raise ValueError(
+            f"{path} cannot be read as plain tensors: it is damaged or incomplete (download it again), or holds pickled "
+            f"Python objects, which are never executed (re-save its state dict where you trust it). {error}"
+        ) from error
+    state_dict = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else checkpoint
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"{path} must hold a dict of tensors, or one under 'state_dict', got {type(state_dict)}.")
+    for key, value in state_dict.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise ValueError(f"{path} must hold a dict of tensors, but {key!r} is {type(value)}.")
+    return state_dict
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The plain values of a YAML file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no taming configuration at {path}: pass it as `config`.")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a YAML file of plain values: {error}") from error
+
+
+def _check_keys(name: str, given: Any, required: Iterable[str], optional: Iterable[str] | None = None) -> None:
+    """Raises unless `given` has the required keys, and no others than the optional ones unless these are `None`."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{name} must be a mapping, got {type(given)}.")
+    required = set(required)
+    if missing := sorted(required - given.keys()):
+        raise ValueError(f"{name} lacks {len(missing)} keys that are needed: {', '.join(missing[:10])}.")
+    if optional is not None and (unknown := sorted(given.keys() - required - set(optional))):
+        raise ValueError(f"{name} has {len(unknown)} unknown keys: {', '.join(map(str, unknown[:10]))}.")

@@ -1,0 +1,215 @@
+"""Turns a causal language model and an image codec into a Liquid model: rows for the codes, tokens around them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AddedToken,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..codecs.vq_model import LiquidVQModel
+from ..models.liquid.configuration_liquid import LiquidConfig
+from ..models.liquid.image_processing_liquid import LiquidImageProcessor
+from ..models.liquid.modeling_liquid import LiquidForCausalLM, LiquidPreTrainedModel, assemble
+from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
+from ..models.liquid.vocabulary import RESERVED_TOKEN
+
+
+# The argument of LiquidProcessor -> the name that its token gets when the base has reserved none for it.
+_TOKEN_NAMES = {
+    "image_token": "<image>",
+    "boi_token": "<boi>",
+    "eoi_token": "<eoi>",
+    "uncond_token": "<unconditional>",
+}
+
+
+def expand_vocabulary(
+    base_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    codec: LiquidVQModel,
+    image_size: int | None = None,
+    init: str = "mean",
+    seed: int = 0,
+) -> tuple[LiquidForCausalLM, LiquidProcessor]:
+    """Gives a language model a row for every code of a codec. What it says about text stays what it was.
+
+    The image rows come after all rows that the base has, its padded ones included; where they begin is stored in the
+    configuration. For the four special tokens, in this order of preference: a token of that name (`<image>`, `<boi>`,
+    `<eoi>`, `<unconditional>`), one that the base reserved (such as `<unused0>` or `<|reserved_special_token_0|>`),
+    a new token in a padded row, a new token in a new row. No row that exists is changed, so that reserved tokens and
+    padded rows begin as the base has them.
+
+    Args:
+        base_model (`PreTrainedModel`): Any model that `AutoModelForCausalLM` loads. It becomes a part of the result:
+            its embeddings grow in place and its weights are not copied.
+        tokenizer (`PreTrainedTokenizerBase`): The base's. It becomes a part of the processor: special tokens are
+            added in place.
+        codec ([`LiquidVQModel`]): One code per position. It becomes a part of the result, frozen and in fp32.
+        image_size (`int`, *optional*): Default height and width of pictures in pixels. Defaults to the codec's
+            `sample_size`.
+        init (`str`, defaults to `"mean"`): What new rows begin as: `"mean"`, the mean of the tokenizer's rows (the
+            reference's mean resizing), or `"normal"`, drawn from a normal distribution with the mean and covariance
+            of these rows.
+        seed (`int`, defaults to 0): For `"normal"`.
+
+    Returns:
+        The model and its processor; `save_pretrained` both into one folder.
+
+    Raises:
+        ValueError: If the base cannot be expanded, is expanded already, the tokenizer has ids beyond the base's rows,
+            the codec is no [`LiquidVQModel`], or `image_size` does not fit it. Nothing has been changed then.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+    >>> from transformers_liquid import LiquidVQModel, expand_vocabulary
+    >>> base_model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    >>> model, processor = expand_vocabulary(base_model, tokenizer, LiquidVQModel.from_pretrained(codec))
+    >>> model.save_pretrained(out), processor.save_pretrained(out)
+    ```
+    """
+    _check_base_model(base_model)
+    num_rows = base_model.get_input_embeddings().weight.shape[0]
+    _check_tokenizer(tokenizer, num_rows)
+    if not isinstance(codec, LiquidVQModel):
+        raise ValueError(
+            f"codec must be a LiquidVQModel (one code per position), got {type(codec).__name__}. Load diffusers' VQModel "
+            "repositories with `LiquidVQModel.from_pretrained`; codecs with several codes per position do not fit."
+        )
+    if init not in ("mean", "normal"):
+        raise ValueError(f"init must be 'mean' or 'normal', got {init!r}.")
+    image_size = codec.config.sample_size if image_size is None else image_size
+    LiquidImageProcessor(size=image_size, downsample_factor=codec.downsample_factor)  # raises on a size that cannot be
+
+    if _is_unpacked_gguf(base_model):
+        base_model.hf_quantizer.remove_quantization_config(base_model)
+    num_text_tokens = max(tokenizer.get_vocab().values()) + 1
+    tokens = _choose_tokens(base_model, tokenizer)
+    # One that is in the vocabulary, but that texts are split within, keeps its id and becomes whole.
+    new_tokens = [token for token in tokens.values() if not _is_one_token(tokenizer, token)]
+    tokenizer.add_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in new_tokens], special_tokens=True
+    )
+    token_ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+
+    image_token_offset = max(num_rows, max(token_ids.values()) + 1)
+    _grow(base_model, image_token_offset + codec.codebook_size, num_text_tokens, init, seed)
+    config = LiquidConfig(
+        text_config=base_model.config,
+        vq_config=dict(codec.config),
+        image_token_offset=image_token_offset,
+        image_size=image_size,
+        attn_implementation=base_model.config._attn_implementation,
+        **token_ids,
+    )
+    processor = build_processor(config, tokenizer)
+    return assemble(config, base_model, codec), processor
+
+
+def _check_base_model(base_model: PreTrainedModel) -> None:
+    if isinstance(base_model, LiquidPreTrainedModel):
+        raise ValueError(
+            f"The base model is a {type(base_model).__name__}: it has image rows already. Train it as it is, or give "
+            "the plain language model."
+        )
+    is_model = isinstance(base_model, PreTrainedModel)
+    if not is_model or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base_model.config), None) is not type(base_model):
+        raise ValueError(
+            f"base_model must be a causal language model as AutoModelForCausalLM loads it, got "
+            f"{type(base_model).__name__}. (Merge adapters first.)"
+        )
+    if getattr(base_model.config, "quantization_config", None) is not None and not _is_unpacked_gguf(base_model):
+        raise ValueError("The base model is quantized: its rows cannot grow. Expand it in fp32 or bf16, then quantize.")
+    embeddings, head = base_model.get_input_embeddings(), base_model.get_output_embeddings()
+    if not isinstance(embeddings, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{type(base_model).__name__} cannot be expanded: it needs an nn.Embedding before it and an nn.Linear as "
+            f"its head, got {type(embeddings).__name__} and {type(head).__name__}."
+        )
+
+
+def _is_unpacked_gguf(base_model: PreTrainedModel) -> bool:
+    """Whether transformers has turned a GGUF file into ordinary weights (it marks the model as quantized even so)."""
+    quantizer = getattr(base_model, "hf_quantizer", None)
+    return (
+        quantizer is not None and quantizer.quantization_config.quant_method == "gguf" and not quantizer.packed_modules
+    )
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"tokenizer must be the base's tokenizer, got {type(tokenizer).__name__}.")
+    token, token_id = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if token_id >= num_rows:
+        raise ValueError(
+            f"The tokenizer does not fit the base model: its token {token!r} has id {token_id}, but the model has "
+            f"{num_rows} rows. Load both from one repository."
+        )
+
+
+def _choose_tokens(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The token for each argument of the processor; those that the tokenizer lacks have to be added."""
+    vocabulary = tokenizer.get_vocab()
+    in_use = {
+        *tokenizer.convert_tokens_to_ids([str(token) for token in tokenizer.special_tokens_map.values()]),
+        *_stop_ids(base_model.generation_config),
+    }
+    chat_template = str(tokenizer.chat_template)
+    reserved = (
+        token
+        for token, token_id in sorted(vocabulary.items(), key=lambda item: item[1])
+        if RESERVED_TOKEN.fullmatch(token)
+        and token_id not in in_use
+        and token not in chat_template
+        and _is_one_token(tokenizer, token)
+    )
+    return {argument: name if name in vocabulary else next(reserved, name) for argument, name in _TOKEN_NAMES.items()}
+
+
+def _is_one_token(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
+    return tokenizer.encode(token, add_special_tokens=False) == [tokenizer.get_vocab().get(token)]
+
+
+def _stop_ids(generation_config: GenerationConfig) -> list[int]:
+    eos = generation_config.eos_token_id
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
+
+
+def _grow(base_model: PreTrainedModel, num_rows: int, num_text_tokens: int, init: str, seed: int) -> None:
+    """Appends rows to the embeddings and the head, and sets them after the rows of the tokenizer's tokens."""
+    old_num_rows = base_model.get_input_embeddings().weight.shape[0]
+    with torch.random.fork_rng():
+        base_model.resize_token_embeddings(num_rows, mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    embeddings, head = base_model.get_input_embeddings(), base_model.get_output_embeddings()
+    _set_new_rows(embeddings.weight.data, old_num_rows, num_text_tokens, init, generator)
+    if head.weight is not embeddings.weight:
+        _set_new_rows(head.weight.data, old_num_rows, num_text_tokens, init, generator)
+    if head.bias is not None:
+        _set_new_rows(head.bias.data[:, None], old_num_rows, num_text_tokens, init, generator)
+
+
+def _set_new_rows(
+    weight: torch.Tensor, old_num_rows: int, num_text_tokens: int, init: str, generator: torch.Generator
+) -> None:
+    text_rows, new_rows = weight[:num_text_tokens], weight[old_num_rows:]
+    # In pieces: the rows of a large base in fp32 may not fit beside it, and torch sums half precision by way of fp32.
+    pieces = text_rows.split(8192)
+    mean = sum(piece.sum(0, dtype=torch.float32) for piece in pieces) / len(text_rows)
+    new_rows.copy_(mean)
+    if init == "normal":
+        centred = (piece.float() - mean for piece in pieces)
+        covariance = sum(piece.T @ piece for piece in centred) / max(len(text_rows) - 1, 1)
+        variances, directions = torch.linalg.eigh(covariance)
+        draws = torch.randn(new_rows.shape, generator=generator).to(weight.device)
+        new_rows.copy_(mean + (draws * variances.clamp(min=0).sqrt()) @ directions.T)
+
+
+__all__ = ["expand_vocabulary"]

@@ -1,0 +1,94 @@
+"""Writes the reference layout: a plain causal language model with its codec beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
+
+from ..codecs.taming import save_taming_codec
+from ..models.liquid.modeling_liquid import LiquidForCausalLM
+from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
+from ..models.liquid.reference import DIFFUSERS_CODEC_FOLDER, EXPORTED_LAYOUT_KEY, REFERENCE_CODEC_FOLDER
+from ..models.liquid.vocabulary import REFERENCE_TOKENS
+from ..utils.files import write_json
+
+
+def export_base_model(
+    model: LiquidForCausalLM,
+    processor: LiquidProcessor | PreTrainedTokenizerBase,
+    directory: str | os.PathLike,
+    **kwargs: Any,
+) -> None:
+    """Writes the reference layout: a plain causal language model that needs nothing of this package.
+
+    Its logits are equal; its tokenizer calls the image tokens `<boi>`, `<eoi>` and `<unconditional>`, whichever
+    reserved tokens they were. The codec lies beside it: as `chameleon/vqgan.ckpt` and `vqgan.yaml`, or, if taming
+    cannot express it, as diffusers saves it in `vq_model/`. [`LiquidForCausalLM.from_pretrained`] reads all of it back.
+
+    Args:
+        model ([`LiquidForCausalLM`]): The model.
+        processor ([`LiquidProcessor`] or `PreTrainedTokenizerBase`): Its processor, or the processor's tokenizer.
+        directory (`str` or `os.PathLike`): Where to write; made if it does not exist.
+        kwargs: As in transformers' `save_pretrained`, such as `max_shard_size`.
+
+    Raises:
+        ValueError: If the model is no [`LiquidForCausalLM`] or the tokenizer does not fit it; nothing is written then.
+    """
+    if not isinstance(model, LiquidForCausalLM):
+        raise ValueError(
+            f"Only a LiquidForCausalLM can be exported, got {type(model).__name__}. (Merge adapters first.)"
+        )
+    config, directory = model.config, Path(directory)
+    if isinstance(processor, LiquidProcessor):
+        processor.check_fits(config)
+        tokenizer = processor.tokenizer
+    else:
+        tokenizer = build_processor(config, processor).tokenizer
+    renamed = {}
+    for name, token in REFERENCE_TOKENS.items():
+        given = tokenizer.convert_ids_to_tokens(getattr(config, name))
+        if given == token:
+            continue
+        if token in tokenizer.get_vocab():
+            raise ValueError(
+                f"{name} is {getattr(config, name)} ({given!r}), but the tokenizer has another token {token!r}."
+            )
+        renamed[given] = token
+
+    text_model = model.model.text_model
+    text_model.save_pretrained(directory, **kwargs)
+    layout = {name: getattr(config, name) for name in ("image_token_offset", "image_token_id", "image_size")}
+    config_dict = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    write_json(directory / CONFIG_NAME, {**config_dict, EXPORTED_LAYOUT_KEY: layout})
+    model.generation_config.save_pretrained(directory)
+    _save_tokenizer(tokenizer, renamed, directory)
+    try:
+        save_taming_codec(model.model.vq_model, directory / REFERENCE_CODEC_FOLDER)
+    except ValueError:
+        model.model.vq_model.save_pretrained(directory / DIFFUSERS_CODEC_FOLDER)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, renamed: dict[str, str], directory: Path) -> None:
+    """Tokenizers cannot rename a token: as the reference's TRAIN.md says, its files are edited."""
+    tokenizer.save_pretrained(directory)
+    if not renamed:
+        return
+    for file in directory.glob("*.json"):
+        if file.name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+            write_json(file, _rename(json.loads(file.read_text(encoding="utf-8")), renamed))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens(list(renamed.values()), special_tokens=True)
+    tokenizer.save_pretrained(directory)
+
+
+def _rename(tree: Any, names: dict[str, str]) -> Any:
+    if isinstance(tree, dict):
+        return {names.get(key, key): _rename(value, names) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_rename(value, names) for value in tree]
+    return names.get(tree, tree) if isinstance(tree, str) else tree

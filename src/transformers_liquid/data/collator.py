@@ -1,0 +1,273 @@
+"""Records of text and image codes to batches of ids and labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+
+from ..models.liquid.processing_liquid import TEXT_TO_IMAGE_INSTRUCTIONS, LiquidProcessor, TooLongError
+from ..ops.chunked_loss import IGNORE_INDEX
+
+
+RECORD_KINDS = ("text_to_image", "caption", "text", "interleaved", "conversation")
+
+
+@dataclass
+class LiquidDataCollator:
+    r"""Makes training batches of a [`LiquidForCausalLM`] from records; for `Trainer(data_collator=...)`.
+
+    A record is a mapping with a `"kind"` and the columns of its kind; the row of a `datasets` data set is one. Columns
+    that are `None` count as absent, others are ignored, so train with `remove_unused_columns=False`. The rows of a
+    batch, with the ids that carry a label in brackets:
+
+    | kind            | columns                    | ids                                                             |
+    |-----------------|----------------------------|-----------------------------------------------------------------|
+    | `text_to_image` | `text`, `codes`, (`grid`)  | bos text, one of ten instructions, boi [codes eoi eos]          |
+    |                 |                            | or bos `<unconditional>` boi [codes eoi eos]                    |
+    | `caption`       | `text`, `codes`, (`grid`)  | bos boi codes eoi `The caption of this image is:` [text eos]    |
+    | `text`          | `text`                     | bos [text eos]                                                  |
+    | `interleaved`   | `text`, `images`           | bos [text boi codes eoi text ... eos]                           |
+    | `conversation`  | `messages`, (`images`)     | the chat template's prompt [answer] prompt [answer] ...         |
+
+    `codes` are raw codes (no offset): flat, with the `grid` [rows, columns] if that is not the default one, or 2-D;
+    lists, numpy or torch ints. `text` of an interleaved record has an `<image>` mark for each of `images`, which are
+    codes or mappings with `codes` and `grid`. `messages` are as in [`LiquidProcessor.conversation_ids`].
+
+    bos is there if the tokenizer has one, or the chat template writes it. The first id of a row never has a label:
+    nothing predicts it. Rows are padded on the right; pads have label -100 by their position, since pad and eos may be
+    the same id. The first three kinds and their rates are those of the reference's training (arXiv 2412.04332).
+
+    Args:
+        processor ([`LiquidProcessor`]): Builds the prompts.
+        unconditional_probability (`float`, defaults to 0.1): Rate of text-to-image rows whose whole text becomes
+            `<unconditional>`, for classifier-free guidance.
+        caption_probability (`float`, defaults to 0.0): Rate of text-to-image records that are turned into captions;
+            the paper uses 0.2.
+        max_length (`int`, *optional*): Longest row. Text that is too long loses its end (and then its eos, since it
+            does not end there): the description, the caption, what follows the last image, the last answer. Prompts
+            and instructions stay, and an image is never cut.
+        pad_to_multiple_of (`int`, *optional*): Row lengths are rounded up to a multiple of this.
+        packing (`bool`, defaults to `False`): Put all records of a batch into one row without pads. Positions begin at
+            0 again with each, by which transformers keeps them apart; see [`check_packing`].
+        return_indices (`bool`, defaults to `False`): Add the records' `"index"`, -1 for none, for those who report on
+            them.
+        seed (`int`, defaults to 0): Of the draws. A record with an `"index"` (int) gets the same draws whatever the
+            batch and the worker it is in, different ones in each epoch that `set_epoch` announces; others draw from
+            a running generator (one per data loader worker).
+
+    Returns:
+        `dict` of int64 tensors: `input_ids`, `attention_mask`, `labels` (B, T); or, packed, `input_ids`,
+        `position_ids`, `labels` (1, T). With `return_indices` also `record_indices` (B,).
+    """
+
+    processor: LiquidProcessor
+    unconditional_probability: float = 0.1
+    caption_probability: float = 0.0
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+    packing: bool = False
+    return_indices: bool = False
+    seed: int = 0
+    # Shared memory, so that an epoch announced here reaches the workers that a data loader keeps.
+    _epoch: torch.Tensor = field(init=False, repr=False)
+    _longest_instruction: str = field(init=False, repr=False)
+    _generators: dict[int | None, np.random.Generator] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self):
+        for name in ("unconditional_probability", "caption_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+        if self.packing and self.pad_to_multiple_of is not None:
+            raise ValueError("A packed row has no pads: leave out pad_to_multiple_of.")
+        if self.processor.tokenizer.eos_token_id is None:
+            raise ValueError("The tokenizer has no eos token, which ends each record: set tokenizer.eos_token.")
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._longest_instruction = max(
+            TEXT_TO_IMAGE_INSTRUCTIONS, key=lambda sentence: len(self.processor.encode(sentence))
+        )
+
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        rows = [self._draw(record) for record in records]
+        batch = self._pack(rows) if self.packing else self._pad(rows)
+        if self.return_indices:
+            indices = [record.get("index") for record in records]
+            batch["record_indices"] = torch.tensor([-1 if index is None else index for index in indices])
+        return batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Give records with an `"index"` the draws of another epoch."""
+        self._epoch.fill_(epoch)
+
+    def fits(self, record: Mapping[str, Any]) -> bool:
+        """Whether `encode` finds room for a record within `max_length`, whatever it draws.
+
+        Raises:
+            ValueError: As `encode`, but for the length.
+        """
+        kind = record.get("kind")
+        forms = [(kind, self._longest_instruction)]
+        if kind == "text_to_image" and self.unconditional_probability > 0:
+            forms.append((kind, None))
+        if kind == "text_to_image" and self.caption_probability > 0:
+            forms.append(("caption", None))
+        try:
+            for form in forms:
+                self._encode(record, *form)
+        except TooLongError:
+            return False
+        return True
+
+    def encode(self, record: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """Ids and labels of one record, without padding.
+
+        Raises:
+            ValueError: If the record's kind or columns are not as the class says, or no id of it has a label.
+            TooLongError: If what may not be cut does not fit into `max_length`; a `ValueError` too.
+        """
+        ids, labels = self._draw(record)
+        return ids.tolist(), labels.tolist()
+
+    def _draw(self, record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        kind = record.get("kind")
+        # All are drawn in every case, so that changing one rate leaves the other draws as they are.
+        draws = self._generator(record).random(3)
+        if kind == "text_to_image" and draws[0] < self.caption_probability:
+            kind = "caption"
+        instruction = TEXT_TO_IMAGE_INSTRUCTIONS[int(draws[2] * len(TEXT_TO_IMAGE_INSTRUCTIONS))]
+        return self._encode(record, kind, None if draws[1] < self.unconditional_probability else instruction)
+
+    def _encode(self, record: Mapping[str, Any], kind: str, instruction: str | None) -> tuple[np.ndarray, np.ndarray]:
+        if kind not in RECORD_KINDS:
+            raise ValueError(f"A record's 'kind' must be one of {', '.join(RECORD_KINDS)}, got {kind!r}.")
+        record = _without_none(record)
+        if kind == "conversation":
+            images = [self._image(image) for image in record.get("images", [])]
+            return self._row(self.processor.conversation_ids(self._column(record, "messages"), images))
+        text = record.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"A record's 'text' must be a string that is not empty, got {text!r}.")
+        if kind == "interleaved":
+            images = [self._image(image) for image in self._column(record, "images")]
+            return self._row([([*self.processor.interleaved_ids(text, images), self.eos_token_id], True)])
+        if kind == "text_to_image":
+            return self._drawing(text, self._image(record), instruction)
+        self.processor.check_plain(text)
+        prompt = self.processor.bos_ids if kind == "text" else self.processor.caption_ids(self._image(record))
+        return self._row([(prompt, False), ([*self.processor.encode(text), self.eos_token_id], True)])
+
+    def _drawing(self, text: str, codes: np.ndarray, instruction: str | None) -> tuple[np.ndarray, np.ndarray]:
+        factor = self.processor.image_processor.downsample_factor
+        size = {"height": codes.shape[0] * factor, "width": codes.shape[1] * factor}
+        target = [*self.processor.codes_to_ids(codes), self.processor.eoi_token_id, self.eos_token_id]
+        if instruction is None:
+            prompt = self.processor.unconditional_ids(**size)
+        else:
+            self._check_room(len(self.processor.bos_ids) + 2 + len(target))
+            room = None if self.max_length is None else self.max_length - len(target)
+            prompt = self.processor.image_prompt_ids(text, **size, instruction=instruction, max_length=room)
+        self._check_room(len(prompt) + len(target))
+        return self._row([(prompt, False), (target, True)])
+
+    def _row(self, pieces: list[tuple[list[int], bool]]) -> tuple[np.ndarray, np.ndarray]:
+        """Joins pieces of ids and whether they are learned; cuts the last one, but not through an image."""
+        ids = np.array([index for piece, _ in pieces for index in piece], dtype=np.int64)
+        learned = np.repeat([is_learned for _, is_learned in pieces], [len(piece) for piece, _ in pieces])
+        learned[0] = False
+        labels = np.where(learned, ids, IGNORE_INDEX)
+        if self.max_length is not None and len(ids) > self.max_length:
+            image_ends = np.flatnonzero(ids == self.processor.eoi_token_id)
+            self._check_room(max(len(ids) - len(pieces[-1][0]) + 1, 2, *(image_ends[-1:] + 1)))
+            ids, labels = ids[: self.max_length], labels[: self.max_length]
+        if (labels == IGNORE_INDEX).all():
+            raise ValueError(f"No id of the record has a label, so that nothing is learned from it: {ids.tolist()}.")
+        return ids, labels
+
+    def _check_room(self, length: int) -> None:
+        if self.max_length is not None and length > self.max_length:
+            raise TooLongError(
+                f"max_length={self.max_length} has no room for the record: what may not be cut has {length} tokens. "
+                "Raise max_length, use smaller images (an image is never cut) or leave out such records with "
+                "`drop_too_long`."
+            )
+
+    def _image(self, image: Mapping[str, Any] | Sequence) -> np.ndarray:
+        """Codes in rows and columns of a record or an image in it."""
+        codes, grid = image, None
+        if isinstance(image, Mapping):
+            image = _without_none(image)
+            codes, grid = self._column(image, "codes"), image.get("grid")
+        codes = codes.cpu().numpy() if isinstance(codes, torch.Tensor) else np.asarray(codes)
+        if grid is None and codes.ndim == 2:
+            return codes
+        grid = self.processor.grid() if grid is None else tuple(int(side) for side in grid)
+        if len(grid) != 2 or min(grid) < 1 or codes.shape not in (grid, (math.prod(grid),)):
+            raise ValueError(
+                f"Codes of shape {codes.shape} are no image of {' x '.join(map(str, grid))} codes: give those of "
+                "another size than the default one a 'grid' [rows, columns], or give them as rows and columns."
+            )
+        return codes.reshape(grid)
+
+    def _column(self, record: Mapping[str, Any], name: str) -> Any:
+        if name not in record:
+            raise ValueError(f"A record of its kind needs {name!r}, got only {sorted(record)}.")
+        return record[name]
+
+    def _generator(self, record: Mapping[str, Any]) -> np.random.Generator:
+        if record.get("index") is not None:
+            return np.random.default_rng([self.seed, self.epoch, int(record["index"])])
+        # Each worker has a copy of the collator: the loader's seed for it makes their draws differ, in each epoch.
+        worker = get_worker_info()
+        worker_seed = None if worker is None else worker.seed
+        if worker_seed not in self._generators:
+            self._generators[worker_seed] = np.random.default_rng(
+                self.seed if worker_seed is None else [self.seed, worker_seed]
+            )
+        return self._generators[worker_seed]
+
+    def _pad(self, rows: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
+        length = max(len(ids) for ids, _ in rows)
+        if self.pad_to_multiple_of is not None:
+            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (len(rows), length)
+        batch = {
+            "input_ids": torch.full(shape, self.processor.pad_token_id, dtype=torch.int64),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64),
+            "labels": torch.full(shape, IGNORE_INDEX, dtype=torch.int64),
+        }
+        for row, (ids, labels) in enumerate(rows):
+            batch["input_ids"][row, : len(ids)] = torch.from_numpy(ids)
+            batch["attention_mask"][row, : len(ids)] = 1
+            batch["labels"][row, : len(ids)] = torch.from_numpy(labels)
+        return batch
+
+    def _pack(self, rows: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
+        columns = {
+            "input_ids": [ids for ids, _ in rows],
+            "position_ids": [np.arange(len(ids)) for ids, _ in rows],
+            "labels": [labels for _, labels in rows],
+        }
+        return {name: torch.from_numpy(np.concatenate(column))[None] for name, column in columns.items()}
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that `set_epoch` announced."""
+        return int(self._epoch)
+
+    @property
+    def eos_token_id(self) -> int:
+        """The id that ends each record."""
+        return self.processor.tokenizer.eos_token_id
+
+
+def _without_none(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrow fills what a record lacks with `None`."""
+    return {name: column for name, column in record.items() if column is not None}
+
+
+__all__ = ["IGNORE_INDEX", "RECORD_KINDS", "LiquidDataCollator"]

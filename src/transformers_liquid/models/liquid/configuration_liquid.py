@@ -1,0 +1,185 @@
+"""The configuration: a base language model, a codec, and where the codec's codes lie in the vocabulary.
+
+This is the only place that does arithmetic between codes and token ids.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from ...codecs.vq_model import CHAMELEON_VQ_CONFIG, downsample_factor
+
+
+@strict
+class LiquidConfig(PreTrainedConfig):
+    r"""Configuration of a [`LiquidForCausalLM`].
+
+    The defaults of the layout are those of the reference checkpoint on Gemma-7B (arXiv 2412.04332):
+    256,000 text ids, then 8,192 image ids.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of any causal language model, its
+            `vocab_size` counting text and image rows. Defaults to llama.
+        vq_config (`dict`, *optional*): Arguments of [`LiquidVQModel`]. Defaults to Chameleon's VQGAN.
+        image_token_offset (`int`, *optional*): Id of code 0; code `c` has id `image_token_offset + c`. Stored,
+            never derived from the size of the tokenizer or of the embeddings. Defaults to the last
+            `num_vq_embeddings` rows of the vocabulary.
+        boi_token_id (`int`, defaults to 7): Begins an image.
+        eoi_token_id (`int`, defaults to 8): Ends an image.
+        uncond_token_id (`int`, defaults to 9): Stands for "no text" in classifier-free guidance.
+        image_token_id (`int`, defaults to 10): Placeholder for one code of an input image; never a code itself.
+        image_size (`int`, *optional*): Default height and width in pixels. Defaults to the codec's `sample_size`.
+        max_z_loss_coef (`float`, defaults to 0.0): Weight of the mean squared greatest logit in the training loss, which
+            keeps logits from growing. Baichuan 2 (arXiv 2309.10305), where it comes from, uses 2e-4.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig
+    >>> from transformers_liquid import LiquidConfig, LiquidForCausalLM
+    >>> config = LiquidConfig(text_config=LlamaConfig(vocab_size=32000 + 8192), image_token_offset=32000)
+    >>> model = LiquidForCausalLM(config)
+    ```
+    """
+
+    model_type = "liquid"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    vq_config: dict | None = None
+    image_token_offset: int | None = None
+    boi_token_id: int = 7
+    eoi_token_id: int = 8
+    uncond_token_id: int = 9
+    image_token_id: int = 10
+    image_size: int | None = None
+    max_z_loss_coef: float = 0.0
+    tie_word_embeddings: bool | None = None
+    use_cache: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.vq_config = copy.deepcopy(CHAMELEON_VQ_CONFIG if self.vq_config is None else dict(self.vq_config))
+        self.vq_config = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in self.vq_config.items()
+            if not key.startswith("_")
+        }
+        if self.image_token_offset is None:
+            self.image_token_offset = self.text_config.vocab_size - self.codebook_size
+        if self.image_size is None:
+            self.image_size = self.vq_config.get("sample_size", 512)
+        # The head and the embeddings are the base's: what it says about tying holds.
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, name, None) is None:
+                setattr(self, name, getattr(self.text_config, name, None))
+        self._check_layout()
+
+    def _check_layout(self) -> None:
+        vocab_size = self.text_config.vocab_size
+        if self.image_token_offset < 0 or self.image_token_offset + self.codebook_size > vocab_size:
+            raise ValueError(
+                f"The codebook needs ids {self.image_token_offset} ... "
+                f"{self.image_token_offset + self.codebook_size - 1}, but the language model has a vocabulary of "
+                f"{vocab_size}. Give the base the image rows first: see `transformers_liquid.expand_vocabulary`."
+            )
+        for name in ("boi_token_id", "eoi_token_id", "uncond_token_id", "image_token_id"):
+            token_id = getattr(self, name)
+            if not 0 <= token_id < vocab_size or token_id in self.image_token_range:
+                raise ValueError(
+                    f"{name}={token_id} must be a text id: in 0 ... {vocab_size - 1} and outside of the image ids "
+                    f"{self.image_token_range.start} ... {self.image_token_range.stop - 1}."
+                )
+        self.grid()
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of image ids."""
+        return self.vq_config["num_vq_embeddings"]
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels per code along one side."""
+        return downsample_factor(self.vq_config)
+
+    @property
+    def image_token_range(self) -> range:
+        """All image ids."""
+        return range(self.image_token_offset, self.image_token_offset + self.codebook_size)
+
+    @property
+    def image_slice(self) -> slice:
+        """Where the image rows lie in the embeddings and the image columns in the logits."""
+        return slice(self.image_token_offset, self.image_token_offset + self.codebook_size)
+
+    @property
+    def image_seq_length(self) -> int:
+        """Number of codes of a picture of the default size."""
+        rows, columns = self.grid()
+        return rows * columns
+
+    @property
+    def special_image_token_ids(self) -> list[int]:
+        """The ids of boi, eoi, the unconditional token and the placeholder."""
+        return [self.boi_token_id, self.eoi_token_id, self.uncond_token_id, self.image_token_id]
+
+    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Rows and columns of codes of a picture.
+
+        Args:
+            height (`int`, *optional*): In pixels; `None` means `image_size`.
+            width (`int`, *optional*): In pixels; `None` means `image_size`.
+
+        Raises:
+            ValueError: Unless both are positive multiples of the codec's factor.
+        """
+        height = self.image_size if height is None else height
+        width = self.image_size if width is None else width
+        factor = self.downsample_factor
+        if height < factor or width < factor or height % factor or width % factor:
+            raise ValueError(
+                f"height and width must be positive multiples of {factor} pixels (the codec's factor), got "
+                f"height={height}, width={width}."
+            )
+        return height // factor, width // factor
+
+    def codes_to_ids(self, codes: torch.Tensor) -> torch.Tensor:
+        """Token ids of codes, any shape.
+
+        Raises:
+            ValueError: If a code is outside the codebook, naming it and its position.
+        """
+        wrong = (codes < 0) | (codes >= self.codebook_size)
+        if wrong.any():
+            position = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"Code {int(codes[tuple(position)])} at position {position} is outside of the codebook "
+                f"0 ... {self.codebook_size - 1}."
+            )
+        return codes.long() + self.image_token_offset
+
+    def ids_to_codes(self, ids: torch.Tensor) -> torch.Tensor:
+        """Codes of image token ids, any shape.
+
+        Raises:
+            ValueError: If an id is no image id, naming it and its position.
+        """
+        wrong = (ids < self.image_token_range.start) | (ids >= self.image_token_range.stop)
+        if wrong.any():
+            position = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"Id {int(ids[tuple(position)])} at position {position} is not an image id: those are "
+                f"{self.image_token_range.start} ... {self.image_token_range.stop - 1}."
+            )
+        return ids - self.image_token_offset
+
+
+__all__ = ["LiquidConfig"]

@@ -1,0 +1,55 @@
+"""Fills the card that every saved repository carries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+from ...generation.image_generation import DEFAULT_IMAGE_GENERATION_CONFIG
+
+
+if TYPE_CHECKING:
+    from .modeling_liquid import LiquidPreTrainedModel
+
+
+def model_card(model: LiquidPreTrainedModel, name: str) -> str:
+    """The card of a model as Markdown with YAML metadata, filled from its configuration.
+
+    Args:
+        model ([`LiquidPreTrainedModel`]): The model that is saved.
+        name (`str`): What the repository is called.
+    """
+    config, vq_config = model.config, model.config.vq_config
+    text_config = config.get_text_config()
+    rows, columns = config.grid()
+    base = text_config.name_or_path
+    settings = getattr(model.generation_config, "image_generation_config", None) if model.can_generate() else None
+    image_ids = config.image_token_range
+    return Template((Path(__file__).parent / "model_card_template.md").read_text(encoding="utf-8")).substitute(
+        # A path on the machine that trained it helps nobody.
+        base_metadata=f"base_model: {base}\n" if base.count("/") == 1 and not Path(base).exists() else "",
+        name=name,
+        base=f"`{text_config.model_type}`" + (f" (`{base}`)" if base.count("/") == 1 else ""),
+        parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        codec=(
+            f"a VQ codec with {config.codebook_size:,} codes of {vq_config.get('vq_embed_dim')} channels, "
+            f"{config.downsample_factor} × {config.downsample_factor} pixels per code"
+        ),
+        image_size=config.image_size,
+        grid=f"{rows} × {columns} = {rows * columns}",
+        vocab_size=f"{text_config.vocab_size:,}",
+        image_ids=f"{image_ids.start} … {image_ids.stop - 1}",
+        boi=config.boi_token_id,
+        eoi=config.eoi_token_id,
+        uncond=config.uncond_token_id,
+        placeholder=config.image_token_id,
+        settings=", ".join(f"`{key}={value}`" for key, value in (settings or DEFAULT_IMAGE_GENERATION_CONFIG).items()),
+    )
+
+
+def write_model_card(model: LiquidPreTrainedModel, directory: str | Path) -> None:
+    """Writes `README.md` into a saved repository, unless one is there: a card written by hand is never replaced."""
+    path = Path(directory) / "README.md"
+    if not path.exists():
+        path.write_text(model_card(model, Path(directory).resolve().name), encoding="utf-8")

@@ -1,0 +1,600 @@
+"""Liquid (arXiv 2412.04332): any causal language model whose vocabulary also holds the codes of an image codec.
+
+The base model is nested whole, head included, so that whatever it does to its logits (soft-capping, scaling, biases)
+stays its own. Images exist only as token ids: nothing here but the codec knows about pixels.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import Cache
+from transformers.generation.streamers import BaseStreamer
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import ModelOutput, can_return_tuple
+
+from ...codecs.vq_model import LiquidVQModel
+from ...generation.image_generation import (
+    DEFAULT_IMAGE_GENERATION_CONFIG,
+    SuppressImageTokensLogitsProcessor,
+    generate_image_tokens,
+)
+from ...ops.chunked_loss import LiquidCausalLMOutputWithPast, chunked_causal_lm_loss, image_targets, next_labels
+from ...ops.few_rows_linear import few_rows_view
+from ...ops.views import StandIn, is_plain_linear, shallow_copy
+from .configuration_liquid import LiquidConfig
+from .model_card import write_model_card
+from .reference import check_loading_info, find_codec, is_reference_checkpoint, load_codec, reference_config
+
+
+class LiquidPreTrainedModel(PreTrainedModel):
+    config_class = LiquidConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]
+    # None of its own, the base has them; PEFT looks for a base's tied weights only where there is a mapping.
+    _tied_weights_keys = {}
+    _keep_in_fp32_modules_strict = ["vq_model"]
+    # Quantizers leave out what is named here, matching whole names: of the head class and of the base class.
+    _keep_in_fp32_modules = ["model.vq_model", "vq_model"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, vq_checkpoint=None, **kwargs):
+        """Loads a Liquid repository, or a reference one such as `Junfeng5/Liquid_V1_7B`.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A repository saved by this package, or a plain
+                causal language model whose vocabulary already holds the image codes (the reference layout); its
+                codec is then fetched from where the reference keeps it.
+            vq_checkpoint (`str` or `os.PathLike`, *optional*): Where the codec of a reference repository lies
+                instead: a folder with `vqgan.ckpt` and `vqgan.yaml`, or a codec saved by [`LiquidVQModel`].
+            kwargs: As in transformers' `from_pretrained`.
+
+        Raises:
+            ValueError: If the checkpoint is neither of the two, or holds no codec.
+        """
+        if is_reference_checkpoint(pretrained_model_name_or_path, **kwargs):
+            return _load_reference(cls, pretrained_model_name_or_path, vq_checkpoint=vq_checkpoint, **kwargs)
+        if vq_checkpoint is not None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a Liquid repository and holds its own codec: `vq_checkpoint` is "
+                "for reference checkpoints."
+            )
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        missing = sorted(key for key in info["missing_keys"] if "vq_model." in key)
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no codec weights ({len(missing)} are missing, the first is "
+                f"{missing[0]!r}). Save the model with its codec, or use `expand_vocabulary` to add one."
+            )
+        for module in model.modules():
+            if isinstance(module, LiquidVQModel):
+                module.requires_grad_(False)
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As in transformers, and writes a model card (`README.md`) unless there is one; so does `push_to_hub`."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_model_card(self, save_directory)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers, but refuses to delete image rows.
+
+        Raises:
+            ValueError: If fewer rows would remain than the image ids need, as in
+                `resize_token_embeddings(len(tokenizer))`.
+        """
+        needed = self.config.image_token_range.stop
+        if new_num_tokens is not None and new_num_tokens < needed:
+            raise ValueError(
+                f"Resizing to {new_num_tokens} rows would delete image rows: image ids end at {needed - 1}, so at "
+                f"least {needed} rows must remain. The tokenizer does not count image ids: do not resize to its length."
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+
+class LiquidModel(LiquidPreTrainedModel):
+    """The whole base language model (`text_model`) beside the codec (`vq_model`)."""
+
+    def __init__(self, config: LiquidConfig):
+        super().__init__(config)
+        self.text_model = AutoModelForCausalLM.from_config(config.text_config)
+        # One object: what resizing writes to the one must be read from the other.
+        config.text_config = self.text_model.config
+        self.vq_model = LiquidVQModel(**config.vq_config).requires_grad_(False)
+        self._cache_argument = next(
+            name
+            for name in ("past_key_values", "cache_params")
+            if name in inspect.signature(self.text_model.forward).parameters
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    def train(self, mode: bool = True) -> LiquidModel:
+        super().train(mode)
+        self.vq_model.eval()
+        return self
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
+        """Turns pictures into image token ids.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(N, 3, H, W)` or a list of N tensors `(3, H, W)`): In [-1, 1].
+
+        Returns:
+            N tensors of `rows * columns` ids, row by row.
+        """
+        if isinstance(pixel_values, torch.Tensor):
+            codes = self.vq_model.encode_codes(pixel_values.to(self.vq_model.device))
+            return list(self.config.codes_to_ids(codes).flatten(1))
+        return [self.encode_images(picture[None])[0] for picture in pixel_values]
+
+    def fill_image_placeholders(
+        self, input_ids: torch.LongTensor, pixel_values: torch.Tensor | list[torch.Tensor]
+    ) -> torch.LongTensor:
+        """Replaces every run of placeholders with the ids of the next picture.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`): With one run of `image_token_id` per picture.
+            pixel_values: The pictures in reading order, as in [`~LiquidModel.encode_images`].
+
+        Raises:
+            ValueError: If the runs and the pictures do not match, saying which and where.
+        """
+        pictures = self.encode_images(pixel_values)
+        is_placeholder = input_ids == self.config.image_token_id
+        runs = _placeholder_runs(is_placeholder)
+        if len(runs) != len(pictures):
+            raise ValueError(f"The prompts have room for {len(runs)} images, but {len(pictures)} were given.")
+        for index, ((row, start, length), picture) in enumerate(zip(runs, pictures, strict=True)):
+            if length != len(picture):
+                raise ValueError(
+                    f"Image {index} has {len(picture)} codes, but its place in row {row} from position {start} on "
+                    f"has {length} placeholders. Prepare text and images with one call of the processor."
+                )
+        if not pictures:
+            return input_ids
+        return input_ids.masked_scatter(is_placeholder, torch.cat(pictures).to(input_ids))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of the base model's body; arguments as in [`LiquidForCausalLM.forward`]."""
+        inputs = self._text_inputs(input_ids, pixel_values, inputs_embeds, past_key_values)
+        outputs = self.text_model.base_model(
+            **inputs, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **kwargs
+        )
+        return BaseModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get(self._cache_argument),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    def _text_inputs(self, input_ids, pixel_values, inputs_embeds, past_key_values) -> dict[str, Any]:
+        """What the base model is given in place of ids, pictures and a cache."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if pixel_values is not None:
+            if input_ids is None:
+                raise ValueError("pixel_values need input_ids: their placeholders say where the images go.")
+            input_ids = self.fill_image_placeholders(input_ids, pixel_values)
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        if past_key_values is not None:
+            inputs[self._cache_argument] = past_key_values
+        return inputs
+
+
+class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
+    """A causal language model that reads and draws.
+
+    Example:
+
+    ```python
+    >>> from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidProcessor
+    >>> model = LiquidForCausalLM.from_pretrained(EMOJI_CHECKPOINT)
+    >>> processor = LiquidProcessor.from_pretrained(EMOJI_CHECKPOINT)
+    >>> inputs = processor(text=["red apple"], generation_mode="image", return_tensors="pt")
+    >>> ids = model.generate(**inputs, generation_mode="image")
+    >>> images = processor.post_process_multimodal_output(model.decode_image_tokens(ids), generation_mode="image")
+    ```
+    """
+
+    output_modalities = ("image", "text")
+
+    def __init__(self, config: LiquidConfig):
+        super().__init__(config)
+        self.model = LiquidModel(config)
+        # What a state space model cannot do (assisted generation) or compile, its wrapper cannot either.
+        self._is_stateful = self.model.text_model._is_stateful
+        self._can_compile_fullgraph = self.model.text_model._can_compile_fullgraph
+        # transformers drops custom entries from a generation config that says it was derived from a model config.
+        self.generation_config._from_model_config = False
+        self.generation_config.image_generation_config = dict(DEFAULT_IMAGE_GENERATION_CONFIG)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.text_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.model.text_model.set_output_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | list[torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits over text and image ids together, or the loss alone.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Text ids, image ids and, where pictures are given in
+                `pixel_values`, one placeholder (`config.image_token_id`) per code.
+            pixel_values (`torch.Tensor` of shape `(N, 3, H, W)` or a list of N tensors `(3, H, W)`, *optional*):
+                Pictures in [-1, 1] in reading order over the batch.
+            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 where a token is attended to.
+            position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): Positions. Where they restart in a batch of
+                one row without an attention mask, another document begins, which attends to itself alone.
+            past_key_values (`Cache`, *optional*): The base model's cache.
+            inputs_embeds (`torch.Tensor` of shape `(B, L, hidden)`, *optional*): Instead of `input_ids`.
+            use_cache (`bool`, *optional*): Whether to return the cache. With labels, the default is `False`.
+            labels (`torch.LongTensor` of shape `(B, L)`, *optional*): Text and image ids to predict, -100 elsewhere.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): As in transformers; 0 keeps all positions.
+            skip_logits (`bool`, *optional*): With labels: whether to compute the loss in chunks, without ever holding
+                all logits. Defaults to whether the model is training.
+            kwargs: Handed to the base model and its loss (`num_items_in_batch`, `shift_labels`, ...).
+
+        Returns:
+            The base model's own output: `loss`, `logits` of shape `(B, L, vocabulary)`, `past_key_values`, ...; with
+            `skip_logits` a [`LiquidCausalLMOutputWithPast`] with the loss, its statistics and no logits.
+
+        Raises:
+            ValueError: If placeholders and pictures do not match, or there is nothing to learn.
+        """
+        inputs = self.model._text_inputs(input_ids, pixel_values, inputs_embeds, past_key_values)
+        inputs.update(attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+        has_labels = labels is not None or kwargs.get("shift_labels") is not None
+        if has_labels and use_cache is None:
+            use_cache = False
+        if has_labels and (self.training if skip_logits is None else skip_logits) and self._can_skip_logits():
+            return self._loss_alone(labels, use_cache=use_cache, **inputs)
+        return self.model.text_model(labels=labels, logits_to_keep=logits_to_keep, use_cache=use_cache, **inputs)
+
+    def _can_skip_logits(self) -> bool:
+        # A base's router loss is part of its own loss, and ZeRO-3 gathers a head's weight for its own forward only.
+        routes = getattr(self.config.get_text_config(), "output_router_logits", False)
+        return not routes and not is_deepspeed_zero3_enabled()
+
+    def _loss_alone(
+        self,
+        labels: torch.LongTensor | None,
+        shift_labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **inputs: Any,
+    ) -> LiquidCausalLMOutputWithPast:
+        text_model = self.model.text_model
+        outputs = text_model.base_model(**inputs)
+        targets = next_labels(labels) if shift_labels is None else shift_labels
+        targets = targets.to(outputs.last_hidden_state.device)
+        loss, token_stats = chunked_causal_lm_loss(
+            text_model,
+            outputs,
+            targets,
+            image_targets(self.config, targets),
+            max_z_loss_coef=self.config.max_z_loss_coef,
+            num_items_in_batch=num_items_in_batch,
+        )
+        return LiquidCausalLMOutputWithPast(
+            loss=loss,
+            token_stats=token_stats,
+            past_key_values=outputs.get(self.model._cache_argument),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.model.text_model.prepare_inputs_for_generation(*args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any
+    ) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        # transformers tells by the name of the class which models call their cache `cache_params`.
+        if "past_key_values" in model_kwargs:
+            model_kwargs[self.model._cache_argument] = model_kwargs.pop("past_key_values")
+
+    def encode_images(self, pixel_values: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
+        """Turns pictures into image token ids: see [`LiquidModel.encode_images`]."""
+        return self.model.encode_images(pixel_values)
+
+    @torch.no_grad()
+    def decode_image_tokens(
+        self,
+        image_tokens: torch.LongTensor,
+        height: int | None = None,
+        width: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Turns image token ids into pictures.
+
+        Args:
+            image_tokens (`torch.LongTensor` of shape `(B, rows * columns)` or `(rows * columns,)`): Image ids, row by
+                row, as returned by `generate(generation_mode="image")`.
+            height (`int`, *optional*): Of the picture in pixels; defaults to `config.image_size`.
+            width (`int`, *optional*): Of the picture in pixels; defaults to `config.image_size`.
+            dtype (`torch.dtype`, *optional*): Half precision for the codec: see [`LiquidVQModel.decode_codes`].
+
+        Returns:
+            `torch.Tensor` of shape `(B, 3, height, width)` in [-1, 1].
+
+        Raises:
+            ValueError: If an id is no image id, if there are not `rows * columns` of them, or `dtype` is no half
+                precision.
+        """
+        rows, columns = self.config.grid(height, width)
+        image_tokens = image_tokens[None] if image_tokens.ndim == 1 else image_tokens
+        if image_tokens.shape[-1] != rows * columns:
+            raise ValueError(
+                f"A picture of {rows} x {columns} codes needs {rows * columns} image ids, got "
+                f"{image_tokens.shape[-1]}. Pass the height and width that the ids were generated with."
+            )
+        codes = self.config.ids_to_codes(image_tokens).view(-1, rows, columns)
+        return self.model.vq_model.decode_codes(codes.to(self.model.vq_model.device), dtype=dtype).clamp(-1, 1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        streamer: BaseStreamer | None = None,
+        generation_mode: str = "text",
+        pixel_values: torch.Tensor | list[torch.Tensor] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_min_p: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        suppress_image_tokens: bool = True,
+        **kwargs: Any,
+    ) -> ModelOutput | torch.LongTensor:
+        """Writes text or draws pictures with transformers' own `generate()`.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(B, L)`, *optional*): The prompts; or as `input_ids`.
+            generation_config (`GenerationConfig`, *optional*): Defaults to the model's; in image mode to its
+                `image_generation_config`.
+            logits_processor (`LogitsProcessorList`, *optional*): Yours. In image mode they see scores of shape
+                `(B, codebook_size)`, one column per code, after guidance.
+            stopping_criteria (`StoppingCriteriaList`, *optional*): Yours.
+            streamer (`BaseStreamer`, *optional*): Receives ids as they are drawn.
+            generation_mode (`"text"` or `"image"`, defaults to `"text"`): What to generate.
+            pixel_values (`torch.Tensor` of shape `(N, 3, H, W)` or a list of N tensors, *optional*): Pictures for
+                the placeholders in the prompts.
+            height (`int`, *optional*): Image mode: in pixels, a multiple of the codec's factor.
+            width (`int`, *optional*): Image mode: likewise.
+            guidance_min_p (`float`, *optional*): Image mode: guidance chooses only among codes that the prompt alone
+                gives at least this fraction of the best code's probability. Off in the reference.
+            generator (`torch.Generator` or a list of B * num_return_sequences of them, *optional*): Image mode: where
+                the draws come from. With one for each picture, a picture does not depend on its batch.
+            suppress_image_tokens (`bool`, defaults to `True`): Text mode: never emit an image id or one of the four
+                image specials.
+            kwargs: As in transformers' `generate`: `input_ids`, `attention_mask`, `negative_prompt_ids`,
+                `negative_prompt_attention_mask`, `guidance_scale`, `temperature`, `top_k`, ... Image mode knows two
+                more. `speculative` (`bool` or `int`): draws several codes per forward; the pictures are the same
+                ([`speculative_liquid`]). `True`, or the number of codes in a forward. `guidance_interval`
+                (`tuple[float, float]`): guidance acts only on this part of the codes, such as `(0.0, 0.75)`, and the
+                unconditional rows run only there. It changes what is drawn.
+
+        Returns:
+            Text mode: as in transformers (prompts and continuations). Image mode: `torch.LongTensor` of shape
+            `(B * num_return_sequences, rows * columns)`, the image ids alone, for
+            [`~LiquidForCausalLM.decode_image_tokens`]; or an output with these as `sequences` if
+            `return_dict_in_generate`.
+
+        Raises:
+            ValueError: On settings that cannot be met, before any work.
+        """
+        if generation_mode not in self.output_modalities:
+            raise ValueError(f"generation_mode must be one of {self.output_modalities}, got {generation_mode!r}.")
+        input_ids = kwargs.pop("input_ids", inputs)
+        if pixel_values is not None:
+            if input_ids is None:
+                raise ValueError("pixel_values need input_ids: their placeholders say where the images go.")
+            input_ids = self.model.fill_image_placeholders(input_ids, pixel_values)
+        elif input_ids is not None and (input_ids == self.config.image_token_id).any():
+            raise ValueError("The prompts hold image placeholders, but no pixel_values were given.")
+
+        if generation_mode == "image":
+            return generate_image_tokens(
+                self,
+                input_ids,
+                height=height,
+                width=width,
+                guidance_min_p=guidance_min_p,
+                generator=generator,
+                generation_config=generation_config,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                streamer=streamer,
+                **kwargs,
+            )
+
+        image_only = {"height": height, "width": width, "guidance_min_p": guidance_min_p, "generator": generator}
+        given = [name for name, value in image_only.items() if value is not None]
+        if given:
+            raise ValueError(f'{", ".join(given)} only make sense with generation_mode="image".')
+        if suppress_image_tokens:
+            suppress = SuppressImageTokensLogitsProcessor(self.config)
+            logits_processor = LogitsProcessorList([*(logits_processor or []), suppress])
+        return super().generate(
+            input_ids,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            streamer=streamer,
+            **kwargs,
+        )
+
+    def image_head_view(self) -> LiquidForCausalLM:
+        """This model with only the image rows in its head: logits have `codebook_size` columns, column c is code c.
+
+        Weights are shared and this model is left as it is. The base's own head path still runs, so soft-capping,
+        scaling and biases hold. Its generation config is empty: what the base has there is about text.
+        """
+        view, view.model = shallow_copy(self), shallow_copy(self.model)
+        view.model.text_model = shallow_copy(self.model.text_model)
+        view.set_output_embeddings(_sliced_head(self.get_output_embeddings(), self.config.image_slice))
+        if self.device.type == "cpu":
+            view.model.text_model = few_rows_view(view.model.text_model)
+        view.generation_config = GenerationConfig()
+        return view
+
+
+def _placeholder_runs(is_placeholder: torch.Tensor) -> list[tuple[int, int, int]]:
+    """(row, start, length) of every run of True in a 2-D mask, in reading order."""
+    edges = nn.functional.pad(is_placeholder.int(), (1, 1)).diff(dim=1)
+    starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
+    return [(row, start, end - start) for (row, start), (_, end) in zip(starts, ends, strict=True)]
+
+
+def _sliced_head(head: nn.Module, rows: slice) -> nn.Module:
+    """A linear layer over views of a head's rows; heads with hooks, adapters or quantized weights run whole."""
+    if not is_plain_linear(head):
+        return StandIn(head, lambda hidden_states: head(hidden_states)[..., rows])
+    sliced = nn.Linear(head.in_features, rows.stop - rows.start, bias=head.bias is not None, device="meta")
+    sliced.weight = nn.Parameter(head.weight[rows], requires_grad=False)
+    if head.bias is not None:
+        sliced.bias = nn.Parameter(head.bias[rows], requires_grad=False)
+    return sliced
+
+
+def assemble(config: LiquidConfig, base_model: PreTrainedModel, codec: LiquidVQModel) -> LiquidForCausalLM:
+    """Puts a base model and a codec into a [`LiquidForCausalLM`] without copying their weights."""
+    with torch.device("meta"):
+        model = LiquidForCausalLM(config)
+    model.model.text_model = base_model
+    model.model.vq_model = codec.to(base_model.device).float().requires_grad_(False)
+    # One object: what resizing writes to the one must be read from the other.
+    config.text_config = base_model.config
+    # The base's settings for text, ours for images.
+    image_settings = model.generation_config.image_generation_config
+    model.generation_config = base_model.generation_config
+    model.generation_config.image_generation_config = image_settings
+    # Else transformers drops the image settings when it loads them.
+    model.generation_config._from_model_config = False
+    return model.train(base_model.training)
+
+
+def _load_reference(
+    cls: type[LiquidPreTrainedModel],
+    name_or_path: str | os.PathLike,
+    vq_checkpoint: str | os.PathLike | None = None,
+    image_token_offset: int | None = None,
+    output_loading_info: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Loads a checkpoint of the reference layout, such as `Junfeng5/Liquid_V1_7B`.
+
+    Args:
+        cls (`type`): [`LiquidForCausalLM`] or [`LiquidModel`].
+        name_or_path (`str` or `os.PathLike`): The language model: a name on the Hub or a local copy.
+        vq_checkpoint (`str` or `os.PathLike`, *optional*): The codec: a folder with `vqgan.ckpt` and `vqgan.yaml`,
+            such a `.ckpt`, or a folder or name on the Hub of a saved [`LiquidVQModel`]. Defaults to the one in the
+            repository, and else to `chameleon/` of the reference's Space.
+        image_token_offset (`int`, *optional*): Id of code 0, for checkpoints from which it cannot be told.
+        output_loading_info (`bool`, defaults to `False`): Whether to return transformers' report as well.
+        kwargs: As in `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`, `quantization_config`, ...
+
+    Returns:
+        A `cls` in eval mode, or that and the report. The weights of the language model are not copied.
+
+    Raises:
+        ValueError: If no codec can be reached, the parts do not fit, or a key of theirs is unknown or missing.
+    """
+    config = reference_config(name_or_path, vq_checkpoint, image_token_offset, **kwargs)
+    codec = load_codec(find_codec(name_or_path, vq_checkpoint, weights=True, **kwargs), **kwargs)
+    # The class itself: AutoModelForCausalLM asks the network for an adapter even if told `local_files_only`.
+    base_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
+    base, info = base_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    check_loading_info(f"The language model {name_or_path}", info)
+
+    settings = getattr(base.generation_config, "image_generation_config", None)
+    config.dtype = base.config.dtype
+    config._attn_implementation = base.config._attn_implementation
+    model = assemble(config, base, codec)
+    if settings is not None:
+        model.generation_config.image_generation_config = settings
+    _adopt_placement(model, base)
+    model = model.model if issubclass(cls, LiquidModel) else model
+    return (model, info) if output_loading_info else model
+
+
+def _adopt_placement(model: LiquidForCausalLM, base: Any) -> None:
+    """What transformers and accelerate noted on the base about devices and quantization holds for the whole."""
+    if (device_map := getattr(base, "hf_device_map", None)) is not None:
+        model.hf_device_map = {
+            ".".join(filter(None, ("model.text_model", module))): device for module, device in device_map.items()
+        }
+        model.hf_device_map["model.vq_model"] = next(iter(device_map.values()))
+    if (quantizer := getattr(base, "hf_quantizer", None)) is not None:
+        model.hf_quantizer = quantizer
+        model.config.quantization_config = base.config.quantization_config
+
+
+__all__ = ["LiquidForCausalLM", "LiquidModel", "LiquidPreTrainedModel"]

@@ -1,0 +1,53 @@
+"""Linear layers for the two rows of a guided picture on a CPU.
+
+A product of two to four rows with a large matrix takes a CPU's libraries up to several times longer than the transposed
+product, which reads the same weights once (`benchmarks/few_rows.py`). Decoding is made of such products.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+from .views import is_plain_linear, shallow_copy
+
+
+class FewRowsLinear(nn.Linear):
+    """`nn.Linear`, transposed for 2 to `max_rows` rows."""
+
+    max_rows: int
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = input.numel() // self.in_features
+        if not 1 < rows <= self.max_rows:
+            return super().forward(input)
+        columns = input.reshape(rows, self.in_features).T
+        output = self.weight @ columns if self.bias is None else torch.addmm(self.bias[:, None], self.weight, columns)
+        return output.T.contiguous().view(*input.shape[:-1], self.out_features)
+
+
+def few_rows_view(module: nn.Module) -> nn.Module:
+    """A view of a module tree with the same weights and [`FewRowsLinear`] in place of every plain `nn.Linear`.
+
+    Subclasses, quantized layers and layers with hooks stay as they are, and so does the original.
+    """
+    if is_plain_linear(module):
+        # Quantized and distributed weights are tensors of classes of their own.
+        if type(module.weight.data) is not torch.Tensor or module.weight.dtype != torch.float32:
+            return module
+        view = shallow_copy(module)
+        view.__class__ = FewRowsLinear
+        # With more rows the usual product is as fast; on several cores that takes more rows where the result is wide.
+        is_wide = module.out_features >= module.in_features
+        view.max_rows = 8 if is_wide and torch.get_num_threads() > 1 else 4
+        return view
+    children = {name: few_rows_view(child) for name, child in module.named_children()}
+    if all(child is module._modules[name] for name, child in children.items()):
+        return module
+    view = shallow_copy(module)
+    view._modules.update(children)
+    # What transformers hangs onto a view must not stay with the original.
+    view._forward_hooks = OrderedDict(module._forward_hooks)
+    return view

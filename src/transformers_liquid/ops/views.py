@@ -1,0 +1,39 @@
+"""The same weights, looked at in another way: parts of a model can be swapped in a view, and the model stays as it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """A module that shares every child and weight, but whose children can be swapped without touching the original."""
+    view = copy.copy(module)
+    view.__dict__["_modules"] = dict(module._modules)
+    # accelerate's hooks bind `forward` to the original module.
+    view.__dict__.pop("forward", None)
+    return view
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a product with its weight is all that a layer does: no adapter, quantizer or hook around it."""
+    # FSDP puts a class of its own before the module's.
+    own_class = type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+    return own_class is nn.Linear and "forward" not in module.__dict__
+
+
+class StandIn(nn.Module):
+    """Runs `forward` in place of a head."""
+
+    def __init__(self, head: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.__dict__.update(head=head, forward=forward)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Mamba looks at its dtype."""
+        return self.head.weight

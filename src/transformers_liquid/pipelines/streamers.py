@@ -1,0 +1,189 @@
+"""Pictures that can be looked at while they are drawn."""
+
+from __future__ import annotations
+
+from queue import Queue
+
+import torch
+from PIL import Image
+from transformers.generation.streamers import BaseStreamer
+
+from ..models.liquid.image_processing_liquid import LiquidImageProcessor
+from ..models.liquid.modeling_liquid import LiquidForCausalLM
+
+
+def partial_pictures(
+    model: LiquidForCausalLM, image_tokens: torch.LongTensor, height: int | None = None, width: int | None = None
+) -> list[Image.Image]:
+    """The pictures that the first codes show; what is still to be drawn is grey.
+
+    The codec normalizes over the whole picture and needs a complete grid: each column goes on with its last code, since
+    of all ways to fill up the grid this one changes the drawn part least. A call costs one decoding of the codec, and
+    with all codes gives the finished pictures.
+
+    Args:
+        model ([`LiquidForCausalLM`]): The model that draws.
+        image_tokens (`torch.LongTensor` of shape `(B, n)`): The first n image ids of each picture, n >= 1.
+        height (`int`, *optional*): Of the whole picture in pixels; defaults to `config.image_size`.
+        width (`int`, *optional*): Likewise.
+
+    Returns:
+        B pictures of that size.
+
+    Raises:
+        ValueError: If there are no ids, more than the picture has codes, or ids that are no image ids.
+
+    Example: a preview after every row of codes.
+
+    ```python
+    >>> def on_step_end(pipe, step, timestep, callback_kwargs):
+    ...     if (step + 1) % 8 == 0:
+    ...         partial_pictures(pipe.model, callback_kwargs["image_tokens"])[0].save("preview.png")
+    >>> pipe("red apple", callback_on_step_end=on_step_end)
+    ```
+    """
+    rows, columns = model.config.grid(height, width)
+    number = image_tokens.shape[1] if image_tokens.ndim == 2 else 0
+    if not 1 <= number <= rows * columns:
+        raise ValueError(
+            f"A picture of {rows} x {columns} codes needs image ids of shape (batch, 1 ... {rows * columns}), got "
+            f"{tuple(image_tokens.shape)}. Pass the height and width that it is drawn with."
+        )
+    position = torch.arange(rows * columns, device=image_tokens.device)
+    last_above = number - 1 - (number - 1 - position) % columns
+    last_above = last_above.where(last_above >= 0, number - 1)
+    is_drawn = position < number
+    filled = image_tokens[:, position.where(is_drawn, last_above)]
+    pixel_values = model.decode_image_tokens(filled, height=height, width=width).float().cpu()
+
+    factor = model.config.downsample_factor
+    is_blank = ~is_drawn.cpu().view(rows, columns).repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+    image_processor = LiquidImageProcessor(model.config.image_size, factor)
+    return image_processor.postprocess(pixel_values.masked_fill(is_blank, 0.0))
+
+
+class ImageStreamer(BaseStreamer):
+    """Hands the partly drawn pictures of a `generate(generation_mode="image")` to a method of yours.
+
+    Derive a class from it and write `on_finalized_images`; it is called in the thread that draws. Each call of it costs
+    one decoding of the codec.
+
+    Args:
+        model ([`LiquidForCausalLM`]): The model that draws.
+        every (`int`, *optional*): Codes from one preview to the next. Defaults to a row of codes.
+        height (`int`, *optional*): Of the pictures in pixels, as given to `generate`; defaults to `config.image_size`.
+        width (`int`, *optional*): Likewise.
+
+    Raises:
+        ValueError: If `every` is below 1 or the size does not fit the codec; while drawing, if a second `generate` uses
+            the streamer without [`~ImageStreamer.reset`], or draws pictures larger than `height` and `width`.
+    """
+
+    def __init__(
+        self, model: LiquidForCausalLM, every: int | None = None, height: int | None = None, width: int | None = None
+    ) -> None:
+        rows, columns = model.config.grid(height, width)
+        every = columns if every is None else every
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a whole number of codes, at least 1, got {every!r}.")
+        self.model, self.every, self.height, self.width = model, every, height, width
+        self.num_codes = rows * columns
+        self.reset()
+
+    def reset(self) -> None:
+        """Makes the streamer as new, for another `generate`; also after one that failed."""
+        self.image_tokens: list[torch.LongTensor] = []
+        self.next_tokens_are_prompt = True
+        self.has_ended = False
+
+    def put(self, value: torch.LongTensor) -> None:
+        """Receives the prompts `(B, L)` first, then one id of each picture `(B,)` at a time."""
+        if self.has_ended or (value.ndim == 2 and not self.next_tokens_are_prompt):
+            raise ValueError("A streamer follows one call of generate: call its reset() before the next one.")
+        if self.next_tokens_are_prompt:
+            self.next_tokens_are_prompt = False
+            return
+        self.image_tokens.append(value)
+        number = len(self.image_tokens)
+        if number > self.num_codes:
+            raise ValueError(
+                f"More codes were drawn than the {self.num_codes} of the streamer's pictures: give it the height and "
+                "width that generate has."
+            )
+        if number % self.every == 0 and number < self.num_codes:
+            self.on_finalized_images(self._pictures(), number)
+
+    def end(self) -> None:
+        """Hands out the finished pictures."""
+        self.has_ended = True
+        self.on_finalized_images(self._pictures(), len(self.image_tokens), stream_end=True)
+
+    def on_finalized_images(self, images: list[Image.Image], num_codes: int, stream_end: bool = False) -> None:
+        """Yours to write.
+
+        Args:
+            images (list of B `PIL.Image.Image`): The pictures so far, grey where nothing is drawn yet.
+            num_codes (`int`): Codes drawn so far, of each picture.
+            stream_end (`bool`): Whether these are the finished ones.
+        """
+        raise NotImplementedError
+
+    def _pictures(self) -> list[Image.Image]:
+        image_tokens = torch.stack(self.image_tokens, dim=1)
+        return partial_pictures(self.model, image_tokens, height=self.height, width=self.width)
+
+
+class ImageIteratorStreamer(ImageStreamer):
+    """Keeps the partly drawn pictures in a queue: to iterate over `(images, num_codes)` in another thread.
+
+    The last ones are the finished pictures.
+
+    Args:
+        model, every, height, width: As in [`ImageStreamer`].
+        timeout (`float`, *optional*): Seconds to wait for the next pictures before `queue.Empty` is raised. Without it
+            the reader waits forever, also for a `generate` that failed.
+
+    Example:
+
+    ```python
+    >>> streamer = ImageIteratorStreamer(model, timeout=60)
+    >>> inputs = processor(text=["red apple"], generation_mode="image", return_tensors="pt")
+    >>> Thread(target=model.generate, kwargs={**inputs, "generation_mode": "image", "streamer": streamer}).start()
+    >>> for images, num_codes in streamer:
+    ...     images[0].save("preview.png")
+    ```
+    """
+
+    def __init__(
+        self,
+        model: LiquidForCausalLM,
+        every: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        super().__init__(model, every, height, width)
+        self.timeout = timeout
+
+    def reset(self) -> None:
+        super().reset()
+        self.image_queue: Queue[tuple[list[Image.Image], int] | None] = Queue()
+
+    def on_finalized_images(self, images: list[Image.Image], num_codes: int, stream_end: bool = False) -> None:
+        """Puts the pictures into the queue, at the end the stop signal `None` too."""
+        self.image_queue.put((images, num_codes))
+        if stream_end:
+            self.image_queue.put(None)
+
+    def __iter__(self) -> ImageIteratorStreamer:
+        return self
+
+    def __next__(self) -> tuple[list[Image.Image], int]:
+        value = self.image_queue.get(timeout=self.timeout)
+        if value is None:
+            self.image_queue.put(None)  # for whoever asks again
+            raise StopIteration
+        return value
+
+
+__all__ = ["ImageIteratorStreamer", "ImageStreamer", "partial_pictures"]

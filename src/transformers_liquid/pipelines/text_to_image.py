@@ -1,0 +1,392 @@
+"""`pipeline("text-to-image")`: prompts in, pictures out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
+from transformers.utils import logging
+
+from ..generation.image_generation import GuidanceLogitsProcessor, check_context
+from ..models.liquid.configuration_liquid import LiquidConfig
+from ..models.liquid.modeling_liquid import LiquidForCausalLM
+from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
+
+
+# The trained checkpoint inside the package: the default of `pipeline("text-to-image")`, without any network.
+EMOJI_CHECKPOINT = str(Path(__file__).parents[1] / "checkpoints" / "liquid-emoji")
+
+# Pictures that are drawn side by side unless the caller says otherwise.
+DEFAULT_BATCH_SIZE = 8
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+
+class LiquidImageGenerationPipeline(Pipeline):
+    r"""Draws pictures from prompts with a [`LiquidForCausalLM`]; the task `"text-to-image"`.
+
+    Settings that are not passed come from the model's `generation_config.image_generation_config`. Every argument of
+    [`~LiquidImageGenerationPipeline.__call__`] can also be given to `pipeline(...)`, as a default for all calls.
+
+    Args:
+        model ([`LiquidForCausalLM`]): The model.
+        processor ([`LiquidProcessor`], *optional*): Its processor.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): In place of a processor, as for reference repositories,
+            which have none: the processor is then built from the tokenizer and the model's configuration.
+        kwargs: As for every `transformers.Pipeline`: `device`, `batch_size` (defaults to 8 pictures), ...
+
+    Raises:
+        ValueError: If the model is no Liquid model, or the processor is missing or does not fit it.
+
+    Example:
+
+    ```python
+    >>> import transformers_liquid
+    >>> from transformers import pipeline
+    >>> pipe = pipeline("text-to-image")
+    >>> images = pipe("red apple", num_images_per_prompt=4, seed=0)
+    ```
+    """
+
+    # Reference repositories have a tokenizer alone, ours a processor that holds it: neither is mandatory.
+    _load_processor = None
+    _load_tokenizer = None
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_video_processor = False
+
+    def __init__(
+        self,
+        model: LiquidForCausalLM,
+        processor: LiquidProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(model.config, LiquidConfig) or not model.can_generate():
+            raise ValueError(
+                f"text-to-image needs a LiquidForCausalLM, got {type(model).__name__}. If the checkpoint should be one, "
+                "`LiquidForCausalLM.from_pretrained` says why it is not."
+            )
+        if not isinstance(processor, LiquidProcessor):
+            if tokenizer is None:
+                raise ValueError(
+                    f"text-to-image needs a LiquidProcessor (or a tokenizer to build it from), got {processor!r}. Save "
+                    "the processor with the model, or pass `processor=`."
+                )
+            processor = build_processor(model.config, tokenizer)
+        processor.check_fits(model.config)
+        self._progress_bar_config: dict[str, Any] = {}
+        super().__init__(model, processor=processor, **kwargs)
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | list[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int | None = None,
+        output_type: str | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        progress_bar: bool | None = None,
+        **generate_kwargs: Any,
+    ) -> Any:
+        """Draws pictures: in the order of the prompts, those of one prompt after each other.
+
+        Args:
+            prompt (`str` or `list[str]`): What the pictures show.
+            negative_prompt (`str` or `list[str]`, *optional*): What they should not show, one for all prompts or one
+                each. It takes the place of "no text" in guidance, so it needs a `guidance_scale` above 1.
+            num_images_per_prompt (`int`, *optional*, defaults to 1): Pictures of each prompt.
+            height (`int`, *optional*): In pixels, a multiple of the codec's factor. Defaults to the model's size.
+            width (`int`, *optional*): Likewise.
+            guidance_scale (`float`, *optional*): At least 1; 1 is no guidance. Defaults to the model's settings.
+            seed (`int` or `list[int]`, *optional*): Picture i of the call is drawn from seed `seed + i` (or `seed[i]`),
+                and is the same whatever pictures are drawn beside it.
+            generator (`torch.Generator` or a list of them, *optional*): Instead of `seed`: one for all pictures in
+                turn, or one each.
+            batch_size (`int`, *optional*, defaults to 8): Pictures that are drawn side by side.
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"` or `"pt"`.
+            callback_on_step_end (`Callable`, *optional*): Called after every step of a batch with `(pipe, step,
+                timestep, callback_kwargs)`, as diffusers does: `step` is the index of the last finished code (a step
+                can finish several), `timestep` the number of codes still to come, and
+                `callback_kwargs["image_tokens"]` holds the ids so far, `(B, step + 1)`. What it returns is ignored; an
+                exception ends the call. [`partial_pictures`] makes pictures of the ids.
+            progress_bar (`bool`, *optional*, defaults to `True`): Whether to show one.
+            generate_kwargs: Further settings of [`LiquidForCausalLM.generate`], such as `do_sample`, `temperature`,
+                `top_k`, `top_p` or `guidance_min_p`; and `streamer`, such as an [`ImageStreamer`], for one batch.
+
+        Returns:
+            For N pictures a list of N `PIL.Image.Image`; or an array `(N, H, W, 3)` or tensor `(N, 3, H, W)` in [0, 1].
+
+        Raises:
+            ValueError: On inputs that cannot be met, for all prompts, before any drawing.
+        """
+        drawn = self.stream(
+            prompt,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            height=height,
+            width=width,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            generator=generator,
+            batch_size=batch_size,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            progress_bar=progress_bar,
+            **generate_kwargs,
+        )
+        images = [image for _, image in sorted(drawn, key=lambda indexed: indexed[0])]
+        if isinstance(images[0], torch.Tensor):
+            return torch.stack(images)
+        return np.stack(images) if isinstance(images[0], np.ndarray) else images
+
+    def stream(self, prompt: str | list[str], **kwargs: Any) -> Iterator[tuple[int, Any]]:
+        """Draws pictures and hands out each batch of them as soon as it is done, for more than fit into memory.
+
+        Prompts of about the same length are drawn side by side, the longest ones first: an index says which picture of
+        the call came. With one `generator` for all pictures they are drawn and come in order.
+
+        Args:
+            prompt (`str` or `list[str]`): What the pictures show.
+            kwargs: As in [`~LiquidImageGenerationPipeline.__call__`].
+
+        Returns:
+            An iterator of `(index, image)`: a `PIL.Image.Image`, an array `(H, W, 3)` or a tensor `(3, H, W)` in
+            [0, 1].
+
+        Raises:
+            ValueError: As there: at once, not at the first picture.
+
+        Example:
+
+        ```python
+        >>> for index, image in pipe.stream(prompts, seed=0, batch_size=16):
+        ...     image.save(f"{index:06d}.png")
+        ```
+        """
+        if kwargs.get("batch_size") is None:
+            kwargs["batch_size"] = self._batch_size
+        preprocess_params, forward_params, postprocess_params = self._sanitize_parameters(**kwargs)
+        batches = self.preprocess(prompt, **{**self._preprocess_params, **preprocess_params})
+        forward_params = {**self._forward_params, **forward_params}
+        if "streamer" in forward_params and len(batches) > 1:
+            raise ValueError(
+                f"A streamer follows one batch, but these are {len(batches)}: pass a batch_size of at least the number "
+                "of pictures, or draw them in several calls."
+            )
+        return self._draw(batches, forward_params, {**self._postprocess_params, **postprocess_params})
+
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        for name, instead in _NOT_HERE.items():
+            if name in kwargs:
+                raise ValueError(f"The pipeline takes no {name}: {instead}.")
+        if kwargs.get("output_type", "pil") not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {kwargs['output_type']!r}.")
+        if "guidance_scale" in kwargs or "guidance_min_p" in kwargs:
+            # What it raises is raised now.
+            GuidanceLogitsProcessor(kwargs.get("guidance_scale", 1.0), kwargs.get("guidance_min_p"))
+        if not 0 < kwargs.get("top_p", 1.0) <= 1:
+            # transformers leaves the filter out above 1.
+            raise ValueError(f"top_p must be in (0, 1], got {kwargs['top_p']}.")
+        postprocess = {"output_type": kwargs.pop("output_type")} if "output_type" in kwargs else {}
+        size = {name: kwargs[name] for name in ("height", "width") if name in kwargs}
+        only_before = ("negative_prompt", "num_images_per_prompt", "seed", "generator", "batch_size")
+        preprocess = {name: kwargs.pop(name) for name in only_before if name in kwargs}
+        return preprocess | size, kwargs, postprocess
+
+    def preprocess(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | list[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+    ) -> list[dict[str, Any]]:
+        """Checks everything and makes the inputs of `generate` for each batch of pictures, and their `indices`."""
+        # 1. Checks
+        prompts = self.processor.check_texts(prompt, "prompt")
+        _check_count("num_images_per_prompt", num_images_per_prompt)
+        _check_count("batch_size", batch_size)
+        rows, columns = self.model.config.grid(height, width)
+
+        # 2. One source of randomness per picture
+        number = len(prompts) * num_images_per_prompt
+        generators = _generators(seed, generator, number)
+
+        # 3. Inputs of all prompts
+        inputs = self.processor(
+            text=prompts,
+            negative_prompt=negative_prompt,
+            generation_mode="image",
+            height=height,
+            width=width,
+            return_tensors="pt",
+        )
+        masks = [inputs["attention_mask"], inputs["negative_prompt_attention_mask"]]
+        lengths = torch.stack([mask.sum(1) for mask in masks]).amax(0).tolist()
+        for name in ("input_ids", "negative_prompt_ids"):
+            check_context(self.model, inputs[name], rows * columns)
+
+        # 4. Batches: the longest prompts first, since what does not fit into memory should fail at once
+        order = list(range(number))
+        if not isinstance(generators, torch.Generator):
+            order.sort(key=lambda index: -lengths[index // num_images_per_prompt])
+        batches = []
+        for start in range(0, number, batch_size):
+            indices = order[start : start + batch_size]
+            batch = _rows_without_pads(inputs, [index // num_images_per_prompt for index in indices])
+            batch["generator"] = (
+                [generators[index] for index in indices] if isinstance(generators, list) else generators
+            )
+            batches.append({"indices": indices, **batch})
+        return batches
+
+    def _draw(
+        self, batches: list[dict[str, Any]], forward_params: dict[str, Any], postprocess_params: dict[str, Any]
+    ) -> Iterator[tuple[int, Any]]:
+        show = forward_params.pop("progress_bar", True)
+        rows, columns = self.model.config.grid(forward_params.get("height"), forward_params.get("width"))
+        total = rows * columns * sum(len(batch["indices"]) for batch in batches)
+        with self.progress_bar(total=total, disable=not show) as bar:
+            for batch in batches:
+                pixel_values = self.forward(batch, bar=bar, **forward_params)
+                yield from zip(batch["indices"], self.postprocess(pixel_values, **postprocess_params), strict=True)
+
+    def _forward(
+        self,
+        batch: dict[str, Any],
+        bar: Any,
+        height: int | None = None,
+        width: int | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        **generate_kwargs: Any,
+    ) -> torch.Tensor:
+        """Draws a batch; pixel values (B, 3, H, W) in [-1, 1]."""
+        rows, columns = self.model.config.grid(height, width)
+        on_step_end = _OnStepEnd(self, rows * columns, bar, callback_on_step_end)
+        ids = self.model.generate(
+            **{name: value for name, value in batch.items() if name != "indices"},
+            generation_mode="image",
+            stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), on_step_end]),
+            **generate_kwargs,
+        )
+        return self.model.decode_image_tokens(ids, height=height, width=width).float()
+
+    def postprocess(self, pixel_values: torch.Tensor, output_type: str = "pil") -> Any:
+        """Pixel values to pictures."""
+        return self.processor.post_process_multimodal_output(
+            pixel_values, generation_mode="image", output_type=output_type
+        )
+
+    def progress_bar(self, total: int, disable: bool = False) -> Any:
+        """A bar over codes; silent too if `transformers.utils.logging.disable_progress_bar()` was called."""
+        return logging.tqdm(**{"total": total, "unit": "code", "disable": disable, **self._progress_bar_config})
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Arguments of `tqdm` for every later bar, such as `disable=True`; as in diffusers."""
+        self._progress_bar_config = kwargs
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Saves model and processor as one repository.
+
+        The base class would note this pipeline as custom code, which then nobody could load without
+        `trust_remote_code`.
+        """
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
+
+class _OnStepEnd(StoppingCriteria):
+    """Moves the bar and calls the callback; never stops. A step can add several codes."""
+
+    def __init__(
+        self, pipe: LiquidImageGenerationPipeline, num_codes: int, bar: Any, callback: Callable[..., Any] | None
+    ) -> None:
+        self.pipe, self.num_codes, self.bar, self.callback = pipe, num_codes, bar, callback
+        self.prompt_length: int | None = None
+        self.num_drawn = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.BoolTensor:
+        if self.prompt_length is None:
+            # Up to the begin-of-image token, with the pads that guidance may have added.
+            is_boi = input_ids[0] == self.pipe.model.config.boi_token_id
+            self.prompt_length = int(is_boi.nonzero()[-1]) + 1
+        image_tokens = input_ids[:, self.prompt_length :]
+        batch_size, num_drawn = image_tokens.shape
+        self.bar.update(batch_size * (num_drawn - self.num_drawn))
+        self.num_drawn = num_drawn
+        if self.callback is not None:
+            self.callback(self.pipe, num_drawn - 1, self.num_codes - num_drawn, {"image_tokens": image_tokens})
+        return torch.zeros(batch_size, dtype=torch.bool, device=input_ids.device)
+
+
+# Arguments of `generate()` that would change what comes back.
+_NOT_HERE = {
+    "num_return_sequences": "use num_images_per_prompt",
+    "return_dict_in_generate": "it returns pictures; call model.generate() for scores and states",
+    "generation_mode": "it always draws",
+}
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
+def _rows_without_pads(inputs: BatchFeature, rows: list[int]) -> dict[str, Any]:
+    """Some rows of what the processor made, left-padded to the longest of them."""
+    batch = dict(inputs)
+    for ids, mask in (
+        ("input_ids", "attention_mask"),
+        ("negative_prompt_ids", "negative_prompt_attention_mask"),
+    ):
+        length = int(inputs[mask][rows].sum(1).max())
+        batch |= {name: inputs[name][rows, -length:] for name in (ids, mask)}
+    return batch
+
+
+def _generators(
+    seed: int | Sequence[int] | None, generator: torch.Generator | list[torch.Generator] | None, number: int
+) -> torch.Generator | list[torch.Generator] | None:
+    """The source of randomness of each picture. Generators of the CPU give the same picture on every device."""
+    if seed is not None and generator is not None:
+        raise ValueError("Give seed or generator, not both.")
+    if seed is None:
+        if isinstance(generator, (list, tuple)) and len(generator) != number:
+            raise ValueError(f"Got {len(generator)} generators for {number} pictures: give one each, or a single one.")
+        return list(generator) if isinstance(generator, (list, tuple)) else generator
+    seeds = [seed + index for index in range(number)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != number:
+        raise ValueError(f"Got {len(seeds)} seeds for {number} pictures: give one each, or a single number.")
+    for one in seeds:
+        if not isinstance(one, int) or not 0 <= one < 2**63:
+            raise ValueError(f"A seed must be a whole number in 0 ... 2**63 - 1, got {one!r}.")
+    return [torch.Generator().manual_seed(one) for one in seeds]
+
+
+PIPELINE_REGISTRY.register_pipeline(
+    "text-to-image",
+    pipeline_class=LiquidImageGenerationPipeline,
+    pt_model=LiquidForCausalLM,
+    default={"model": (EMOJI_CHECKPOINT, None)},
+    type="multimodal",
+)
+
+
+__all__ = ["EMOJI_CHECKPOINT", "LiquidImageGenerationPipeline"]

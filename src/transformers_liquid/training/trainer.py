@@ -1,0 +1,267 @@
+"""`transformers.Trainer` for mixed sequences: losses by modality, and checkpoints that draw."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+
+from ..data.collator import IGNORE_INDEX, LiquidDataCollator
+from ..models.liquid.image_processing_liquid import contact_sheet
+from ..models.liquid.modeling_liquid import LiquidForCausalLM
+from ..ops.packed_attention import use_packed_attention
+from ..pipelines.text_to_image import LiquidImageGenerationPipeline
+
+
+class LiquidTrainer(Trainer):
+    r"""Trains a [`LiquidForCausalLM`], or a PEFT model around one.
+
+    What it adds to the Trainer:
+
+    - losses are computed in chunks, in evaluation too: the logits of a batch never exist all at once;
+    - `text_loss`, `image_loss`, `text_accuracy` and `image_accuracy` are logged beside `loss`, each the mean over all
+      labels of its kind since the last log, on all processes. `eval_loss` is a mean over labels likewise;
+    - a loss that is not finite stops the run and names the step and the records;
+    - the collator's draws change from epoch to epoch; evaluation is without draws of kinds or dropped texts;
+    - a checkpoint that cannot be written is removed, so that the last one on disk is always whole.
+
+    Pass the [`LiquidProcessor`] as `processing_class` to have it saved with each checkpoint: a full model's are
+    complete repositories then. Train with `remove_unused_columns=False`.
+
+    Args:
+        args: As for the Trainer, first of all `model`, `args`, `train_dataset`, `processing_class`.
+        data_collator ([`LiquidDataCollator`]): Makes the batches.
+        kwargs: As for the Trainer.
+
+    Raises:
+        ValueError: If the collator is another one, or packs records for a base that cannot keep them apart; or with
+            FSDP, if there is LoRA on a tied base.
+    """
+
+    def __init__(self, *args: Any, data_collator: LiquidDataCollator, **kwargs: Any):
+        if not isinstance(data_collator, LiquidDataCollator):
+            raise ValueError(f"data_collator must be a LiquidDataCollator, got {type(data_collator).__name__}.")
+        data_collator = dataclasses.replace(data_collator, return_indices=True)
+        super().__init__(*args, data_collator=data_collator, **kwargs)
+        # The Trainer turns the cache off for good, and saved models would draw slowly. With labels none is used anyway.
+        self.model.config.use_cache = True
+        adapters = {config.peft_type for config in getattr(self.model, "peft_config", {}).values()}
+        if self.is_fsdp_enabled and "LORA" in adapters and self.model.config.tie_word_embeddings:
+            raise ValueError(
+                "FSDP cannot shard LoRA on a base whose head is tied to its embeddings: train it with DDP, or train the "
+                "whole model."
+            )
+        # DeepSpeed rounds all weights to the type that it trains in.
+        codec = liquid_model(self.model).model.vq_model if self.is_deepspeed_enabled else torch.nn.Module()
+        self._codec = {f"model.vq_model.{name}": tensor.cpu().clone() for name, tensor in codec.state_dict().items()}
+        if not all(tensor.numel() for tensor in self._codec.values()):
+            raise ValueError(
+                "With ZeRO-3, load the model before the TrainingArguments are made: its codec is in pieces."
+            )
+        if data_collator.packing:
+            use_packed_attention(liquid_model(self.model))
+        self.eval_data_collator = dataclasses.replace(
+            data_collator, unconditional_probability=0.0, caption_probability=0.0
+        )
+        self.add_callback(_EpochCallback(data_collator))
+        self._token_stats = {"train": 0.0, "eval": 0.0}
+
+    def create_accelerator_and_postprocess(self) -> None:
+        if self.args.max_grad_norm is None:  # here, because DeepSpeed is told now
+            is_large = sum(weight.numel() for weight in self.model.parameters()) >= 7e9
+            self.args.max_grad_norm = 0.5 if is_large else 1.0
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            # accelerate would round losses and counts to half precision, and add up gradients in it.
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+            )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        train_collator, self.data_collator = self.data_collator, self.eval_data_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = train_collator
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """As in the Trainer.
+
+        Raises:
+            FloatingPointError: If the loss is not finite, naming the step and the records.
+        """
+        inputs = dict(inputs)
+        indices = inputs.pop("record_indices")
+        counts = True
+        if not model.training:
+            inputs["labels"], counts = self._labels_without_repeats(inputs, len(indices))
+        loss, outputs = super().compute_loss(
+            model, {**inputs, "skip_logits": True}, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"The loss is {loss.item()} in step {self.state.global_step + 1}, on the records with index "
+                f"{indices.tolist()} (-1: unknown). Look at these records; or lower learning_rate, "
+                "or train in bf16 instead of fp16. Continue from an earlier checkpoint."
+            )
+        if outputs.get("token_stats") is not None:
+            self._token_stats["train" if model.training else "eval"] += outputs["token_stats"].detach() * counts
+        return (loss, outputs) if return_outputs else loss
+
+    def _labels_without_repeats(self, inputs: dict[str, Any], number: int) -> tuple[torch.Tensor, bool]:
+        """Where the last batch is too small for all processes, the first records come again: those do not count.
+
+        Returns:
+            The labels, without those of repeated records; and whether there are others. If not, labels are as they were.
+        """
+        labels, state = inputs["labels"], self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return labels, True
+        new = state.remainder - self.accelerator.process_index * number
+        if new <= 0 or new >= number:
+            return labels, new > 0
+        is_repeat = torch.arange(number, device=labels.device)[:, None] >= new
+        if self.data_collator.packing:
+            is_repeat = is_repeat[(inputs["position_ids"][0] == 0).cumsum(0) - 1].T
+        return labels.masked_fill(is_repeat, IGNORE_INDEX), True
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._pop_token_metrics("train", "")}
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._token_stats["eval"] = 0.0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update(self._pop_token_metrics("eval", f"{metric_key_prefix}_"))
+        return output
+
+    def _pop_token_metrics(self, phase: str, prefix: str) -> dict[str, float]:
+        stats, self._token_stats[phase] = self._token_stats[phase], 0.0
+        if not isinstance(stats, torch.Tensor):  # the base computed its loss itself
+            return {}
+        stats = self.accelerator.reduce(stats.double(), reduction="sum").cpu()
+        metrics = {}
+        for name, (losses, right, number) in zip(("text", "image"), stats.tolist(), strict=True):
+            if number:
+                metrics |= {f"{prefix}{name}_loss": losses / number, f"{prefix}{name}_accuracy": right / number}
+        if phase == "eval":
+            losses, _, number = stats.sum(0).tolist()
+            metrics[f"{prefix}loss"] = losses / number
+        return metrics
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card that `save_pretrained` wrote stays."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if state_dict is not None:
+            # Gathered from all processes, tied weights are no longer one tensor and would be saved twice.
+            tied = liquid_model(self.model).all_tied_weights_keys
+            state_dict = {
+                name: self._codec.get(name, tensor) for name, tensor in state_dict.items() if name not in tied
+            }
+        super()._save(output_dir, state_dict)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"{folder} could not be written ({error}) and has been removed; earlier checkpoints are intact. Make "
+                "room on the disk (save_total_limit keeps only the last ones), then run the same command again."
+            ) from error
+
+
+class PreviewCallback(TrainerCallback):
+    """Draws the same prompts every so many steps: `previews/step-N.png` in the output folder, and TensorBoard.
+
+    Args:
+        trainer ([`LiquidTrainer`]): Its model, its processor and its TensorBoard.
+        prompts (`Sequence[str]`): What to draw.
+        steps (`int`): Between two contact sheets; one is drawn before the first step and after the last too.
+        seed (`int`, defaults to 0): Picture `i` has seed `seed + i` on each sheet.
+
+    Raises:
+        ValueError: If a prompt cannot be drawn, or the model's weights are spread over processes.
+    """
+
+    def __init__(self, trainer: LiquidTrainer, prompts: Sequence[str], steps: int, seed: int = 0):
+        if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                "Previews need the whole model in one process: leave out preview_prompts with FSDP and DeepSpeed, and "
+                "draw from the saved checkpoints."
+            )
+        model = liquid_model(trainer.model)
+        self.pipe = LiquidImageGenerationPipeline(model=model, processor=trainer.processing_class, device=model.device)
+        self.pipe.preprocess(list(prompts))
+        self.pipe.set_progress_bar_config(disable=True)
+        self.trainer, self.prompts, self.steps, self.seed = trainer, list(prompts), steps, seed
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 0:
+            self._draw(args, state)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
+            self._draw(args, state)
+
+    def _draw(self, args, state) -> None:
+        if not state.is_world_process_zero:
+            return
+        was_training = self.trainer.model.training
+        self.trainer.model.eval()
+        images = self.pipe(self.prompts, seed=self.seed)
+        self.trainer.model.train(was_training)
+        sheet = contact_sheet(images, math.ceil(math.sqrt(len(images))))
+        folder = Path(args.output_dir) / "previews"
+        folder.mkdir(parents=True, exist_ok=True)
+        sheet.save(folder / f"step-{state.global_step:06d}.png")
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_image("previews", np.asarray(sheet), state.global_step, dataformats="HWC")
+
+
+class _EpochCallback(TrainerCallback):
+    def __init__(self, collator: LiquidDataCollator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.collator.set_epoch(int(state.epoch))
+
+
+def liquid_model(model: torch.nn.Module) -> LiquidForCausalLM:
+    """The [`LiquidForCausalLM`] itself, without PEFT around it; adapters inside it stay.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    inner = model if isinstance(model, LiquidForCausalLM) else getattr(model, "base_model", model)
+    inner = inner if isinstance(inner, LiquidForCausalLM) else getattr(inner, "model", inner)
+    if not isinstance(inner, LiquidForCausalLM):
+        raise ValueError(f"Expected a LiquidForCausalLM or a PEFT model around one, got {type(model).__name__}.")
+    return inner
+
+
+__all__ = ["LiquidTrainer", "PreviewCallback"]
