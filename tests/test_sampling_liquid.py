@@ -96,7 +96,7 @@ def test_a_users_processor_or_recorded_output_is_not_compiled():
 def test_a_draw_has_the_probabilities_of_the_softmax():
     scores = torch.tensor([2.0, 1.0, 0.0, -torch.inf, -1.0])
     samples = 20_000
-    noise = gumbel_noise(torch.Generator().manual_seed(0), samples, 5, torch.device("cpu"))
+    noise = gumbel_noise(torch.Generator().manual_seed(0), 1, samples, 5, torch.device("cpu"))[0]
     codes, _ = draw_codes(scores.expand(samples, 1, 5), None, None, lambda ids, scores: scores, noise[:, None])
     counts = torch.bincount(codes.flatten(), minlength=5)
     expected = samples * scores.softmax(0)
@@ -106,9 +106,20 @@ def test_a_draw_has_the_probabilities_of_the_softmax():
     assert statistic < 16.3  # the 99.9 % quantile for three degrees of freedom
 
 
+@pytest.mark.parametrize("listed", [True, False])
+def test_noise_in_blocks_is_the_noise_of_position_after_position(listed):
+    def sources():
+        generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        return generators if listed else generators[0]
+
+    cpu, one_by_one = torch.device("cpu"), sources()
+    expected = torch.cat([gumbel_noise(one_by_one, 1, 3, 37, cpu) for _ in range(5)])
+    assert torch.equal(gumbel_noise(sources(), 5, 3, 37, cpu), expected)
+
+
 def test_noise_of_zero_and_of_nearly_one_never_draws_what_is_forbidden(monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: torch.tensor([0.0, 1 - 2**-24, 0.5]).expand(*size))
-    noise = gumbel_noise(None, 1, 3, torch.device("cpu"))
+    monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: torch.tensor([0.0, 1 - 2**-24, 0.5]).expand(size))
+    noise = gumbel_noise(None, 1, 1, 3, torch.device("cpu"))[0]
     assert noise[0, 0] == -torch.inf and torch.isfinite(noise[0, 1:]).all()
     scores = torch.tensor([[[-torch.inf, -torch.inf, 0.0]]])
     codes, _ = draw_codes(scores, None, None, lambda ids, scores: scores, noise[:, None])

@@ -24,6 +24,9 @@ logger = logging.get_logger(__name__)
 # Base model types whose step did not compile in this process.
 _NOT_COMPILABLE: set[str] = set()
 
+# Positions whose noise is made at once. Fixed, since a generator of an accelerator gives other numbers in other blocks.
+NOISE_BLOCK = 32
+
 
 def sample_image_tokens(
     model: LiquidForCausalLM,
@@ -68,7 +71,7 @@ def sample_image_tokens(
     drawn = input_ids[: rows.num_pictures, :0]
 
     for position in range(rows.num_codes):
-        noise = rows.noise(generator)
+        noise = rows.noise(position, generator)
         if rows.must_start(position):
             outputs = rows.start(position, drawn)
             ids = rows.ids[: rows.num_pictures]
@@ -124,6 +127,7 @@ class ImageRows:
         self.num_codes = generation_config.max_length - input_ids.shape[1]
         self.all_guided = range(self.num_codes) if guided is None else guided
         self.when_guided = guidance
+        self.noise_ahead: list[torch.Tensor] = []
         # Of the rows that run now.
         self.guidance: GuidanceLogitsProcessor | None = None
         self.ids, self.kwargs = input_ids, model_kwargs
@@ -132,11 +136,16 @@ class ImageRows:
     def cache(self) -> Any:
         return self.kwargs.get(self.model.model._cache_argument)
 
-    def noise(self, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor | None:
-        """Gumbel noise of the next code, `(B, 1, codebook_size)`; none for greedy drawing."""
+    def noise(self, position: int, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor | None:
+        """Gumbel noise of a position, `(B, 1, codebook_size)`, asked for one after another; none for greedy drawing."""
         if not self.generation_config.do_sample:
             return None
-        return gumbel_noise(generator, self.num_pictures, self.model.config.codebook_size, self.ids.device)[:, None]
+        if not self.noise_ahead:
+            # A block at a time: each transfer would make the host wait for the accelerator, step by step.
+            number = min(NOISE_BLOCK, self.num_codes - position)
+            size = number, self.num_pictures, self.model.config.codebook_size
+            self.noise_ahead = list(gumbel_noise(generator, *size, self.ids.device))
+        return self.noise_ahead.pop(0)[:, None]
 
     def is_guided(self, position: int) -> bool:
         return self.when_guided is not None and position in self.all_guided
@@ -249,21 +258,25 @@ def draw_codes(
 
 def gumbel_noise(
     generator: torch.Generator | list[torch.Generator] | None,
+    num_positions: int,
     num_pictures: int,
     codebook_size: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """Standard Gumbel noise of one position, `(num_pictures, codebook_size)`: what a draw by argmax adds to the scores.
+    """Standard Gumbel noise `(num_positions, num_pictures, codebook_size)`: what a draw by argmax adds to the scores.
 
     A list of generators gives each picture its own, so that it does not depend on its batch; generators of the CPU
-    give the same noise on any device.
+    give the same noise on any device, and in blocks the same as position by position.
     """
     if isinstance(generator, list):
-        uniform = [torch.rand(codebook_size, generator=one, device=one.device).to(device) for one in generator]
-        uniform = torch.stack(uniform)
+        size = num_positions, codebook_size
+        uniform = torch.stack([torch.rand(size, generator=one, device=one.device) for one in generator], dim=1)
     else:
         source = device if generator is None else generator.device
-        uniform = torch.rand(num_pictures, codebook_size, generator=generator, device=source).to(device)
+        uniform = torch.rand(num_positions, num_pictures, codebook_size, generator=generator, device=source)
+    if uniform.device != device and device.type == "cuda":
+        uniform = uniform.pin_memory()  # else the copy below would wait for all work before it
+    uniform = uniform.to(device, non_blocking=True)
     # A uniform of 0 gives -inf: that code is not drawn. 1 does not occur.
     return -torch.log(-torch.log(uniform))
 

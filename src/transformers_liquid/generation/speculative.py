@@ -123,7 +123,7 @@ def speculative_sample_image_tokens(
     noise = None
     if generation_config.do_sample:
         beyond = torch.zeros(num_pictures, window, model.config.codebook_size, device=input_ids.device)
-        noise = torch.cat([*(rows.noise(generator) for _ in range(num_codes)), beyond], dim=1)
+        noise = torch.cat([*(rows.noise(position, generator) for position in range(num_codes)), beyond], dim=1)
     if processors_see_ids:
         logits_processor = _AtEveryPosition(logits_processor)
     step = rows.step_function(may_compile=not processors_see_ids)
