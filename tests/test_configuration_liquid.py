@@ -41,11 +41,9 @@ def test_an_id_that_is_no_code_is_named_with_its_position_and_the_valid_range(co
     ids = torch.full((2, 3), IMAGE_TOKEN_OFFSET)
     ids[1, 2] = 5
     valid = f"{IMAGE_TOKEN_OFFSET} ... {IMAGE_TOKEN_OFFSET + CODEBOOK_SIZE - 1}"
-    with pytest.raises(ValueError, match=rf"Id 5 at position \[1, 2\] is not an image id: those are {valid}"):
+    with pytest.raises(ValueError, match=rf"Id 5 at position 1, 2 is not an image id: those are {valid}"):
         config.ids_to_codes(ids)
-    with pytest.raises(
-        ValueError, match=rf"Code {CODEBOOK_SIZE} at position \[0\] is outside of the codebook 0 \.\.\."
-    ):
+    with pytest.raises(ValueError, match=rf"Code {CODEBOOK_SIZE} at position 0 is outside of the codebook 0 \.\.\."):
         config.codes_to_ids(torch.tensor([CODEBOOK_SIZE]))
 
 

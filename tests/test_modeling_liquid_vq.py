@@ -97,8 +97,8 @@ def test_pictures_that_do_not_fit_raise_naming_their_size(codec, shape):
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        (torch.full((1, 2, 2), 32), r"0 \.\.\. 31.*32 to 32"),
-        (torch.tensor([[[0, -1]]]), "-1 to 0"),
+        (torch.full((1, 2, 2), 32), r"Code 32 at position 0, 0, 0 .* 0 \.\.\. 31"),
+        (torch.tensor([[[0, -1]]]), "Code -1 at position 0, 0, 1 "),
         (torch.zeros(2, 2, dtype=torch.long), r"\(2, 2\)"),
         (torch.zeros(1, 0, 2, dtype=torch.long), r"\(1, 0, 2\)"),
     ],

@@ -111,18 +111,12 @@ class LiquidVQModel(VQModel):
         Raises:
             ValueError: If the shape does not fit the codec.
         """
-        factor = self.downsample_factor
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"pixel_values must have shape (batch, {self.config.in_channels}, height, width), "
                 f"got {tuple(pixel_values.shape)}."
             )
-        height, width = pixel_values.shape[-2:]
-        if height % factor or width % factor or not height or not width:
-            raise ValueError(
-                f"The codec reduces each side by {factor}: height and width must be positive multiples of {factor}, "
-                f"got {height} x {width} pixels."
-            )
+        code_grid(*pixel_values.shape[-2:], self.downsample_factor)
         with maybe_autocast(pixel_values.device.type, enabled=False):
             latents = self.encode(pixel_values.to(self.dtype)).latents
             return self.nearest_codes(latents)
@@ -153,11 +147,7 @@ class LiquidVQModel(VQModel):
             raise ValueError(
                 f"codes must have shape (batch, rows, columns) and not be empty, got {tuple(codes.shape)}."
             )
-        low, high = int(codes.min()), int(codes.max())
-        if low < 0 or high >= self.codebook_size:
-            raise ValueError(
-                f"codes must lie in 0 ... {self.codebook_size - 1} (the codebook), got values from {low} to {high}."
-            )
+        check_codes(codes, self.codebook_size)
         fits_a_tile = not self.use_tiling or max(codes.shape[1:]) * self.downsample_factor <= self.tile_sample_min_size
         decode = self._decode_whole if fits_a_tile else self._decode_tiles
         # No cache: it would hold the weights a second time.
@@ -213,6 +203,31 @@ def _ramps(length: int, overlap: int, device: torch.device) -> torch.Tensor:
 def downsample_factor(vq_config: dict[str, Any]) -> int:
     """Pixels per code along one side for a `VQModel` configuration: every level but the last halves the picture."""
     return 2 ** (len(vq_config["block_out_channels"]) - 1)
+
+
+def code_grid(height: int, width: int, factor: int) -> tuple[int, int]:
+    """Height and width in codes of a picture of so many pixels.
+
+    Raises:
+        ValueError: Unless both are positive multiples of `factor`, the pixels per code along one side.
+    """
+    if any(not isinstance(side, int) or side < factor or side % factor for side in (height, width)):
+        raise ValueError(
+            f"height and width must be positive multiples of {factor} pixels (the codec's factor), got "
+            f"height={height!r}, width={width!r}."
+        )
+    return height // factor, width // factor
+
+
+def check_codes(codes: torch.Tensor, codebook_size: int) -> None:
+    """Raises a `ValueError` that names the first code outside of the codebook and its position."""
+    wrong = (codes < 0) | (codes >= codebook_size)
+    if wrong.any():
+        position = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"Code {int(codes[position])} at position {', '.join(map(str, position))} is outside of the codebook "
+            f"0 ... {codebook_size - 1}."
+        )
 
 
 def codec_identity(codec: LiquidVQModel) -> str:

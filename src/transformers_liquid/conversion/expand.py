@@ -12,9 +12,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..codecs.vq_model import LiquidVQModel
+from ..codecs.vq_model import LiquidVQModel, code_grid
 from ..models.liquid.configuration_liquid import LiquidConfig
-from ..models.liquid.image_processing_liquid import LiquidImageProcessor
 from ..models.liquid.modeling_liquid import LiquidForCausalLM, LiquidPreTrainedModel, assemble
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
 from ..models.liquid.vocabulary import RESERVED_TOKEN
@@ -86,7 +85,7 @@ def expand_vocabulary(
     if init not in ("mean", "normal"):
         raise ValueError(f"init must be 'mean' or 'normal', got {init!r}.")
     image_size = codec.config.sample_size if image_size is None else image_size
-    LiquidImageProcessor(size=image_size, downsample_factor=codec.downsample_factor)  # raises on a size that cannot be
+    code_grid(image_size, image_size, codec.downsample_factor)
 
     if _is_unpacked_gguf(base_model):
         base_model.hf_quantizer.remove_quantization_config(base_model)

@@ -207,7 +207,7 @@ class _ChunkLoss:
 
 def image_targets(config: LiquidConfig, targets: torch.LongTensor) -> torch.BoolTensor:
     """Which targets `(B, L)` belong to an image: codes, the eoi after them, and the eos after that."""
-    codes = (targets >= config.image_token_range.start) & (targets < config.image_token_range.stop)
+    codes = config.image_layout.is_image_token(targets)
     eoi = targets == config.eoi_token_id
     eos = config.get_text_config().eos_token_id
     eos = torch.as_tensor([] if eos is None else eos, device=targets.device, dtype=targets.dtype)

@@ -1,11 +1,9 @@
-"""The configuration: a base language model, a codec, and where the codec's codes lie in the vocabulary.
-
-This is the only place that does arithmetic between codes and token ids.
-"""
+"""The configuration: a base language model, a codec, and where the codec's codes lie in the vocabulary."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -13,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from ...codecs.vq_model import CHAMELEON_VQ_CONFIG, downsample_factor
+from .vocabulary import ImageLayout
 
 
 @strict
@@ -111,75 +110,41 @@ class LiquidConfig(PreTrainedConfig):
         return downsample_factor(self.vq_config)
 
     @property
+    def image_layout(self) -> ImageLayout:
+        """Where the codes lie, and all arithmetic between pixels, codes and ids."""
+        return ImageLayout(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ImageLayout)})
+
+    @property
     def image_token_range(self) -> range:
         """All image ids."""
-        return range(self.image_token_offset, self.image_token_offset + self.codebook_size)
+        return self.image_layout.image_token_range
 
     @property
     def image_slice(self) -> slice:
         """Where the image rows lie in the embeddings and the image columns in the logits."""
-        return slice(self.image_token_offset, self.image_token_offset + self.codebook_size)
+        return self.image_layout.image_slice
 
     @property
     def image_seq_length(self) -> int:
         """Number of codes of a picture of the default size."""
-        rows, columns = self.grid()
-        return rows * columns
+        return self.image_layout.num_codes()
 
     @property
     def special_image_token_ids(self) -> list[int]:
         """The ids of boi, eoi, the unconditional token and the placeholder."""
-        return [self.boi_token_id, self.eoi_token_id, self.uncond_token_id, self.image_token_id]
+        return self.image_layout.special_image_token_ids
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """Rows and columns of codes of a picture.
-
-        Args:
-            height (`int`, *optional*): In pixels; `None` means `image_size`.
-            width (`int`, *optional*): In pixels; `None` means `image_size`.
-
-        Raises:
-            ValueError: Unless both are positive multiples of the codec's factor.
-        """
-        height = self.image_size if height is None else height
-        width = self.image_size if width is None else width
-        factor = self.downsample_factor
-        if height < factor or width < factor or height % factor or width % factor:
-            raise ValueError(
-                f"height and width must be positive multiples of {factor} pixels (the codec's factor), got "
-                f"height={height}, width={width}."
-            )
-        return height // factor, width // factor
+        """Height and width in codes of a picture: see [`ImageLayout.grid`]."""
+        return self.image_layout.grid(height, width)
 
     def codes_to_ids(self, codes: torch.Tensor) -> torch.Tensor:
-        """Token ids of codes, any shape.
-
-        Raises:
-            ValueError: If a code is outside the codebook, naming it and its position.
-        """
-        wrong = (codes < 0) | (codes >= self.codebook_size)
-        if wrong.any():
-            position = wrong.nonzero()[0].tolist()
-            raise ValueError(
-                f"Code {int(codes[tuple(position)])} at position {position} is outside of the codebook "
-                f"0 ... {self.codebook_size - 1}."
-            )
-        return codes.long() + self.image_token_offset
+        """Token ids of codes: see [`ImageLayout.codes_to_ids`]."""
+        return self.image_layout.codes_to_ids(codes)
 
     def ids_to_codes(self, ids: torch.Tensor) -> torch.Tensor:
-        """Codes of image token ids, any shape.
-
-        Raises:
-            ValueError: If an id is no image id, naming it and its position.
-        """
-        wrong = (ids < self.image_token_range.start) | (ids >= self.image_token_range.stop)
-        if wrong.any():
-            position = wrong.nonzero()[0].tolist()
-            raise ValueError(
-                f"Id {int(ids[tuple(position)])} at position {position} is not an image id: those are "
-                f"{self.image_token_range.start} ... {self.image_token_range.stop - 1}."
-            )
-        return ids - self.image_token_offset
+        """Codes of image token ids: see [`ImageLayout.ids_to_codes`]."""
+        return self.image_layout.ids_to_codes(ids)
 
 
 __all__ = ["LiquidConfig"]

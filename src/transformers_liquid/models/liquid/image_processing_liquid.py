@@ -18,6 +18,8 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 from transformers.utils import TensorType
 
+from ...codecs.vq_model import code_grid
+
 
 FRAMINGS = ("crop", "pad")
 
@@ -66,7 +68,8 @@ class LiquidImageProcessor(BaseImageProcessor):
         self.size = size
         self.downsample_factor = downsample_factor
         self.framing = framing
-        self._check(framing, size, size)
+        code_grid(size, size, downsample_factor)
+        _check_framing(framing)
 
     def preprocess(
         self,
@@ -95,7 +98,8 @@ class LiquidImageProcessor(BaseImageProcessor):
         framing = self.framing if framing is None else framing
         height = self.size if height is None else height
         width = self.size if width is None else width
-        self._check(framing, height, width)
+        code_grid(height, width, self.downsample_factor)
+        _check_framing(framing)
         frame = _crop if framing == "crop" else _pad
         pictures = [frame(_to_rgb(image), height, width) for image in _flatten(images)]
         if not pictures:
@@ -140,16 +144,6 @@ class LiquidImageProcessor(BaseImageProcessor):
         if isinstance(image_url_or_urls, (np.ndarray, torch.Tensor)):
             return image_url_or_urls
         return load_image(image_url_or_urls)
-
-    def _check(self, framing: str, height: int, width: int) -> None:
-        if framing not in FRAMINGS:
-            raise ValueError(f"framing must be one of {FRAMINGS}, got {framing!r}.")
-        factor = self.downsample_factor
-        if any(not isinstance(side, int) or side <= 0 or side % factor for side in (height, width)):
-            raise ValueError(
-                f"height and width must be positive multiples of {factor} pixels (one code covers {factor} x {factor}), "
-                f"got height {height!r} and width {width!r}."
-            )
 
 
 def contact_sheet(images: "list[PIL.Image.Image]", columns: int) -> PIL.Image.Image:
@@ -258,6 +252,11 @@ def _array_to_pil(array: np.ndarray) -> PIL.Image.Image:
     elif array.dtype != np.uint8:
         raise ValueError(f"A picture must be uint8, uint16 or floats in [0, 1], got {array.dtype}: convert it first.")
     return PIL.Image.fromarray(np.ascontiguousarray(array.round().astype(np.uint8)))
+
+
+def _check_framing(framing: str) -> None:
+    if framing not in FRAMINGS:
+        raise ValueError(f"framing must be one of {FRAMINGS}, got {framing!r}.")
 
 
 def _crop(image: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:

@@ -6,6 +6,7 @@ built by one of `image_prompt_ids`, `unconditional_ids`, `caption_ids`, `questio
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.utils import PROCESSOR_NAME, cached_file
 from .configuration_liquid import LiquidConfig
 from .image_processing_liquid import LiquidImageProcessor
 from .reference import hub_arguments, reference_config, reference_tokenizer
-from .vocabulary import IMAGE_MARK
+from .vocabulary import IMAGE_MARK, ImageLayout
 
 
 # The first one is the reference's sentence at inference; the others vary the wording in training.
@@ -161,10 +162,10 @@ class LiquidProcessor(ProcessorMixin):
         self.uncond_token = uncond_token
         self.image_token_offset = image_token_offset
         self.codebook_size = codebook_size
-        self._check_vocabulary()
         self.image_token_id, self.boi_token_id, self.eoi_token_id, self.uncond_token_id = (
             tokenizer.convert_tokens_to_ids(token) for token in self._image_tokens
         )
+        self._check_vocabulary()
         if self.chat_template is None:
             self.chat_template = default_chat_template(tokenizer)
 
@@ -256,9 +257,7 @@ class LiquidProcessor(ProcessorMixin):
         data["input_ids"], data["attention_mask"] = self._pad_left(prompts)
         data["negative_prompt_ids"], data["negative_prompt_attention_mask"] = self._pad_left(negatives)
         if self._size_sentence(height, width):
-            rows, columns = self.grid(height, width)
-            factor = self.image_processor.downsample_factor
-            data.update(height=rows * factor, width=columns * factor)
+            data["height"], data["width"] = self.image_layout.size(self.grid(height, width))
         return_tensors = self._merge_kwargs(**kwargs)["text_kwargs"]["return_tensors"]
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["height", "width"])
 
@@ -400,21 +399,23 @@ class LiquidProcessor(ProcessorMixin):
             for index, (text, is_answer) in enumerate(texts)
         ]
 
-    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """Rows and columns of codes of a picture of `height` x `width` pixels; `None` means the default size.
+    @property
+    def image_layout(self) -> ImageLayout:
+        """Where the codes lie, and all arithmetic between pixels, codes and ids."""
+        return ImageLayout(
+            image_token_offset=self.image_token_offset,
+            codebook_size=self.codebook_size,
+            boi_token_id=self.boi_token_id,
+            eoi_token_id=self.eoi_token_id,
+            uncond_token_id=self.uncond_token_id,
+            image_token_id=self.image_token_id,
+            image_size=self.image_processor.size,
+            downsample_factor=self.image_processor.downsample_factor,
+        )
 
-        Raises:
-            ValueError: Unless both are positive multiples of the codec's factor.
-        """
-        height = self.image_processor.size if height is None else height
-        width = self.image_processor.size if width is None else width
-        factor = self.image_processor.downsample_factor
-        if height < factor or width < factor or height % factor or width % factor:
-            raise ValueError(
-                f"height and width must be positive multiples of {factor} pixels (the codec's factor), got "
-                f"height={height}, width={width}."
-            )
-        return height // factor, width // factor
+    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width in codes of a picture of `height` x `width` pixels: see [`ImageLayout.grid`]."""
+        return self.image_layout.grid(height, width)
 
     def codes_to_ids(self, codes) -> list[int]:
         """Token ids of codes in reading order.
@@ -430,14 +431,7 @@ class LiquidProcessor(ProcessorMixin):
             raise ValueError(
                 f"codes must be integers in one or two dimensions, got shape {codes.shape} of type {codes.dtype}."
             )
-        codes = codes.reshape(-1)
-        wrong = np.flatnonzero((codes < 0) | (codes >= self.codebook_size))
-        if wrong.size:
-            raise ValueError(
-                f"Code {codes[wrong[0]]} at position {wrong[0]} is outside of the codebook 0 ... "
-                f"{self.codebook_size - 1}. Give raw codes, without the offset {self.image_token_offset}."
-            )
-        return (codes.astype(np.int64) + self.image_token_offset).tolist()
+        return self.image_layout.codes_to_ids(torch.from_numpy(codes.reshape(-1).astype(np.int64))).tolist()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without the tokens that the tokenizer adds around it."""
@@ -454,18 +448,17 @@ class LiquidProcessor(ProcessorMixin):
         return 0 if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
     def _size_sentence(self, height: int | None, width: int | None) -> str:
-        rows, columns = self.grid(height, width)
-        if (rows, columns) == self.grid():
+        layout = self.image_layout
+        height, width = layout.size(layout.grid(height, width))
+        if height == width == layout.image_size:
             return ""
-        factor = self.image_processor.downsample_factor
-        return f"Image Size: Width is {columns * factor} Height is {rows * factor}."
+        return f"Image Size: Width is {width} Height is {height}."
 
     def _image_ids(self, codes, height: int | None = None, width: int | None = None) -> list[int]:
         """What stands between boi and eoi: an image's codes, or placeholders for them."""
         if codes is not None:
             return self.codes_to_ids(codes)
-        rows, columns = self.grid(height, width)
-        return [self.image_token_id] * (rows * columns)
+        return [self.image_token_id] * self.image_layout.num_codes(height, width)
 
     def _ids_of_marks(self, text: str, images: Sequence) -> Iterator[list[int]]:
         """The ids of each image that a text has a mark for."""
@@ -507,23 +500,11 @@ class LiquidProcessor(ProcessorMixin):
         Raises:
             ValueError: Naming everything that differs.
         """
-        pairs = {
-            name: (getattr(self, name), getattr(config, name))
-            for name in (
-                "image_token_offset",
-                "codebook_size",
-                "boi_token_id",
-                "eoi_token_id",
-                "uncond_token_id",
-                "image_token_id",
-            )
-        }
-        pairs["image_size"] = (self.image_processor.size, config.image_size)
-        pairs["downsample_factor"] = (self.image_processor.downsample_factor, config.downsample_factor)
+        ours, theirs = self.image_layout, config.image_layout
         different = [
-            f"{name} is {ours} in the processor, {theirs} in the model"
-            for name, (ours, theirs) in pairs.items()
-            if ours != theirs
+            f"{field.name} is {getattr(ours, field.name)} in the processor, {getattr(theirs, field.name)} in the model"
+            for field in dataclasses.fields(ImageLayout)
+            if getattr(ours, field.name) != getattr(theirs, field.name)
         ]
         if different:
             raise ValueError(
@@ -541,7 +522,7 @@ class LiquidProcessor(ProcessorMixin):
                 )
         if len(set(self._image_tokens)) < len(self._image_tokens):
             raise ValueError(f"image_token, boi_token, eoi_token, uncond_token must differ, got {self._image_tokens}.")
-        image_ids = range(self.image_token_offset, self.image_token_offset + self.codebook_size)
+        image_ids = self.image_layout.image_token_range
         shared = {token: index for token, index in vocabulary.items() if index in image_ids}
         if shared:
             token, index = min(shared.items(), key=lambda item: item[1])
@@ -624,8 +605,7 @@ class LiquidProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """What the mark of image `image_idx` becomes: boi, a placeholder per code, eoi."""
         height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
-        rows, columns = self.grid(height, width)
-        return self.boi_token + self.image_token * (rows * columns) + self.eoi_token
+        return self.boi_token + self.image_token * self.image_layout.num_codes(height, width) + self.eoi_token
 
     def get_text_with_replacements(self, text: list[str], images_replacements: list[str] = (), *args, **kwargs):
         """Expand the marks of images. Users write `<image>` even where the placeholder has another name."""
@@ -687,9 +667,9 @@ class LiquidProcessor(ProcessorMixin):
             ids = [ids]
         if any(isinstance(row, (list, tuple, torch.Tensor, np.ndarray)) for row in ids):
             return [self._without_image_ids(row, skip_special_tokens) for row in ids]
-        image_ids = range(self.image_token_offset, self.image_token_offset + self.codebook_size)
+        image_ids = self.image_layout.image_token_range
         # Tokens that the base reserved (`<unused0>`) are not always marked as special in its tokenizer.
-        special = (self.image_token_id, self.boi_token_id, self.eoi_token_id, self.uncond_token_id)
+        special = self.image_layout.special_image_token_ids
         return [
             int(index) for index in ids if index not in image_ids and not (skip_special_tokens and index in special)
         ]

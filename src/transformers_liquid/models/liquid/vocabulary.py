@@ -1,6 +1,16 @@
-"""The tokens around images: what users write, what the reference calls them, what bases reserve."""
+"""Images in a vocabulary: where their codes lie, and the tokens around them.
+
+[`ImageLayout`] is the only place that does arithmetic between pixels, codes and token ids.
+"""
+
+from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+
+import torch
+
+from ...codecs.vq_model import check_codes, code_grid
 
 
 # What users write in a text for an image, whatever the placeholder token of the tokenizer is called.
@@ -14,3 +24,100 @@ RESERVED_TOKEN = re.compile(
     r"[<\[]\|?(unused|reserved|reserved_special_token|reserved_token|extra|extra_id|special|placeholder|dummy)_?\d+\|?[>\]]",
     re.IGNORECASE,
 )
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """How pictures, their codes and token ids correspond: what a configuration and a processor must agree on.
+
+    Args:
+        image_token_offset (`int`): Id of code 0; code `c` has id `image_token_offset + c`.
+        codebook_size (`int`): Number of codes, and of image ids.
+        boi_token_id (`int`): Begins an image.
+        eoi_token_id (`int`): Ends an image.
+        uncond_token_id (`int`): Stands for "no text".
+        image_token_id (`int`): Placeholder for one code of an input image.
+        image_size (`int`): Default height and width in pixels.
+        downsample_factor (`int`): Pixels per code along one side.
+    """
+
+    image_token_offset: int
+    codebook_size: int
+    boi_token_id: int
+    eoi_token_id: int
+    uncond_token_id: int
+    image_token_id: int
+    image_size: int
+    downsample_factor: int
+
+    @property
+    def image_token_range(self) -> range:
+        """All image ids."""
+        return range(self.image_token_offset, self.image_token_offset + self.codebook_size)
+
+    @property
+    def image_slice(self) -> slice:
+        """Where the vocabulary rows of codes lie in the embeddings, and their scores in the logits."""
+        return slice(self.image_token_offset, self.image_token_offset + self.codebook_size)
+
+    @property
+    def special_image_token_ids(self) -> list[int]:
+        """The ids of boi, eoi, the unconditional token and the placeholder."""
+        return [self.boi_token_id, self.eoi_token_id, self.uncond_token_id, self.image_token_id]
+
+    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width in codes of a picture.
+
+        Args:
+            height (`int`, *optional*): In pixels; `None` means `image_size`.
+            width (`int`, *optional*): In pixels; `None` means `image_size`.
+
+        Raises:
+            ValueError: Unless both are positive multiples of the codec's factor.
+        """
+        height = self.image_size if height is None else height
+        width = self.image_size if width is None else width
+        return code_grid(height, width, self.downsample_factor)
+
+    def size(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Height and width in pixels of a picture of so many codes."""
+        grid_height, grid_width = grid
+        return grid_height * self.downsample_factor, grid_width * self.downsample_factor
+
+    def num_codes(self, height: int | None = None, width: int | None = None) -> int:
+        """Number of codes of a picture: see `grid`."""
+        grid_height, grid_width = self.grid(height, width)
+        return grid_height * grid_width
+
+    def codes_to_ids(self, codes: torch.Tensor, trusted: bool = False) -> torch.Tensor:
+        """Token ids of codes, any shape.
+
+        Args:
+            codes (`torch.Tensor` of ints): Without offset.
+            trusted (`bool`, defaults to `False`): Whether they are known to be codes, as those that were just drawn.
+
+        Raises:
+            ValueError: If a code is outside the codebook, naming it and its position.
+        """
+        if not trusted:
+            check_codes(codes, self.codebook_size)
+        return codes.long() + self.image_token_offset
+
+    def ids_to_codes(self, ids: torch.Tensor) -> torch.Tensor:
+        """Codes of image token ids, any shape.
+
+        Raises:
+            ValueError: If an id is no image id, naming it and its position.
+        """
+        is_other = ~self.is_image_token(ids)
+        if is_other.any():
+            position = tuple(is_other.nonzero()[0].tolist())
+            raise ValueError(
+                f"Id {int(ids[position])} at position {', '.join(map(str, position))} is not an image id: those are "
+                f"{self.image_token_range.start} ... {self.image_token_range.stop - 1}."
+            )
+        return ids - self.image_token_offset
+
+    def is_image_token(self, ids: torch.Tensor) -> torch.BoolTensor:
+        """Where ids are those of codes."""
+        return (ids >= self.image_token_range.start) & (ids < self.image_token_range.stop)
