@@ -176,7 +176,7 @@ def write_config(output_dir: Path, **settings) -> str:
 
 
 def environment() -> dict[str, str]:
-    source = Path(train.__file__).parents[1]
+    source = Path(train.__file__).parents[2]
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",

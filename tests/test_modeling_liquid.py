@@ -220,6 +220,7 @@ def test_the_codec_stays_in_fp32_when_the_language_model_is_loaded_in_half_preci
 def test_an_adapter_trains_and_leaves_the_rest():
     model = tiny_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    torch.manual_seed(0)
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=2))
     ids = _placeholder_prompt()
     optimizer = torch.optim.SGD(adapted.parameters(), lr=1.0)

@@ -408,7 +408,7 @@ def test_a_killed_run_goes_on_and_the_result_is_identical(checkpoint, photos, tm
     with pytest.raises(ValueError, match="is not finished"):
         read_manifest(output)
     # What a kill in the middle of a write leaves behind.
-    (output / "data" / "train-00003.unfinished").write_bytes(b"half")
+    (output / "data" / ".train-00003.parquet.unfinished").write_bytes(b"half")
 
     (photos / "07.png").unlink()
     (tmp_path / "kept.png").rename(photos / "07.png")

@@ -225,7 +225,7 @@ def test_a_run_does_not_go_on_with_other_settings(folder, tmp_path):
     argv = config(folder, tmp_path / "run", save_steps=1)
     main(argv)
     with pytest.raises(
-        ValueError, match=r"of another run: caption_probability was 0\.2, now 0\.5; learning_rate was 0\.01"
+        ValueError, match=r"of another run: caption_probability was 0\.2 and is now 0\.5; learning_rate was 0\.01"
     ):
         main([*argv, "--learning_rate", "0.1", "--caption_probability", "0.5"])
     assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").exists()

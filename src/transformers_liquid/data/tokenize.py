@@ -9,7 +9,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -28,6 +25,7 @@ from ..models.liquid.configuration_liquid import LiquidConfig
 from ..models.liquid.image_processing_liquid import FRAMINGS, LiquidImageProcessor, load_image
 from ..models.liquid.reference import find_codec, is_reference_checkpoint, load_codec, reference_config
 from ..utils.files import differences, whole, write_json, write_text
+from ..utils.processes import launched_processes
 from .manifest import MANIFEST_NAME, check_datasets_installed
 
 
@@ -136,9 +134,7 @@ def tokenize_dataset(
     }
     if begun is not None:
         _check_same(output, begun, settings)
-    # Several processes on CPUs are known as such only with `cpu=True`. A process that is done may wait long.
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=on_cpu, timeout=timedelta(days=365))
+    state = launched_processes()
     state.wait_for_everyone()
     (output / "data").mkdir(parents=True, exist_ok=True)
     if begun is None and state.is_main_process:
