@@ -39,7 +39,7 @@ from transformers_liquid import (
     save_taming_codec,
 )
 from transformers_liquid.codecs.taming import vq_config_from_taming
-from transformers_liquid.models.liquid.reference import is_reference_checkpoint
+from transformers_liquid.models.liquid.reference import ReferenceCheckpoint
 
 
 MODEL_NAME, SPACE_NAME = "Junfeng5/Liquid_V1_7B", "Junfeng5/Liquid_demo"
@@ -455,7 +455,7 @@ def test_a_checkpoint_of_another_model_type_is_named_with_the_way_out(tmp_path):
 def test_a_language_model_that_is_not_expanded_is_pointed_to_expand_vocabulary(tmp_path):
     path = write_reference(tmp_path / "gemma", vocab_size=NUM_TEXT_TOKENS)
     with pytest.raises(ValueError, match=r"no room for image codes.*expand_vocabulary"):
-        is_reference_checkpoint(path)
+        ReferenceCheckpoint.find(path)
 
 
 def test_a_checkpoint_without_tokenizer_is_named(local):
@@ -571,7 +571,7 @@ def test_code_in_a_ckpt_is_refused_and_not_run(reference, codec_dir, tmp_path):
 
 def test_vq_checkpoint_is_refused_for_a_repository_of_ours(codec_dir, tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    assert not is_reference_checkpoint(tmp_path)
+    assert ReferenceCheckpoint.find(tmp_path) is None
     with pytest.raises(ValueError, match="holds its own codec"):
         LiquidForCausalLM.from_pretrained(tmp_path, vq_checkpoint=codec_dir)
 

@@ -11,6 +11,7 @@ import transformers_liquid
 PACKAGE = Path(transformers_liquid.__file__).parent
 # From the ground up. A room may import those before it, and itself.
 LAYERS = [
+    "checkpoints",
     "utils",
     "codecs",
     "ops",

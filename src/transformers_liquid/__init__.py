@@ -13,6 +13,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from .checkpoints import EMOJI_CHECKPOINT
 from .codecs.taming import load_taming_codec, save_taming_codec
 from .codecs.vq_model import CHAMELEON_VQ_CONFIG, LiquidVQModel
 from .conversion.expand import expand_vocabulary
@@ -31,7 +32,7 @@ from .models.liquid.image_processing_liquid import LiquidImageProcessor
 from .models.liquid.modeling_liquid import LiquidForCausalLM, LiquidModel, LiquidPreTrainedModel
 from .models.liquid.processing_liquid import LiquidProcessor
 from .pipelines.streamers import ImageIteratorStreamer, ImageStreamer, partial_pictures
-from .pipelines.text_to_image import EMOJI_CHECKPOINT, LiquidImageGenerationPipeline
+from .pipelines.text_to_image import LiquidImageGenerationPipeline
 from .training.adapters import liquid_lora_config, liquid_rows_config
 
 

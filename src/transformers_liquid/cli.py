@@ -43,7 +43,7 @@ from .models.liquid.configuration_liquid import LiquidConfig
 from .models.liquid.image_processing_liquid import FRAMINGS, contact_sheet, load_image
 from .models.liquid.modeling_liquid import LiquidForCausalLM
 from .models.liquid.processing_liquid import LiquidProcessor
-from .models.liquid.reference import is_reference_checkpoint, load_codec, reference_config
+from .models.liquid.reference import ReferenceCheckpoint, load_codec
 from .pipelines.streamers import ImageStreamer
 from .pipelines.text_to_image import DEFAULT_BATCH_SIZE, EMOJI_CHECKPOINT, LiquidImageGenerationPipeline
 from .utils.files import differences, whole
@@ -254,8 +254,8 @@ def info(args: argparse.Namespace) -> None:
     if args.picture is not None:
         print(json.dumps(read_metadata(args.picture), indent=2, ensure_ascii=False))
         return
-    is_reference = is_reference_checkpoint(args.model)
-    config = reference_config(args.model) if is_reference else LiquidConfig.from_pretrained(args.model)
+    reference = ReferenceCheckpoint.find(args.model)
+    config = LiquidConfig.from_pretrained(args.model) if reference is None else reference.config
     text_config = config.get_text_config()
     with torch.device("meta"):
         model = LiquidForCausalLM(config)
@@ -264,7 +264,7 @@ def info(args: argparse.Namespace) -> None:
     rows, columns = config.grid()
     ids, size = config.image_token_range, config.image_size
     lines = {
-        "checkpoint": f"{args.model} ({'reference' if is_reference else 'liquid'} layout)",
+        "checkpoint": f"{args.model} ({'liquid' if reference is None else 'reference'} layout)",
         "base model": f"{text_config.model_type}, {text_config.num_hidden_layers} layers of {text_config.hidden_size}, "
         f"{getattr(text_config, 'max_position_embeddings', 'unlimited')} positions",
         "parameters": f"{num_parameters - num_codec_parameters:,} + {num_codec_parameters:,} of the codec",

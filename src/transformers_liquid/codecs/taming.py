@@ -63,9 +63,7 @@ def load_taming_codec(path: str | Path, config: str | Path | dict[str, Any] | No
             can express, or a key is unknown, missing or of another shape.
     """
     checkpoint = Path(path) / TAMING_CHECKPOINT_NAME if Path(path).is_dir() else Path(path)
-    if config is None:
-        config = checkpoint.with_suffix(".yaml")
-    vq_config = vq_config_from_taming(config if isinstance(config, dict) else read_yaml(Path(config)))
+    vq_config = load_taming_config(path, config)
     with torch.device("meta"):  # the tensors read become its weights
         codec = LiquidVQModel(**vq_config)
     state_dict = taming_to_vq_state_dict(_read_checkpoint(checkpoint), vq_config)
@@ -77,6 +75,20 @@ def load_taming_codec(path: str | Path, config: str | Path | dict[str, Any] | No
             )
     codec.load_state_dict({key: tensor.float() for key, tensor in state_dict.items()}, assign=True)
     return codec.eval()
+
+
+def load_taming_config(path: str | Path, config: str | Path | dict[str, Any] | None = None) -> dict[str, Any]:
+    """Arguments of the [`LiquidVQModel`] that [`load_taming_codec`] loads, without the weights; as there."""
+    if not isinstance(config, dict):
+        default = Path(path) / TAMING_CONFIG_NAME if Path(path).is_dir() else Path(path).with_suffix(".yaml")
+        file = default if config is None else Path(config)
+        if not file.is_file():
+            raise FileNotFoundError(f"There is no taming configuration at {file}: pass it as `config`.")
+        try:
+            config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not a YAML file of plain values: {error}") from error
+    return vq_config_from_taming(config)
 
 
 def save_taming_codec(codec: LiquidVQModel, directory: str | Path) -> None:
@@ -303,16 +315,6 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise ValueError(f"{path} must hold a dict of tensors, but {key!r} is {type(value)}.")
     return state_dict
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The plain values of a YAML file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no taming configuration at {path}: pass it as `config`.")
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML file of plain values: {error}") from error
 
 
 def _check_keys(name: str, given: Any, required: Iterable[str], optional: Iterable[str] | None = None) -> None:

@@ -7,7 +7,6 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AddedToken,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -16,7 +15,7 @@ from ..codecs.vq_model import LiquidVQModel, code_grid
 from ..models.liquid.configuration_liquid import LiquidConfig
 from ..models.liquid.modeling_liquid import LiquidForCausalLM, LiquidPreTrainedModel, assemble
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
-from ..models.liquid.vocabulary import RESERVED_TOKEN
+from ..models.liquid.vocabulary import free_tokens, is_one_token
 
 
 # The argument of LiquidProcessor -> the name that its token gets when the base has reserved none for it.
@@ -92,7 +91,7 @@ def expand_vocabulary(
     num_text_tokens = max(tokenizer.get_vocab().values()) + 1
     tokens = _choose_tokens(base_model, tokenizer)
     # One that is in the vocabulary, but that texts are split within, keeps its id and becomes whole.
-    new_tokens = [token for token in tokens.values() if not _is_one_token(tokenizer, token)]
+    new_tokens = [token for token in tokens.values() if not is_one_token(tokenizer, token)]
     tokenizer.add_tokens(
         [AddedToken(token, special=True, normalized=False) for token in new_tokens], special_tokens=True
     )
@@ -155,30 +154,11 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
 
 def _choose_tokens(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """The token for each argument of the processor; those that the tokenizer lacks have to be added."""
+    eos = base_model.generation_config.eos_token_id
+    stops = tokenizer.convert_ids_to_tokens(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    reserved = (token for token in free_tokens(tokenizer) if token not in stops)
     vocabulary = tokenizer.get_vocab()
-    in_use = {
-        *tokenizer.convert_tokens_to_ids([str(token) for token in tokenizer.special_tokens_map.values()]),
-        *_stop_ids(base_model.generation_config),
-    }
-    chat_template = str(tokenizer.chat_template)
-    reserved = (
-        token
-        for token, token_id in sorted(vocabulary.items(), key=lambda item: item[1])
-        if RESERVED_TOKEN.fullmatch(token)
-        and token_id not in in_use
-        and token not in chat_template
-        and _is_one_token(tokenizer, token)
-    )
     return {argument: name if name in vocabulary else next(reserved, name) for argument, name in _TOKEN_NAMES.items()}
-
-
-def _is_one_token(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
-    return tokenizer.encode(token, add_special_tokens=False) == [tokenizer.get_vocab().get(token)]
-
-
-def _stop_ids(generation_config: GenerationConfig) -> list[int]:
-    eos = generation_config.eos_token_id
-    return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
 
 def _grow(base_model: PreTrainedModel, num_rows: int, num_text_tokens: int, init: str, seed: int) -> None:

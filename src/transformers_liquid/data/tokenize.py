@@ -23,7 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from ..codecs.vq_model import LiquidVQModel, codec_identity
 from ..models.liquid.configuration_liquid import LiquidConfig
 from ..models.liquid.image_processing_liquid import FRAMINGS, LiquidImageProcessor, load_image
-from ..models.liquid.reference import find_codec, is_reference_checkpoint, load_codec, reference_config
+from ..models.liquid.reference import ReferenceCheckpoint
 from ..utils.files import differences, whole, write_json, write_text
 from ..utils.processes import launched_processes
 from .manifest import MANIFEST_NAME, check_datasets_installed
@@ -216,8 +216,8 @@ def _image_folder(dataset: str, data_dir: str | None, data_files: list[str] | No
 
 def _load_codec(model: str | os.PathLike) -> tuple[LiquidConfig, LiquidVQModel]:
     """Configuration and codec of a repository, without the files that hold the language model alone."""
-    if is_reference_checkpoint(model):
-        return reference_config(model), load_codec(find_codec(model, None, weights=True))
+    if (reference := ReferenceCheckpoint.find(model)) is not None:
+        return reference.config, reference.codec
     config = LiquidConfig.from_pretrained(model)
     index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
     files = {SAFE_WEIGHTS_NAME}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,12 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 from transformers.utils import logging
 
+from ..checkpoints import EMOJI_CHECKPOINT
 from ..generation.image_generation import GuidanceLogitsProcessor, check_context
 from ..models.liquid.configuration_liquid import LiquidConfig
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
 
-
-# The trained checkpoint inside the package: the default of `pipeline("text-to-image")`, without any network.
-EMOJI_CHECKPOINT = str(Path(__file__).parents[1] / "checkpoints" / "liquid-emoji")
 
 # Pictures that are drawn side by side unless the caller says otherwise.
 DEFAULT_BATCH_SIZE = 8
@@ -389,4 +386,4 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 
 
-__all__ = ["EMOJI_CHECKPOINT", "LiquidImageGenerationPipeline"]
+__all__ = ["LiquidImageGenerationPipeline"]

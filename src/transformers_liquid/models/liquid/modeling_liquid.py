@@ -7,7 +7,6 @@ stays its own. Images exist only as token ids: nothing here but the codec knows 
 from __future__ import annotations
 
 import inspect
-import os
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ from ...ops.few_rows_linear import few_rows_view
 from ...ops.views import StandIn, is_plain_linear, shallow_copy
 from .configuration_liquid import LiquidConfig
 from .model_card import write_model_card
-from .reference import check_loading_info, find_codec, is_reference_checkpoint, load_codec, reference_config
+from .reference import ReferenceCheckpoint, check_loading_info
 
 
 class LiquidPreTrainedModel(PreTrainedModel):
@@ -73,8 +72,9 @@ class LiquidPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: If the checkpoint is neither of the two, or holds no codec.
         """
-        if is_reference_checkpoint(pretrained_model_name_or_path, **kwargs):
-            return _load_reference(cls, pretrained_model_name_or_path, vq_checkpoint=vq_checkpoint, **kwargs)
+        reference = ReferenceCheckpoint.find(pretrained_model_name_or_path, vq_checkpoint=vq_checkpoint, **kwargs)
+        if reference is not None:
+            return cls._from_reference(reference, **kwargs)
         if vq_checkpoint is not None:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is a Liquid repository and holds its own codec: `vq_checkpoint` is "
@@ -94,6 +94,24 @@ class LiquidPreTrainedModel(PreTrainedModel):
             if isinstance(module, LiquidVQModel):
                 module.requires_grad_(False)
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _from_reference(
+        cls,
+        reference: ReferenceCheckpoint,
+        image_token_offset: int | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The weights of the language model are not copied; `kwargs` are for its `from_pretrained`."""
+        # The class itself: AutoModelForCausalLM asks the network for an adapter even if told `local_files_only`.
+        base_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(reference.text_config)]
+        config, codec = reference.config, reference.codec
+        base, info = base_class.from_pretrained(reference.name_or_path, output_loading_info=True, **kwargs)
+        check_loading_info(f"The language model {reference.name_or_path}", info)
+        model = assemble(config, base, codec)
+        model = model.model if issubclass(cls, LiquidModel) else model
+        return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As in transformers, and writes a model card (`README.md`) unless there is one; so does `push_to_hub`."""
@@ -526,6 +544,8 @@ def _sliced_head(head: nn.Module, rows: slice) -> nn.Module:
 
 def assemble(config: LiquidConfig, base_model: PreTrainedModel, codec: LiquidVQModel) -> LiquidForCausalLM:
     """Puts a base model and a codec into a [`LiquidForCausalLM`] without copying their weights."""
+    config.dtype = base_model.config.dtype
+    config._attn_implementation = base_model.config._attn_implementation
     with torch.device("meta"):
         model = LiquidForCausalLM(config)
     model.model.text_model = base_model
@@ -533,68 +553,22 @@ def assemble(config: LiquidConfig, base_model: PreTrainedModel, codec: LiquidVQM
     # One object: what resizing writes to the one must be read from the other.
     config.text_config = base_model.config
     # The base's settings for text, ours for images.
-    image_settings = model.generation_config.image_generation_config
+    image_settings = getattr(base_model.generation_config, "image_generation_config", None)
+    default_settings = model.generation_config.image_generation_config
     model.generation_config = base_model.generation_config
-    model.generation_config.image_generation_config = image_settings
+    model.generation_config.image_generation_config = default_settings if image_settings is None else image_settings
     # Else transformers drops the image settings when it loads them.
     model.generation_config._from_model_config = False
-    return model.train(base_model.training)
-
-
-def _load_reference(
-    cls: type[LiquidPreTrainedModel],
-    name_or_path: str | os.PathLike,
-    vq_checkpoint: str | os.PathLike | None = None,
-    image_token_offset: int | None = None,
-    output_loading_info: bool = False,
-    **kwargs: Any,
-) -> Any:
-    """Loads a checkpoint of the reference layout, such as `Junfeng5/Liquid_V1_7B`.
-
-    Args:
-        cls (`type`): [`LiquidForCausalLM`] or [`LiquidModel`].
-        name_or_path (`str` or `os.PathLike`): The language model: a name on the Hub or a local copy.
-        vq_checkpoint (`str` or `os.PathLike`, *optional*): The codec: a folder with `vqgan.ckpt` and `vqgan.yaml`,
-            such a `.ckpt`, or a folder or name on the Hub of a saved [`LiquidVQModel`]. Defaults to the one in the
-            repository, and else to `chameleon/` of the reference's Space.
-        image_token_offset (`int`, *optional*): Id of code 0, for checkpoints from which it cannot be told.
-        output_loading_info (`bool`, defaults to `False`): Whether to return transformers' report as well.
-        kwargs: As in `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`, `quantization_config`, ...
-
-    Returns:
-        A `cls` in eval mode, or that and the report. The weights of the language model are not copied.
-
-    Raises:
-        ValueError: If no codec can be reached, the parts do not fit, or a key of theirs is unknown or missing.
-    """
-    config = reference_config(name_or_path, vq_checkpoint, image_token_offset, **kwargs)
-    codec = load_codec(find_codec(name_or_path, vq_checkpoint, weights=True, **kwargs), **kwargs)
-    # The class itself: AutoModelForCausalLM asks the network for an adapter even if told `local_files_only`.
-    base_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
-    base, info = base_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
-    check_loading_info(f"The language model {name_or_path}", info)
-
-    settings = getattr(base.generation_config, "image_generation_config", None)
-    config.dtype = base.config.dtype
-    config._attn_implementation = base.config._attn_implementation
-    model = assemble(config, base, codec)
-    if settings is not None:
-        model.generation_config.image_generation_config = settings
-    _adopt_placement(model, base)
-    model = model.model if issubclass(cls, LiquidModel) else model
-    return (model, info) if output_loading_info else model
-
-
-def _adopt_placement(model: LiquidForCausalLM, base: Any) -> None:
-    """What transformers and accelerate noted on the base about devices and quantization holds for the whole."""
-    if (device_map := getattr(base, "hf_device_map", None)) is not None:
+    # What transformers and accelerate noted on the base about devices and quantization holds for the whole.
+    if (device_map := getattr(base_model, "hf_device_map", None)) is not None:
         model.hf_device_map = {
             ".".join(filter(None, ("model.text_model", module))): device for module, device in device_map.items()
         }
         model.hf_device_map["model.vq_model"] = next(iter(device_map.values()))
-    if (quantizer := getattr(base, "hf_quantizer", None)) is not None:
+    if (quantizer := getattr(base_model, "hf_quantizer", None)) is not None:
         model.hf_quantizer = quantizer
-        model.config.quantization_config = base.config.quantization_config
+        model.config.quantization_config = base_model.config.quantization_config
+    return model.train(base_model.training)
 
 
 __all__ = ["LiquidForCausalLM", "LiquidModel", "LiquidPreTrainedModel"]

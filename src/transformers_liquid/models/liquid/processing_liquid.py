@@ -20,7 +20,7 @@ from transformers.utils import PROCESSOR_NAME, cached_file
 
 from .configuration_liquid import LiquidConfig
 from .image_processing_liquid import LiquidImageProcessor
-from .reference import hub_arguments, reference_config, reference_tokenizer
+from .reference import ReferenceCheckpoint, hub_arguments
 from .vocabulary import IMAGE_MARK, ImageLayout
 
 
@@ -184,9 +184,8 @@ class LiquidProcessor(ProcessorMixin):
         """
         quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
         if cached_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub_arguments(kwargs), **quiet) is None:
-            config = reference_config(pretrained_model_name_or_path, **kwargs)
-            tokenizer = reference_tokenizer(pretrained_model_name_or_path, config.text_config, **hub_arguments(kwargs))
-            return build_processor(config, tokenizer)
+            reference = ReferenceCheckpoint(pretrained_model_name_or_path, **kwargs)
+            return build_processor(reference.config, reference.tokenizer)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def __call__(

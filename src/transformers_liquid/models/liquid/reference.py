@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,10 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
-from ...codecs.taming import (
-    TAMING_CHECKPOINT_NAME,
-    TAMING_CONFIG_NAME,
-    load_taming_codec,
-    read_yaml,
-    vq_config_from_taming,
-)
+from ...codecs.taming import TAMING_CHECKPOINT_NAME, TAMING_CONFIG_NAME, load_taming_codec, load_taming_config
 from ...codecs.vq_model import LiquidVQModel
 from .configuration_liquid import LiquidConfig
-from .vocabulary import IMAGE_MARK, REFERENCE_TOKENS, RESERVED_TOKEN
+from .vocabulary import IMAGE_MARK, REFERENCE_TOKENS, free_tokens
 
 
 # Where the reference keeps its codec: in `chameleon/` of the Space.
@@ -48,65 +43,191 @@ CODEC_PLACES = (
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 
-def is_reference_checkpoint(name_or_path: str | os.PathLike | None, **kwargs: Any) -> bool:
-    """Tells the two layouts that [`LiquidForCausalLM.from_pretrained`] takes apart, without reading weights.
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments of `from_pretrained` that say where files come from."""
+    return {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+
+
+class ReferenceCheckpoint:
+    """A checkpoint of the reference layout, such as `Junfeng5/Liquid_V1_7B`; each part of it is read once.
+
+    A plain causal language model with `<boi>`, `<eoi>`, `<unconditional>` in its tokenizer and rows for codes after its
+    text ids. Its weights are never read here, those of its codec on demand.
 
     Args:
-        name_or_path (`str` or `os.PathLike`): A repository.
+        name_or_path (`str` or `os.PathLike`): The language model: a name on the Hub or a local copy.
+        vq_checkpoint (`str` or `os.PathLike`, *optional*): The codec: what [`load_codec`] takes. Defaults to the one in
+            the repository, and else to `chameleon/` of the reference's Space.
+        image_token_offset (`int`, *optional*): Id of code 0, for checkpoints from which it cannot be told.
+        config (`PreTrainedConfig` or `str`, *optional*): The language model's, or where it lies.
         kwargs: As in `from_pretrained`; those that say where files come from are used.
 
-    Returns:
-        `bool`: `False` for a repository of this package, `True` for a plain causal language model with `<boi>`,
-        `<eoi>`, `<unconditional>` in its tokenizer and rows for codes after its text ids.
+    Attributes:
+        text_config (`PreTrainedConfig`): The language model's.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
 
     Raises:
-        ValueError: If it is neither of the two.
+        ValueError: If it is no such checkpoint.
     """
-    if name_or_path is None or isinstance(kwargs.get("config"), LiquidConfig):
-        return False
-    try:
-        config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub_arguments(kwargs))
-    except OSError:
-        return False  # nothing there: transformers says what is missing
-    if config_dict.get("model_type") == LiquidConfig.model_type:
-        return False
-    if "model_type" not in config_dict and find_adapter_config_file(name_or_path, **hub_arguments(kwargs)) is not None:
-        return False  # transformers loads the base of an adapter
-    reference_tokenizer(name_or_path, _text_config(name_or_path, **kwargs), **kwargs)
-    return True
 
+    def __init__(
+        self,
+        name_or_path: str | os.PathLike,
+        vq_checkpoint: str | os.PathLike | None = None,
+        image_token_offset: int | None = None,
+        config: PreTrainedConfig | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.name_or_path, self.vq_checkpoint, self.image_token_offset = name_or_path, vq_checkpoint, image_token_offset
+        self.hub = hub_arguments(kwargs)
+        # A codec of another repository has a revision and a folder of its own.
+        self.codec_hub = {name: self.hub[name] for name in self.hub if name not in ("revision", "subfolder")}
+        problem, cause = None, None
+        try:
+            if not isinstance(config, PreTrainedConfig):
+                config = AutoConfig.from_pretrained(name_or_path if config is None else config, **self.hub)
+            kind = f"it is of model type {config.model_type!r}"
+            if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+                problem = f"{kind}, which is no causal language model"
+        except ValueError as error:
+            problem, cause = f"its config.json is of no model that transformers knows. {error}", error
+        if problem is None:
+            try:
+                self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **self.hub)
+            except (OSError, ValueError, KeyError) as error:
+                problem, cause = f"{kind} and has no tokenizer ({error})", error
+        if problem is None:
+            vocabulary = self.tokenizer.get_vocab()
+            num_tokens = max(vocabulary.values()) + 1
+            num_rows = getattr(config.get_text_config(), "vocab_size", 0)
+            if missing := [token for token in REFERENCE_TOKENS.values() if token not in vocabulary]:
+                problem = f"{kind} and its tokenizer has no {', '.join(missing)}"
+            elif num_rows <= num_tokens:
+                problem = (
+                    f"{kind}, and its vocabulary of {num_rows} has no room for image codes after the tokenizer's "
+                    f"{num_tokens} ids"
+                )
+        if problem is not None:
+            raise ValueError(
+                f"{name_or_path} is not a Liquid checkpoint: {problem}. Expected model type 'liquid', or a causal "
+                f"language model in the reference layout ({', '.join(REFERENCE_TOKENS.values())} in its tokenizer, image "
+                "codes after the text ids). Turn a language model into a Liquid model with "
+                "`transformers_liquid.expand_vocabulary`."
+            ) from cause
+        self.text_config: PreTrainedConfig = config
 
-def reference_config(
-    name_or_path: str | os.PathLike,
-    vq_checkpoint: str | os.PathLike | None = None,
-    image_token_offset: int | None = None,
-    **kwargs: Any,
-) -> LiquidConfig:
-    """The configuration of a checkpoint of the reference layout, without reading weights.
+    @classmethod
+    def find(cls, name_or_path: str | os.PathLike | None, **kwargs: Any) -> ReferenceCheckpoint | None:
+        """Tells the two layouts that [`LiquidForCausalLM.from_pretrained`] takes apart, without reading weights.
 
-    Args:
-        name_or_path, vq_checkpoint, image_token_offset, kwargs: As in [`load_reference`].
+        Args:
+            name_or_path (`str` or `os.PathLike`): A repository.
+            kwargs: As in `from_pretrained`.
 
-    Returns:
-        [`LiquidConfig`]. The codes take the last rows of the vocabulary, behind the tokenizer's: there the reference's
+        Returns:
+            The reference checkpoint; `None` for a repository of this package, and where only transformers can say what
+            is missing.
+
+        Raises:
+            ValueError: If it is neither of the two.
+        """
+        if name_or_path is None or isinstance(kwargs.get("config"), LiquidConfig):
+            return None
+        hub = hub_arguments(kwargs)
+        try:
+            config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
+        except OSError:
+            return None
+        if config_dict.get("model_type") == LiquidConfig.model_type:
+            return None
+        if "model_type" not in config_dict and find_adapter_config_file(name_or_path, **hub) is not None:
+            return None  # transformers loads the base of an adapter
+        return cls(name_or_path, **kwargs)
+
+    @cached_property
+    def config(self) -> LiquidConfig:
+        """The configuration of the whole; no weights are fetched for it.
+
+        The codes take the last rows of the vocabulary, behind the tokenizer's: there the reference's
         `liquid/expand_vocabulary.py` puts them. The placeholder, which the reference lacks, is a token that the base
         reserved.
 
-    Raises:
-        ValueError: As in [`load_reference`].
-    """
-    text_config = _text_config(name_or_path, **kwargs)
-    tokenizer = reference_tokenizer(name_or_path, text_config, **kwargs)
-    vq_config = _codec_config(find_codec(name_or_path, vq_checkpoint, weights=False, **kwargs), **kwargs)
-    layout = dict(getattr(text_config, EXPORTED_LAYOUT_KEY, {}))
-    if image_token_offset is not None:
-        layout["image_token_offset"] = image_token_offset
-    if "image_token_offset" not in layout:
-        layout["image_token_offset"] = _reference_offset(name_or_path, text_config, tokenizer, vq_config)
-    if "image_token_id" not in layout:
-        layout["image_token_id"] = _placeholder_id(tokenizer)
-    token_ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in REFERENCE_TOKENS.items()}
-    return LiquidConfig(text_config=text_config, vq_config=vq_config, **layout, **token_ids)
+        Raises:
+            ValueError: If the parts do not fit, or do not say where the codes begin.
+        """
+        vocabulary = self.tokenizer.get_vocab()
+        vq_config = codec_config(self._find_codec(weights=False), **self.codec_hub)
+        layout = dict(getattr(self.text_config, EXPORTED_LAYOUT_KEY, {}))
+        if self.image_token_offset is not None:
+            layout["image_token_offset"] = self.image_token_offset
+        if "image_token_offset" not in layout:
+            layout["image_token_offset"] = self._offset(max(vocabulary.values()) + 1, vq_config["num_vq_embeddings"])
+        if "image_token_id" not in layout:
+            placeholder = IMAGE_MARK if IMAGE_MARK in vocabulary else next(free_tokens(self.tokenizer), None)
+            if placeholder is None:
+                raise ValueError(
+                    f"The tokenizer has neither {IMAGE_MARK!r} nor a reserved token such as '<unused3>' to stand for the "
+                    f"codes of an input image. Rename an unused token of it to {IMAGE_MARK!r}."
+                )
+            layout["image_token_id"] = vocabulary[placeholder]
+        token_ids = {name: vocabulary[token] for name, token in REFERENCE_TOKENS.items()}
+        return LiquidConfig(text_config=self.text_config, vq_config=vq_config, **layout, **token_ids)
+
+    @cached_property
+    def codec(self) -> LiquidVQModel:
+        """The codec, in eval mode.
+
+        Raises:
+            ValueError: If none can be reached, or a key of it is unknown or missing.
+        """
+        return load_codec(self._find_codec(weights=True), **self.codec_hub)
+
+    def _offset(self, num_tokens: int, num_codes: int) -> int:
+        """The reference expands behind the base's rows, but trains and draws behind the tokenizer's tokens."""
+        num_rows = self.text_config.get_text_config().vocab_size
+        behind_rows = num_rows - num_codes
+        if behind_rows < num_tokens:
+            raise ValueError(
+                f"{self.name_or_path}: the tokenizer has {num_tokens} ids and the codec {num_codes} codes, more than the "
+                f"vocabulary of {num_rows} holds. Pass the codec that the model was trained with as `vq_checkpoint=`."
+            )
+        if behind_rows > num_tokens:
+            raise ValueError(
+                f"{self.name_or_path}: with {num_rows} rows, {num_tokens} tokens and {num_codes} codes, the codes may "
+                f"begin at id {behind_rows} (the last rows) or {num_tokens} (where the reference's own scripts train and "
+                "draw on a base with padded rows). Pass the one that the model was trained with as "
+                "`image_token_offset=`."
+            )
+        return behind_rows
+
+    def _find_codec(self, weights: bool) -> str:
+        """A folder or `.ckpt` here, or a name on the Hub. The Space's files are fetched; the weights on demand."""
+        if self.vq_checkpoint is not None:
+            return str(self.vq_checkpoint)
+        quiet = {
+            f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")
+        }
+        for folder, config_file, weights_file in CODEC_PLACES:
+            local_weights = Path(self.name_or_path, self.hub.get("subfolder", ""), folder, weights_file)
+            if local_weights.is_file():
+                return str(local_weights.parent)
+            found = [
+                cached_file(self.name_or_path, str(Path(folder, file)), **self.hub, **quiet)
+                for file in (config_file, weights_file)[: 1 + weights]
+            ]
+            if None not in found:
+                return str(Path(found[0]).parent)
+        try:
+            for name in (TAMING_CONFIG_NAME, TAMING_CHECKPOINT_NAME)[: 1 + weights]:
+                name = f"{REFERENCE_CODEC_FOLDER}/{name}"
+                file = hf_hub_download(REFERENCE_CODEC_REPO, name, repo_type="space", **self.codec_hub)
+        except OSError as error:
+            raise ValueError(
+                f"{self.name_or_path} holds no codec ({REFERENCE_CODEC_FOLDER}/{TAMING_CHECKPOINT_NAME}), and the "
+                f"reference's Space {REFERENCE_CODEC_REPO} cannot be reached. Pass `vq_checkpoint=`, a folder with "
+                f"{TAMING_CHECKPOINT_NAME} and {TAMING_CONFIG_NAME}. {error}"
+            ) from error
+        return str(Path(file).parent)
 
 
 def load_codec(name_or_path: str | os.PathLike, **kwargs: Any) -> LiquidVQModel:
@@ -123,178 +244,41 @@ def load_codec(name_or_path: str | os.PathLike, **kwargs: Any) -> LiquidVQModel:
     Raises:
         ValueError: If it is no codec, or a key of it is unknown or missing.
     """
-    location = Path(name_or_path) if Path(name_or_path).exists() else str(name_or_path)
-    if _is_taming(location):
-        return load_taming_codec(location)
-    _codec_config(location, **kwargs)
-    try:
-        codec, info = LiquidVQModel.from_pretrained(location, output_loading_info=True, **_codec_hub_arguments(kwargs))
-    except (OSError, ValueError) as error:
-        raise _not_a_codec(location, error) from error
-    check_loading_info(f"The codec {location}", info)
+    hub = hub_arguments(kwargs)
+    codec_config(name_or_path, **hub)  # says what is expected if it is none
+    if _is_taming(name_or_path):
+        return load_taming_codec(name_or_path)
+    codec, info = LiquidVQModel.from_pretrained(name_or_path, output_loading_info=True, **hub)
+    check_loading_info(f"The codec {name_or_path}", info)
     return codec.eval()
 
 
-def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments of `from_pretrained` that say where files come from."""
-    return {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-
-
-def _text_config(
-    name_or_path: str | os.PathLike, config: PreTrainedConfig | str | None = None, **kwargs: Any
-) -> PreTrainedConfig:
-    if isinstance(config, PreTrainedConfig):
-        return config
+def codec_config(name_or_path: str | os.PathLike, **hub: Any) -> dict[str, Any]:
+    """The configuration of what [`load_codec`] loads, without its weights."""
+    if _is_taming(name_or_path):
+        return load_taming_config(name_or_path)
     try:
-        return AutoConfig.from_pretrained(name_or_path if config is None else config, **hub_arguments(kwargs))
-    except ValueError as error:
-        raise _not_a_checkpoint(
-            name_or_path, f"its config.json is of no model that transformers knows. {error}"
-        ) from error
-
-
-def reference_tokenizer(
-    name_or_path: str | os.PathLike, text_config: PreTrainedConfig, **kwargs: Any
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a reference checkpoint; raises if it is the tokenizer of something else."""
-    kind = f"it is of model type {text_config.model_type!r}"
-    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise _not_a_checkpoint(name_or_path, f"{kind}, which is no causal language model")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub_arguments(kwargs))
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_a_checkpoint(name_or_path, f"{kind} and has no tokenizer ({error})") from error
-    vocabulary = tokenizer.get_vocab()
-    missing = [token for token in REFERENCE_TOKENS.values() if token not in vocabulary]
-    if missing:
-        raise _not_a_checkpoint(name_or_path, f"{kind} and its tokenizer has no {', '.join(missing)}")
-    num_rows = getattr(text_config.get_text_config(), "vocab_size", 0)
-    if num_rows <= max(vocabulary.values()) + 1:
-        raise _not_a_checkpoint(
-            name_or_path,
-            f"{kind}, and its vocabulary of {num_rows} has no room for image codes after the tokenizer's "
-            f"{max(vocabulary.values()) + 1} ids",
-        )
-    return tokenizer
-
-
-def _not_a_checkpoint(name_or_path: str | os.PathLike, reason: str) -> ValueError:
-    return ValueError(
-        f"{name_or_path} is not a Liquid checkpoint: {reason}. Expected model type 'liquid', or a causal language model "
-        f"in the reference layout ({', '.join(REFERENCE_TOKENS.values())} in its tokenizer, image codes after the text "
-        "ids). Turn a language model into a Liquid model with `transformers_liquid.expand_vocabulary`."
-    )
-
-
-def _reference_offset(
-    name_or_path: str | os.PathLike,
-    text_config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    vq_config: dict[str, Any],
-) -> int:
-    """The reference expands behind the base's rows, but trains and draws behind the tokenizer's tokens."""
-    num_rows, num_codes = text_config.get_text_config().vocab_size, vq_config["num_vq_embeddings"]
-    behind_rows, behind_tokens = num_rows - num_codes, max(tokenizer.get_vocab().values()) + 1
-    if behind_rows < behind_tokens:
-        raise ValueError(
-            f"{name_or_path}: the tokenizer has {behind_tokens} ids and the codec {num_codes} codes, more than the "
-            f"vocabulary of {num_rows} holds. Pass the codec that the model was trained with as `vq_checkpoint=`."
-        )
-    if behind_rows > behind_tokens:
-        raise ValueError(
-            f"{name_or_path}: with {num_rows} rows, {behind_tokens} tokens and {num_codes} codes, the codes may begin "
-            f"at id {behind_rows} (the last rows) or {behind_tokens} (where the reference's own scripts train and draw "
-            "on a base with padded rows). Pass the one that the model was trained with as `image_token_offset=`."
-        )
-    return behind_rows
-
-
-def _placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    vocabulary = tokenizer.get_vocab()
-    if IMAGE_MARK in vocabulary:
-        return vocabulary[IMAGE_MARK]
-    special = {str(token) for token in tokenizer.special_tokens_map.values()} | set(REFERENCE_TOKENS.values())
-    for token, token_id in sorted(vocabulary.items(), key=lambda item: item[1]):
-        is_free = RESERVED_TOKEN.fullmatch(token) and token not in special
-        if is_free and tokenizer.encode(token, add_special_tokens=False) == [token_id]:
-            return token_id
-    raise ValueError(
-        f"The tokenizer has neither {IMAGE_MARK!r} nor a reserved token such as '<unused3>' to stand for the codes of "
-        "an input image. Rename an unused token of it to " + repr(IMAGE_MARK) + "."
-    )
-
-
-def find_codec(
-    name_or_path: str | os.PathLike, vq_checkpoint: str | os.PathLike | None, weights: bool, **kwargs: Any
-) -> str | Path:
-    """A folder or `.ckpt` here, or a name on the Hub. Files of the reference's Space are fetched; the weights on demand."""
-    if vq_checkpoint is not None:
-        return Path(vq_checkpoint) if Path(vq_checkpoint).exists() else str(vq_checkpoint)
-    hub = hub_arguments(kwargs)
-    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
-    for folder, config_file, weights_file in CODEC_PLACES:
-        local_weights = Path(name_or_path, hub.get("subfolder", ""), folder, weights_file)
-        if local_weights.is_file():
-            return local_weights.parent
-        found = [
-            cached_file(name_or_path, str(Path(folder, file)), **hub, **quiet)
-            for file in (config_file, weights_file)[: 1 + weights]
-        ]
-        if None not in found:
-            return Path(found[0]).parent
-    try:
-        found = [
-            hf_hub_download(
-                REFERENCE_CODEC_REPO,
-                f"{REFERENCE_CODEC_FOLDER}/{file}",
-                repo_type="space",
-                **_codec_hub_arguments(kwargs),
-            )
-            for file in (TAMING_CONFIG_NAME, TAMING_CHECKPOINT_NAME)[: 1 + weights]
-        ]
-    except OSError as error:
-        raise ValueError(
-            f"{name_or_path} holds no codec ({REFERENCE_CODEC_FOLDER}/{TAMING_CHECKPOINT_NAME}), and the reference's "
-            f"Space {REFERENCE_CODEC_REPO} cannot be reached. Pass `vq_checkpoint=`, a folder with "
-            f"{TAMING_CHECKPOINT_NAME} and {TAMING_CONFIG_NAME}. {error}"
-        ) from error
-    return Path(found[0]).parent
-
-
-def _codec_config(location: str | Path, **kwargs: Any) -> dict[str, Any]:
-    if _is_taming(location):
-        folder_or_file = Path(location)
-        file = folder_or_file / TAMING_CONFIG_NAME if folder_or_file.is_dir() else folder_or_file.with_suffix(".yaml")
-        return vq_config_from_taming(read_yaml(file))
-    try:
-        config = LiquidVQModel.load_config(location, **_codec_hub_arguments(kwargs))
+        config, problem = LiquidVQModel.load_config(name_or_path, **hub), None
     except (OSError, ValueError) as error:
-        raise _not_a_codec(location, error) from error
+        config, problem = {}, error
     if "num_vq_embeddings" not in config:
-        raise _not_a_codec(location, f"Its config.json is of a {config.get('_class_name', 'model')}.")
+        raise ValueError(
+            f"{str(name_or_path)!r} is no codec: expected a folder with {TAMING_CHECKPOINT_NAME} and "
+            f"{TAMING_CONFIG_NAME}, such a .ckpt, or a folder or name on the Hub of a saved LiquidVQModel. "
+            f"{problem or 'Its config.json is of another model.'}"
+        ) from problem
     return config
 
 
-def _is_taming(location: str | Path) -> bool:
+def _is_taming(name_or_path: str | os.PathLike) -> bool:
     """A `config.json` alone is of a codec saved by diffusers; beside a `vqgan.yaml` it is the language model's."""
-    if not isinstance(location, Path) or location.is_file():
-        return isinstance(location, Path)
-    return (location / TAMING_CONFIG_NAME).is_file() or not (location / CONFIG_NAME).is_file()
-
-
-def _codec_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A codec of another repository has a revision and a folder of its own."""
-    return {name: value for name, value in hub_arguments(kwargs).items() if name not in ("revision", "subfolder")}
-
-
-def _not_a_codec(location: str | Path, error: Any) -> ValueError:
-    return ValueError(
-        f"{str(location)!r} is no codec: expected a folder with {TAMING_CHECKPOINT_NAME} and "
-        f"{TAMING_CONFIG_NAME}, such a .ckpt, or a folder or name on the Hub of a saved LiquidVQModel. {error}"
-    )
+    path = Path(name_or_path)
+    is_taming_folder = (path / TAMING_CONFIG_NAME).is_file() or not (path / CONFIG_NAME).is_file()
+    return path.is_file() or (path.is_dir() and is_taming_folder)
 
 
 def check_loading_info(name: str, info: dict[str, Any]) -> None:
+    """Raises a `ValueError` if a key was missing, unknown or of another shape when `name` was loaded."""
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(map(str, info[what]))
         if keys:

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ...codecs.vq_model import check_codes, code_grid
 
@@ -121,3 +123,17 @@ class ImageLayout:
     def is_image_token(self, ids: torch.Tensor) -> torch.BoolTensor:
         """Where ids are those of codes."""
         return (ids >= self.image_token_range.start) & (ids < self.image_token_range.stop)
+
+
+def is_one_token(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
+    """Whether a token is in the vocabulary, and texts are not split within it."""
+    return tokenizer.encode(token, add_special_tokens=False) == [tokenizer.get_vocab().get(token)]
+
+
+def free_tokens(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The tokens that a base reserved and that its tokenizer has no use for, in the order of their ids."""
+    in_use = {str(token) for token in tokenizer.special_tokens_map.values()}
+    for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        is_free = RESERVED_TOKEN.fullmatch(token) and token not in in_use
+        if is_free and token not in str(tokenizer.chat_template) and is_one_token(tokenizer, token):
+            yield token
