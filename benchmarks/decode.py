@@ -67,8 +67,8 @@ from transformers_liquid import (
     LiquidForCausalLM,
     LiquidProcessor,
 )
-from transformers_liquid.generation.image_generation import DEFAULT_IMAGE_GENERATION_CONFIG
 from transformers_liquid.generation.sampling import _NOT_COMPILABLE
+from transformers_liquid.generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 
 
 CODEBOOK_SIZE = 8192

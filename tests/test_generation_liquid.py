@@ -1,5 +1,6 @@
 """Drawing: every step is recomputed here by hand, one row at a time, without cache, padding or transformers' filters."""
 
+import json
 import math
 import threading
 
@@ -12,6 +13,7 @@ from tiny import IMAGE_TOKEN_OFFSET as OFFSET
 from tiny import UNCOND_ID as UNCONDITIONAL
 from tiny import VOCAB_SIZE, tiny_model
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -20,12 +22,12 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from transformers_liquid.generation.image_generation import (
-    DEFAULT_IMAGE_GENERATION_CONFIG,
+from transformers_liquid.generation.guidance import (
     GuidanceLogitsProcessor,
     ImageTokenLogitsProcessor,
     SuppressImageTokensLogitsProcessor,
 )
+from transformers_liquid.generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM
 
 
@@ -80,14 +82,13 @@ def oracle(
     temperature=1.0,
     top_k=CODES,
     top_p=1.0,
-    guided=None,
 ):
     """One picture: two forwards per code over everything so far; greedy without noise."""
     drawn = []
     for step in range(codes):
         conditional = code_scores(model, prompt + drawn)
         scores = conditional
-        if unconditional is not None and (guided is None or step in guided):
+        if unconditional is not None:
             other = code_scores(model, unconditional + drawn)
             scores = other + guidance_scale * (conditional - other)
         candidates = range(CODES)
@@ -199,7 +200,7 @@ def test_a_negative_prompt_takes_the_place_of_the_unconditional_one(llama):
     assert shared.tolist() == [
         oracle(llama, prompt, unconditional=negative[1], guidance_scale=3.0) for prompt in PROMPTS
     ]
-    with pytest.raises(ValueError, match=r"negative_prompt_ids must have 1 or 3 rows \(the prompts\), got 2"):
+    with pytest.raises(ValueError, match=r"negative_prompt_ids must have 1 or 3 sequences \(the prompts\), got 2"):
         draw(llama, negative_prompt_ids=torch.tensor([UNCONDITIONAL_PROMPT] * 2))
 
 
@@ -235,33 +236,28 @@ def test_guidance_1_runs_no_unconditional_rows(llama):
     assert torch.equal(ignored, output.sequences)
 
 
-INTERVALS = [
-    ((0.0, 0.5), range(6)),
-    ((0.25, 1.0), range(3, 12)),
-    ((0.3, 0.7), range(4, 9)),  # codes 3.6 to 8.4
-    ([0, 1], range(12)),
-]
-
-
-@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
-@pytest.mark.parametrize(("interval", "guided"), INTERVALS)
-def test_guidance_acts_on_its_interval_alone_and_the_unconditional_rows_run_only_there(model, interval, guided, cache):
-    rows_of_forwards = []
-    hook = model.get_input_embeddings().register_forward_pre_hook(
-        lambda module, args: rows_of_forwards.append(len(args[0]))
-    )
-    try:
-        ids = draw(model, height=6, width=8, do_sample=False, guidance_scale=3.0, guidance_interval=interval, **cache)
-    finally:
-        hook.remove()
-    expected = [oracle(model, prompt, codes=12, guidance_scale=3.0, guided=guided) for prompt in PROMPTS]
-    assert ids.tolist() == expected
-    # With a cache, equal rows run once where guidance sets in: all unconditional rows if nothing is drawn yet.
-    together = 3 + len({tuple(picture[: guided.start]) for picture in expected})
-    at_start = together if cache != {"use_cache": False} else 6
-    expected_rows = [6 if code in guided else 3 for code in range(12)]
-    expected_rows[guided.start] = at_start
-    assert rows_of_forwards == expected_rows
+@pytest.mark.parametrize("settings", [{"guidance_scale": 3.0}, {"guidance_scale": 1.0}])
+def test_a_picture_can_begin_where_a_running_cache_ends(llama, settings):
+    inputs = left_padded(PROMPTS)
+    context = {name: value[:, :-1] for name, value in inputs.items()}
+    positions = (context["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    settings = settings | {"temperature": 1.5, "height": 6, "width": 8}
+    expected = draw(llama, **settings, generator=generators(1, 2, 3))
+    for speculative in (None, 4):
+        cache = DynamicCache(config=llama.config.text_config)
+        with torch.no_grad():
+            llama(**context, position_ids=positions, past_key_values=cache)
+        lengths = []
+        hook = llama.get_input_embeddings().register_forward_pre_hook(
+            lambda module, args, lengths=lengths: lengths.append(args[0].shape[1])
+        )
+        try:
+            ids = draw(llama, **settings, generator=generators(1, 2, 3), past_key_values=cache, speculative=speculative)
+        finally:
+            hook.remove()
+        assert torch.equal(ids, expected)
+        # Only the begin-of-image token, or as much as the unconditional prompt has, is read.
+        assert lengths[0] == (1 if settings["guidance_scale"] == 1.0 else len(UNCONDITIONAL_PROMPT))
 
 
 def test_equal_prompts_run_once_and_an_unconditional_prompt_too(llama):
@@ -445,6 +441,39 @@ def test_the_models_image_settings_survive_saving(tmp_path):
     assert draw(other).tolist() == [oracle(model, prompt, guidance_scale=2.0) for prompt in PROMPTS]
 
 
+def test_the_models_image_settings_outlive_a_config_without_any(tmp_path):
+    model = build()
+    stored = {"do_sample": False, "guidance_scale": 2.0}
+    model.generation_config.image_generation_config = stored
+    expected = [oracle(model, prompt, guidance_scale=2.0) for prompt in PROMPTS]
+    # Beside what says something about text alone, for one call and for all.
+    assert draw(model, generation_config=GenerationConfig(max_new_tokens=3, eos_token_id=2)).tolist() == expected
+    replacement = GenerationConfig(max_new_tokens=3, temperature=0.1, do_sample=True)
+    model.generation_config = replacement
+    assert draw(model).tolist() == expected
+    assert model.generation_config.max_new_tokens == 3
+    assert not hasattr(replacement, "image_generation_config")
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["image_generation_config"] == stored
+    assert draw(LiquidForCausalLM.from_pretrained(tmp_path)).tolist() == expected
+    model.generation_config = GenerationConfig(image_generation_config=stored | {"guidance_scale": 1.0})
+    assert draw(model).tolist() == [oracle(model, prompt, unconditional=None) for prompt in PROMPTS]
+
+
+def test_a_stored_setting_without_a_meaning_is_refused():
+    model = build()
+    model.generation_config.image_generation_config = {"guidence_scale": 2.0}
+    with pytest.raises(ValueError, match=r"guidence_scale=2\.0 has no meaning for images"):
+        draw(model)
+
+
+def test_a_stored_size_is_the_size_of_pictures():
+    model = build()
+    model.generation_config.image_generation_config = {"height": 6, "do_sample": False}
+    assert draw(model).shape == (3, 6)
+    assert draw(model, width=2).shape == (3, 3)
+
+
 def test_the_default_settings_are_the_references():
     # Liquid evaluation/sample.py: --cfg 7.0, --temperature 0.99, --top_k 4096, --top_p 0.96.
     reference = {"guidance_scale": 7.0, "do_sample": True, "temperature": 0.99, "top_k": 4096, "top_p": 0.96}
@@ -459,7 +488,7 @@ def test_guidance_extrapolates_from_unconditional_to_conditional_rows():
     guided = torch.tensor([[-5.0, 6.0, -2.0]])
     assert torch.equal(GuidanceLogitsProcessor(3.0)(None, scores), guided.repeat(2, 1))
     assert torch.equal(GuidanceLogitsProcessor(1.0)(None, scores), scores[:1].repeat(2, 1))
-    with pytest.raises(ValueError, match="equal number, got 3 rows"):
+    with pytest.raises(ValueError, match="equal number, got 3 sequences"):
         GuidanceLogitsProcessor(3.0)(None, torch.zeros(3, 4))
 
 
@@ -579,16 +608,6 @@ def test_guidance_min_p_that_is_no_fraction_is_refused(llama, min_p):
 
 
 @pytest.mark.parametrize(
-    "interval", [(0.5, 0.5), (0.6, 0.2), (-0.1, 1.0), (0.0, 1.5), (0.2,), 0.5, ("a", "b"), (math.nan, 1)]
-)
-def test_a_guidance_interval_that_is_none_is_refused(llama, interval):
-    with pytest.raises(ValueError, match=r"two fractions of the picture's codes with 0 <= start < stop <= 1.*got"):
-        draw(llama, guidance_interval=interval)
-    with pytest.raises(ValueError, match=r"No code of the 4 lies in guidance_interval=\(0.1, 0.2\)"):
-        draw(llama, guidance_interval=(0.1, 0.2))
-
-
-@pytest.mark.parametrize(
     "setting", [{"num_beams": 4}, {"repetition_penalty": 1.2}, {"min_new_tokens": 3}, {"eos_token_id": 2}]
 )
 def test_settings_without_a_meaning_for_pictures_are_refused(llama, setting):
@@ -603,7 +622,7 @@ def test_a_keyword_that_nobody_knows_is_refused(llama):
 
 
 def test_a_prompt_that_does_not_begin_an_image_is_refused(llama):
-    with pytest.raises(ValueError, match=rf"begin-of-image token \({BOI}\); row 1 ends with 25"):
+    with pytest.raises(ValueError, match=rf"begin-of-image token \({BOI}\); prompt 1 ends with 25"):
         draw(llama, [[BOS, 21, BOI], [BOS, 21, 25]])
 
 
@@ -635,6 +654,12 @@ def test_a_wrong_number_of_generators_is_refused(llama, count, copies):
 def test_a_size_that_is_no_multiple_of_the_factor_is_refused(llama, size):
     with pytest.raises(ValueError, match=r"positive multiples of 2 pixels \(the codec's factor\), got height="):
         draw(llama, **size)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1.5])
+def test_top_p_that_is_no_fraction_is_refused(llama, top_p):
+    with pytest.raises(ValueError, match=rf"top_p must be in \(0, 1\], got {top_p}"):
+        draw(llama, top_p=top_p)
 
 
 def test_an_unknown_mode_and_image_settings_for_text_are_refused(llama):

@@ -27,7 +27,7 @@ from transformers_liquid import (
     LiquidModel,
     LiquidProcessor,
 )
-from transformers_liquid.pipelines.text_to_image import _OnStepEnd
+from transformers_liquid.pipelines.text_to_image import _Watcher
 
 
 IMAGE_IDS = range(IMAGE_TOKEN_OFFSET, IMAGE_TOKEN_OFFSET + CODEBOOK_SIZE)
@@ -296,15 +296,14 @@ def test_the_callback_sees_every_code_of_every_batch(pipe):
 
 def test_steps_that_finish_several_codes_count_them_all(pipe):
     calls, bar = [], logging.tqdm(total=2 * 16, disable=False)
-    on_step_end = _OnStepEnd(pipe, 16, bar, lambda _, *args: calls.append(args))
-    prompt = torch.tensor([[0, 1, 30, BOI_ID], [1, 30, 31, BOI_ID]])
-    codes = torch.arange(32).view(2, 16) % CODEBOOK_SIZE + IMAGE_TOKEN_OFFSET
-    for number in (3, 4, 9, 16):
-        ids = torch.cat([prompt, codes[:, :number]], dim=1)
-        assert on_step_end(ids, None).tolist() == [False, False]
+    watcher = _Watcher(pipe, bar, 16, lambda _, *args: calls.append(args))
+    watcher.put(torch.tensor([[0, 1, 30, BOI_ID], [1, 30, 31, BOI_ID]]))
+    codes = torch.arange(32).view(2, 16) % CODEBOOK_SIZE
+    for before, number in ((0, 3), (3, 4), (4, 9), (9, 16)):
+        watcher.put_codes(codes[:, before:number])
         assert bar.n == 2 * number
     assert [call[:2] for call in calls] == [(2, 13), (3, 12), (8, 7), (15, 0)]
-    assert all(torch.equal(call[2]["image_tokens"], codes[:, : call[0] + 1]) for call in calls)
+    assert all(torch.equal(call[2]["image_tokens"], codes[:, : call[0] + 1] + IMAGE_TOKEN_OFFSET) for call in calls)
     bar.close()
 
 

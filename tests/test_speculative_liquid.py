@@ -62,9 +62,6 @@ VARIANTS = {
     "static cache": {"cache_implementation": "static"},
     "one shared generator": {"generator": None},
     "two pictures of each prompt": {"num_return_sequences": 2, "generator": generators(*range(6))},
-    "guidance ends": {"guidance_interval": (0.0, 0.6)},
-    "guidance sets in": {"guidance_interval": (0.3, 1.0)},
-    "guidance in the middle, static": {"guidance_interval": (0.2, 0.7), "cache_implementation": "static"},
     "negative prompts": {
         "negative_prompt_ids": torch.tensor([[BOS, 33, BOI], [BOS, 34, BOI], [BOS, 35, BOI]]),
     },

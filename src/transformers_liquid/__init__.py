@@ -21,12 +21,12 @@ from .conversion.export import export_base_model
 from .data.collator import LiquidDataCollator
 from .data.mixture import load_records, mix_records
 from .data.tokenize import tokenize_dataset
-from .generation.image_generation import (
-    DEFAULT_IMAGE_GENERATION_CONFIG,
+from .generation.guidance import (
     GuidanceLogitsProcessor,
     ImageTokenLogitsProcessor,
     SuppressImageTokensLogitsProcessor,
 )
+from .generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 from .models.liquid.configuration_liquid import LiquidConfig
 from .models.liquid.image_processing_liquid import LiquidImageProcessor
 from .models.liquid.modeling_liquid import LiquidForCausalLM, LiquidModel, LiquidPreTrainedModel

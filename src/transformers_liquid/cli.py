@@ -38,7 +38,7 @@ from .codecs.taming import save_taming_codec
 from .conversion.expand import expand_vocabulary
 from .conversion.export import export_base_model
 from .data.tokenize import IMAGE_KINDS, SKIPPED_NAME, tokenize_dataset
-from .generation.image_generation import image_settings
+from .generation.settings import ImageGenerationConfig
 from .models.liquid.configuration_liquid import LiquidConfig
 from .models.liquid.image_processing_liquid import FRAMINGS, contact_sheet, load_image
 from .models.liquid.modeling_liquid import LiquidForCausalLM
@@ -55,7 +55,7 @@ PROG = "transformers-liquid"
 METADATA_KEY = "transformers_liquid"
 
 # What of a picture's settings `generate` has an option for.
-SETTINGS = ("guidance_scale", "guidance_min_p", "temperature", "top_k", "top_p", "speculative", "guidance_interval")
+SETTINGS = ("guidance_scale", "guidance_min_p", "temperature", "top_k", "top_p", "speculative")
 
 # What of its record must be the same, with all settings, for a picture not to be drawn again.
 IDENTITY = ("prompt", "negative_prompt", "seed", "model", "height", "width", "dtype")
@@ -449,13 +449,6 @@ def _add_drawing_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--guidance-min-p", type=float, metavar="P", help="guidance chooses among codes this probable")
     command.add_argument(
-        "--guidance-interval",
-        type=float,
-        nargs=2,
-        metavar=("START", "STOP"),
-        help="guidance only from this to that fraction of the codes",
-    )
-    command.add_argument(
         "--speculative",
         type=int,
         nargs="?",
@@ -616,8 +609,8 @@ def _image_settings(model: LiquidForCausalLM, args: argparse.Namespace) -> dict[
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     if args.greedy:
         given["do_sample"] = False
-    settings = image_settings(model.generation_config, given)
-    return {name: value for name, value in settings.items() if value is not None}
+    settings, _ = ImageGenerationConfig.from_call(model.generation_config, None, given)
+    return settings.to_dict()
 
 
 def _stored_settings(model: str) -> dict[str, Any]:
@@ -625,7 +618,7 @@ def _stored_settings(model: str) -> dict[str, Any]:
         stored = GenerationConfig.from_pretrained(model)
     except OSError:
         stored = None
-    return image_settings(stored, {})
+    return ImageGenerationConfig.from_call(stored, None, {})[0].to_dict()
 
 
 def _read_lines(args: argparse.Namespace) -> list[str]:
@@ -790,15 +783,13 @@ def _record(
     }
     options = {"model": args.model} if args.model != EMOJI_CHECKPOINT else {}
     options |= {"seed": seed, **size}
-    options |= {name: settings[name] for name in SETTINGS if name in settings and name != "guidance_interval"}
+    options |= {name: settings[name] for name in SETTINGS if name in settings}
     options |= {"negative_prompt": args.negative_prompt} if args.negative_prompt is not None else {}
     options |= {"device": pipe.device.type, "dtype": str(pipe.dtype).removeprefix("torch.")}
     # With "=", and after "--", a value may begin with a dash.
     command = [PROG, "generate"]
     for name, value in options.items():
         command.append(f"--{name.replace('_', '-')}" + (f"={value}" if value is not True else ""))
-    if "guidance_interval" in settings:
-        command += ["--guidance-interval", *map(str, settings["guidance_interval"])]
     command += ["--greedy"] * (not settings["do_sample"]) + ["--"] * prompt.startswith("-") + [prompt]
     return {
         "prompt": prompt,

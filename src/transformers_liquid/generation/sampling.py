@@ -1,9 +1,10 @@
-"""The image decoding loop: one forward for all rows of a batch, guidance, filters, one draw for both rows of a pair."""
+"""The sequences of a batch of pictures, and the plain loop: one forward for all, guidance, filters, one draw a pair."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +14,12 @@ from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
+from .guidance import GuidanceLogitsProcessor
+
 
 if TYPE_CHECKING:
     from ..models.liquid.modeling_liquid import LiquidForCausalLM
-    from .image_generation import GuidanceLogitsProcessor
+    from ..models.liquid.vocabulary import ImageLayout
 
 
 logger = logging.get_logger(__name__)
@@ -28,189 +31,190 @@ _NOT_COMPILABLE: set[str] = set()
 NOISE_BLOCK = 32
 
 
-def sample_image_tokens(
-    model: LiquidForCausalLM,
-    input_ids: torch.LongTensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    guidance: GuidanceLogitsProcessor | None = None,
-    guided: range | None = None,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    image_streamer: BaseStreamer | None = None,
-    processors_see_ids: bool = True,
-    **model_kwargs: Any,
-) -> ModelOutput | torch.LongTensor:
-    """The image decoding loop: one forward for all rows, guidance, filters, one draw for both rows of a pair.
+@dataclass
+class ImageSequences:
+    """The sequences of B pictures in the model, and what they are drawn with.
 
-    With a static cache on an accelerator everything from the forward to the draw is compiled into one graph.
+    Both loops know codes alone; here, at the door of the network, they become ids.
 
     Args:
         model ([`LiquidForCausalLM`]): A view whose logits are those of the codes
             ([`~LiquidForCausalLM.image_head_view`]).
-        input_ids (`torch.LongTensor` of shape `(R, L)`): R = B, or 2 B with guidance: conditional, then unconditional.
-        logits_processor, stopping_criteria, generation_config, model_kwargs: As prepared by `generate()`.
+        ids (`torch.LongTensor` of shape `(S, L)`): The prompts; S = B, or 2 B with guidance: conditional, then
+            unconditional.
+        logits_processor, stopping_criteria, generation_config, kwargs: As prepared by `generate()`.
         guidance ([`GuidanceLogitsProcessor`], *optional*): Merges the halves.
-        guided (`range`, *optional*): The codes that are drawn with guidance. Defaults to all.
         generator (`torch.Generator` or a list of B of them, *optional*): For the noise.
-        image_streamer (`BaseStreamer`, *optional*): Receives the B new ids of every step.
-        processors_see_ids (`bool`, defaults to `True`): Whether a logits processor may look at the ids; such a step
-            is not compiled.
-
-    Returns:
-        `torch.LongTensor` of shape `(B, new ids)`, or a `GenerateDecoderOnlyOutput`.
-    """
-    rows = ImageRows(model, input_ids, generation_config, model_kwargs, guidance, guided)
-    recorded: dict[str, list[Any]] = {
-        name: []
-        for name in ("scores", "logits", "attentions", "hidden_states")
-        if _is_recorded(name, generation_config)
-    }
-    step = rows.step_function(may_compile=not recorded and not processors_see_ids)
-    criteria = without_max_length(stopping_criteria)
-    drawn = input_ids[: rows.num_pictures, :0]
-
-    for position in range(rows.num_codes):
-        noise = rows.noise(position, generator)
-        if rows.must_start(position):
-            outputs = rows.start(position, drawn)
-            ids = rows.ids[: rows.num_pictures]
-            codes, scores = draw_codes(outputs.logits[:, -1:], ids, rows.guidance, logits_processor, noise)
-        else:
-            inputs = rows.inputs(position)
-            ids = rows.ids[: rows.num_pictures] if processors_see_ids else None
-            codes, scores, outputs = step(model, inputs, ids, rows.guidance, logits_processor, noise)
-        new_ids = codes + model.config.image_token_offset
-        drawn = torch.cat([drawn, new_ids], dim=1)
-        rows.append(new_ids, outputs)
-        if image_streamer is not None:
-            image_streamer.put(new_ids[:, 0].cpu())
-        for name, values in recorded.items():
-            values.append(scores[:, 0] if name == "scores" else outputs[name])
-        # Freed before the next forward, or two sets of outputs would be alive at once.
-        del outputs
-        if criteria and criteria(rows.ids[: rows.num_pictures], scores[:, 0]).all():
-            break
-
-    if image_streamer is not None:
-        image_streamer.end()
-    if not generation_config.return_dict_in_generate:
-        return drawn
-    if "logits" in recorded:
-        recorded["logits"] = [logits[:, -1].float() for logits in recorded["logits"]]
-    return GenerateDecoderOnlyOutput(
-        sequences=drawn, past_key_values=rows.cache, **{name: tuple(values) for name, values in recorded.items()}
-    )
-
-
-class ImageRows:
-    """The rows of B pictures in the model: their ids, masks and cache, and whether unconditional rows run.
-
-    Conditional rows always run, unconditional ones only where guidance applies.
-
-    Args:
-        model, input_ids, generation_config, model_kwargs, guidance, guided: As for [`sample_image_tokens`].
+        streamer (`BaseStreamer`, *optional*): Gets the codes as they are drawn: see [`put_codes`].
+        processors_see_ids (`bool`): Whether a logits processor may look at the ids; such a step is not compiled.
     """
 
-    def __init__(
-        self,
-        model: LiquidForCausalLM,
-        input_ids: torch.LongTensor,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        guidance: GuidanceLogitsProcessor | None,
-        guided: range | None,
-    ) -> None:
-        self.model, self.generation_config = model, generation_config
-        self.prompts, self.prompt_kwargs = input_ids, model_kwargs
-        self.num_pictures = len(input_ids) // 2 if guidance is not None else len(input_ids)
-        self.num_codes = generation_config.max_length - input_ids.shape[1]
-        self.all_guided = range(self.num_codes) if guided is None else guided
-        self.when_guided = guidance
-        self.noise_ahead: list[torch.Tensor] = []
-        # Of the rows that run now.
-        self.guidance: GuidanceLogitsProcessor | None = None
-        self.ids, self.kwargs = input_ids, model_kwargs
+    model: LiquidForCausalLM
+    ids: torch.LongTensor
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    generation_config: GenerationConfig
+    kwargs: dict[str, Any]
+    guidance: GuidanceLogitsProcessor | None
+    generator: torch.Generator | list[torch.Generator] | None
+    streamer: BaseStreamer | None
+    processors_see_ids: bool
+
+    def __post_init__(self) -> None:
+        self.num_pictures = len(self.ids) // (1 if self.guidance is None else 2)
+        self.prompt_length = self.ids.shape[1]
+        self.layout = self.model.config.image_layout
+        self.num_codes = self.generation_config.max_length - self.prompt_length
+        # A picture's length is fixed, and asking for it would make an accelerator wait.
+        self.criteria = StoppingCriteriaList(
+            one for one in self.stopping_criteria if not isinstance(one, MaxLengthCriteria)
+        )
 
     @property
     def cache(self) -> Any:
         return self.kwargs.get(self.model.model._cache_argument)
 
-    def noise(self, position: int, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor | None:
-        """Gumbel noise of a position, `(B, 1, codebook_size)`, asked for one after another; none for greedy drawing."""
+    @property
+    def picture_ids(self) -> torch.LongTensor:
+        """Prompts and codes of every picture once, `(B, length)`: what processors and criteria see."""
+        return self.ids[: self.num_pictures]
+
+    def to_ids(self, codes: torch.LongTensor) -> torch.LongTensor:
+        """Ids of drawn codes. Looking at them first would make an accelerator wait."""
+        return self.layout.codes_to_ids(codes, trusted=True)
+
+    def noise(self) -> Iterator[torch.Tensor | None]:
+        """Gumbel noise `(B, 1, codebook_size)` of one position after another; `None` for greedy drawing."""
         if not self.generation_config.do_sample:
-            return None
-        if not self.noise_ahead:
+            yield from [None] * self.num_codes
+            return
+        for start in range(0, self.num_codes, NOISE_BLOCK):
             # A block at a time: each transfer would make the host wait for the accelerator, step by step.
-            number = min(NOISE_BLOCK, self.num_codes - position)
-            size = number, self.num_pictures, self.model.config.codebook_size
-            self.noise_ahead = list(gumbel_noise(generator, *size, self.ids.device))
-        return self.noise_ahead.pop(0)[:, None]
+            size = min(NOISE_BLOCK, self.num_codes - start), self.num_pictures, self.model.config.codebook_size
+            yield from gumbel_noise(self.generator, *size, self.ids.device)[:, :, None]
 
-    def is_guided(self, position: int) -> bool:
-        return self.when_guided is not None and position in self.all_guided
+    def start(self, prepare: Callable[[Cache], None] | None = None) -> ModelOutput:
+        """Reads the prompts in one forward; of a cache that runs already, what it does not hold yet.
 
-    def must_start(self, position: int) -> bool:
-        """Whether the rows of a position have no cache yet: at the first code, and where guidance sets in."""
-        return position == 0 or (self.is_guided(position) and self.guidance is None)
-
-    def next_change(self, position: int) -> int:
-        """Where guidance sets in or ends next, or the picture ends."""
-        changes = {self.all_guided.start, self.all_guided.stop} if self.when_guided is not None else set()
-        return min(change for change in changes | {self.num_codes} if change > position)
-
-    def start(
-        self, position: int, drawn: torch.LongTensor, prepare: Callable[[Cache], None] | None = None
-    ) -> ModelOutput:
-        """Runs the prompts and the ids drawn so far, `(B, n)`, in one forward; equal rows run once.
-
-        `prepare` is called with the empty cache.
+        Sequences with equal ids and masks are read once and get copies of their cache. `prepare` is called with the
+        cache before.
         """
-        running = slice(None) if self.is_guided(position) else slice(self.num_pictures)
-        self.guidance = self.when_guided if self.is_guided(position) else None
-        self.kwargs = _select_rows(self.prompt_kwargs, len(self.prompts), running)
-        prompts = self.prompts[running]
-        self.ids = torch.cat([prompts, drawn.repeat(len(prompts) // self.num_pictures, 1)], dim=1)
-        if position > 0:
-            self.kwargs.pop(self.model.model._cache_argument, None)
-            self.kwargs = self.model._update_model_kwargs_for_generation({}, self.kwargs, num_new_tokens=position)
-            max_cache_length = self.generation_config.max_length - 1
-            self.model._prepare_cache_for_generation(
-                self.generation_config, self.kwargs, None, len(self.ids), max_cache_length
-            )
+        cache = self.cache
         if prepare is not None:
-            prepare(self.cache)
-        return _shared_prefill(self.model, self.ids, self.generation_config, self.kwargs)
+            prepare(cache)
+        if getattr(cache, "_is_user_defined", False) and cache.get_seq_length():
+            self._join(cache)
+        mask = self.kwargs.get("attention_mask")
+        sequences = torch.cat([self.ids, torch.ones_like(self.ids) if mask is None else mask], dim=1).tolist()
+        distinct = {tuple(one): index for index, one in reversed(list(enumerate(sequences)))}
+        firsts = sorted(distinct.values())
+        settings = self.generation_config
+        records_all = settings.return_dict_in_generate and (settings.output_attentions or settings.output_hidden_states)
+        if len(firsts) == len(sequences) or cache is None or getattr(cache, "_is_user_defined", False) or records_all:
+            return self.model._prefill(self.ids, settings, self.kwargs)
 
-    def inputs(self, position: int) -> dict[str, Any]:
-        """The arguments of the forward of one more code. Unconditional rows end where guidance does."""
-        if self.guidance is not None and not self.is_guided(position):
-            self.drop_unconditional()
+        first_kwargs = {
+            name: value[firsts] if torch.is_tensor(value) and value.ndim and len(value) == len(self.ids) else value
+            for name, value in self.kwargs.items()
+        }
+        outputs = self.model._prefill(self.ids[firsts], settings, first_kwargs)
+        copies = torch.tensor([firsts.index(distinct[tuple(one)]) for one in sequences], device=self.ids.device)
+        cache.reorder_cache(copies)
+        for layer in cache.layers:
+            if isinstance(layer, StaticLayer) and layer.is_initialized:
+                # The compiler has to hear again that the cache stays where it is.
+                torch._dynamo.mark_static_address(layer.keys)
+                torch._dynamo.mark_static_address(layer.values)
+        outputs.logits = outputs.logits[copies.to(outputs.logits.device)]
+        return outputs
+
+    def _join(self, cache: Cache) -> None:
+        """Gives every sequence a part in a cache that holds the beginning of each prompt, once.
+
+        Unconditional sequences have no past: theirs is a copy of the conditional one that their masks hide, but for the
+        few tokens of their own, which then all sequences read once more.
+        """
+        copies = self.generation_config.num_return_sequences or 1
+        sources = torch.arange(self.num_pictures, device=self.ids.device) // copies
+        cache.reorder_cache(sources.repeat(len(self.ids) // self.num_pictures))
+        if self.guidance is not None:
+            mask = self.kwargs.get("attention_mask")
+            own = self.prompt_length if mask is None else int(mask[self.num_pictures :].sum(1).max())
+            cache.crop(min(0, self.prompt_length - own - cache.get_seq_length()))
+
+    def inputs(self) -> dict[str, Any]:
+        """The arguments of the forward of one more code."""
         length = 1 if self.kwargs["use_cache"] else None
         return self.model.prepare_inputs_for_generation(self.ids, next_sequence_length=length, **self.kwargs)
 
-    def drop_unconditional(self) -> None:
-        conditional = slice(self.num_pictures)
-        self.kwargs = _select_rows(self.kwargs, len(self.ids), conditional)
-        self.ids, self.guidance = self.ids[conditional], None
-        if self.cache is not None:
-            self.cache.reorder_cache(torch.arange(self.num_pictures, device=self.ids.device))
-            _mark_static(self.cache)
-
-    def append(self, new_ids: torch.LongTensor, outputs: ModelOutput) -> None:
-        """Takes in the new ids, `(B, 1)`."""
+    def append(self, codes: torch.LongTensor, outputs: ModelOutput) -> None:
+        """Takes in the codes of one more position, `(B, 1)`."""
         self.kwargs = self.model._update_model_kwargs_for_generation(outputs, self.kwargs)
-        self.ids = torch.cat([self.ids, new_ids.repeat(len(self.ids) // self.num_pictures, 1)], dim=1)
+        new_ids = self.to_ids(codes).repeat(len(self.ids) // self.num_pictures, 1)
+        self.ids = torch.cat([self.ids, new_ids], dim=1)
+
+    def show(self, codes: torch.LongTensor) -> None:
+        """Hands the codes of further positions, `(B, n)`, to the streamer."""
+        if self.streamer is not None:
+            put_codes(self.streamer, codes, self.layout)
 
     def step_function(self, may_compile: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor, ModelOutput]]:
         """[`image_step`], compiled where transformers would compile a forward."""
         base = self.model.config.get_text_config().model_type
-        if not may_compile or base in _NOT_COMPILABLE:
+        if self.processors_see_ids or not may_compile or base in _NOT_COMPILABLE:
             return image_step
-        if not self.model._valid_auto_compile_criteria(self.prompt_kwargs, self.generation_config):
+        if not self.model._valid_auto_compile_criteria(self.kwargs, self.generation_config):
             return image_step
         config = self.generation_config.compile_config or self.model._default_compile_config()
         return functools.partial(_compiled_or_plain_step, torch.compile(image_step, **config.to_dict()), base)
+
+
+def sample_codes(sequences: ImageSequences) -> GenerateDecoderOnlyOutput | torch.LongTensor:
+    """Draws the codes of all pictures, one position after the other.
+
+    With a static cache on an accelerator everything from the forward to the draw is compiled into one graph.
+
+    Args:
+        sequences ([`ImageSequences`]): Of the pictures.
+
+    Returns:
+        Codes `(B, n)`, or a `GenerateDecoderOnlyOutput` with them as `sequences`.
+    """
+    config = sequences.generation_config
+    recorded: dict[str, list[Any]] = {
+        name: []
+        for name in ("scores", "logits", "attentions", "hidden_states")
+        if config.return_dict_in_generate and getattr(config, f"output_{name}")
+    }
+    step = sequences.step_function(may_compile=not recorded)
+    guided = sequences.guidance, sequences.logits_processor
+    drawn: list[torch.LongTensor] = []
+
+    for noise in sequences.noise():
+        seen_ids = sequences.picture_ids if sequences.processors_see_ids else None
+        if not drawn:
+            outputs = sequences.start()
+            codes, scores = draw_codes(outputs.logits[:, -1:], seen_ids, *guided, noise)
+        else:
+            codes, scores, outputs = step(sequences.model, sequences.inputs(), seen_ids, *guided, noise)
+        drawn.append(codes)
+        sequences.append(codes, outputs)
+        sequences.show(codes)
+        for name, values in recorded.items():
+            values.append(scores[:, 0] if name == "scores" else outputs[name])
+        # Freed before the next forward, or two sets of outputs would be alive at once.
+        del outputs
+        if sequences.criteria and sequences.criteria(sequences.picture_ids, scores[:, 0]).all():
+            break
+
+    codes = torch.cat(drawn, dim=1)
+    if not config.return_dict_in_generate:
+        return codes
+    if "logits" in recorded:
+        recorded["logits"] = [logits[:, -1].float() for logits in recorded["logits"]]
+    return GenerateDecoderOnlyOutput(
+        sequences=codes, past_key_values=sequences.cache, **{name: tuple(values) for name, values in recorded.items()}
+    )
 
 
 def image_step(
@@ -281,51 +285,13 @@ def gumbel_noise(
     return -torch.log(-torch.log(uniform))
 
 
-def without_max_length(stopping_criteria: StoppingCriteriaList) -> StoppingCriteriaList:
-    """The criteria that are worth asking: a picture's length is fixed, and asking makes an accelerator wait."""
-    return StoppingCriteriaList(one for one in stopping_criteria if not isinstance(one, MaxLengthCriteria))
-
-
-def _shared_prefill(
-    model: LiquidForCausalLM,
-    input_ids: torch.LongTensor,
-    generation_config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-) -> ModelOutput:
-    """The first forward, of shape `(R, L)`. Rows with equal ids and masks run once and get copies of their cache."""
-    mask = model_kwargs.get("attention_mask")
-    rows = torch.cat([input_ids, torch.ones_like(input_ids) if mask is None else mask], dim=1).tolist()
-    distinct = {tuple(row): index for index, row in reversed(list(enumerate(rows)))}
-    firsts = sorted(distinct.values())
-    cache = model_kwargs.get(model.model._cache_argument)
-    records_rows = generation_config.return_dict_in_generate and (
-        generation_config.output_attentions or generation_config.output_hidden_states
-    )
-    if len(firsts) == len(rows) or cache is None or getattr(cache, "_is_user_defined", False) or records_rows:
-        return model._prefill(input_ids, generation_config, model_kwargs)
-
-    first_kwargs = _select_rows(model_kwargs, len(rows), firsts)
-    outputs = model._prefill(input_ids[firsts], generation_config, first_kwargs)
-    copies = torch.tensor([firsts.index(distinct[tuple(row)]) for row in rows], device=input_ids.device)
-    cache.reorder_cache(copies)
-    _mark_static(cache)
-    outputs.logits = outputs.logits[copies.to(outputs.logits.device)]
-    return outputs
-
-
-def _select_rows(model_kwargs: dict[str, Any], num_rows: int, rows: slice | list[int]) -> dict[str, Any]:
-    return {
-        name: value[rows] if isinstance(value, torch.Tensor) and value.ndim and len(value) == num_rows else value
-        for name, value in model_kwargs.items()
-    }
-
-
-def _mark_static(cache: Cache) -> None:
-    """Tells the compiler again that a static cache stays where it is, after its rows were copied."""
-    for layer in cache.layers:
-        if isinstance(layer, StaticLayer) and layer.is_initialized:
-            torch._dynamo.mark_static_address(layer.keys)
-            torch._dynamo.mark_static_address(layer.values)
+def put_codes(streamer: BaseStreamer, codes: torch.LongTensor, layout: ImageLayout) -> None:
+    """Hands new codes `(B, n)` to a streamer: one of codes has a `put_codes`, to others they are ids `(B,)` by position."""
+    if hasattr(streamer, "put_codes"):
+        streamer.put_codes(codes)
+    else:
+        for ids in layout.codes_to_ids(codes.cpu(), trusted=True).T:
+            streamer.put(ids)
 
 
 def _compiled_or_plain_step(
@@ -342,7 +308,3 @@ def _compiled_or_plain_step(
                 f"{reason}). Pass `disable_compile=True` to leave the attempt out."
             )
     return image_step(*args)
-
-
-def _is_recorded(name: str, generation_config: GenerationConfig) -> bool:
-    return bool(generation_config.return_dict_in_generate and getattr(generation_config, f"output_{name}"))

@@ -49,12 +49,18 @@ def partial_pictures(
             f"A picture of {rows} x {columns} codes needs image ids of shape (batch, 1 ... {rows * columns}), got "
             f"{tuple(image_tokens.shape)}. Pass the height and width that it is drawn with."
         )
-    position = torch.arange(rows * columns, device=image_tokens.device)
+    return _partial_pictures(model, model.config.ids_to_codes(image_tokens), rows, columns)
+
+
+def _partial_pictures(model: LiquidForCausalLM, codes: torch.LongTensor, rows: int, columns: int) -> list[Image.Image]:
+    """Of the first n codes `(B, n)` of grids of `rows` x `columns`."""
+    number = codes.shape[1]
+    position = torch.arange(rows * columns, device=codes.device)
     last_above = number - 1 - (number - 1 - position) % columns
     last_above = last_above.where(last_above >= 0, number - 1)
     is_drawn = position < number
-    filled = image_tokens[:, position.where(is_drawn, last_above)]
-    pixel_values = model.decode_image_tokens(filled, height=height, width=width).float().cpu()
+    filled = codes[:, position.where(is_drawn, last_above)]
+    pixel_values = model.decode_codes(filled.view(-1, rows, columns)).float().cpu()
 
     factor = model.config.downsample_factor
     is_blank = ~is_drawn.cpu().view(rows, columns).repeat_interleave(factor, 0).repeat_interleave(factor, 1)
@@ -82,41 +88,46 @@ class ImageStreamer(BaseStreamer):
     def __init__(
         self, model: LiquidForCausalLM, every: int | None = None, height: int | None = None, width: int | None = None
     ) -> None:
-        rows, columns = model.config.grid(height, width)
-        every = columns if every is None else every
+        self.grid = model.config.grid(height, width)
+        every = self.grid[1] if every is None else every
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number of codes, at least 1, got {every!r}.")
-        self.model, self.every, self.height, self.width = model, every, height, width
-        self.num_codes = rows * columns
+        self.model, self.every = model, every
+        self.num_codes = self.grid[0] * self.grid[1]
         self.reset()
 
     def reset(self) -> None:
         """Makes the streamer as new, for another `generate`; also after one that failed."""
-        self.image_tokens: list[torch.LongTensor] = []
+        self.codes: list[torch.LongTensor] = []
         self.next_tokens_are_prompt = True
         self.has_ended = False
 
     def put(self, value: torch.LongTensor) -> None:
-        """Receives the prompts `(B, L)` first, then one id of each picture `(B,)` at a time."""
+        """Receives the prompts `(B, L)` first, then one id of each picture `(B,)` at a time, or `put_codes` does."""
         if self.has_ended or (value.ndim == 2 and not self.next_tokens_are_prompt):
             raise ValueError("A streamer follows one call of generate: call its reset() before the next one.")
         if self.next_tokens_are_prompt:
             self.next_tokens_are_prompt = False
             return
-        self.image_tokens.append(value)
-        number = len(self.image_tokens)
-        if number > self.num_codes:
-            raise ValueError(
-                f"More codes were drawn than the {self.num_codes} of the streamer's pictures: give it the height and "
-                "width that generate has."
-            )
-        if number % self.every == 0 and number < self.num_codes:
-            self.on_finalized_images(self._pictures(), number)
+        self.put_codes(self.model.config.ids_to_codes(value)[:, None])
+
+    def put_codes(self, codes: torch.LongTensor) -> None:
+        """Receives the codes of one or more further positions, `(B, n)`."""
+        for one in codes.split(1, dim=1):
+            self.codes.append(one)
+            number = len(self.codes)
+            if number > self.num_codes:
+                raise ValueError(
+                    f"More codes were drawn than the {self.num_codes} of the streamer's pictures: give it the height "
+                    "and width that generate has."
+                )
+            if number % self.every == 0 and number < self.num_codes:
+                self.on_finalized_images(self._pictures(), number)
 
     def end(self) -> None:
         """Hands out the finished pictures."""
         self.has_ended = True
-        self.on_finalized_images(self._pictures(), len(self.image_tokens), stream_end=True)
+        self.on_finalized_images(self._pictures(), len(self.codes), stream_end=True)
 
     def on_finalized_images(self, images: list[Image.Image], num_codes: int, stream_end: bool = False) -> None:
         """Yours to write.
@@ -129,8 +140,7 @@ class ImageStreamer(BaseStreamer):
         raise NotImplementedError
 
     def _pictures(self) -> list[Image.Image]:
-        image_tokens = torch.stack(self.image_tokens, dim=1)
-        return partial_pictures(self.model, image_tokens, height=self.height, width=self.width)
+        return _partial_pictures(self.model, torch.cat(self.codes, dim=1), *self.grid)
 
 
 class ImageIteratorStreamer(ImageStreamer):

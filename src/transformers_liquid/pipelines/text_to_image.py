@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 from transformers.utils import logging
 
 from ..checkpoints import EMOJI_CHECKPOINT
-from ..generation.image_generation import GuidanceLogitsProcessor, check_context
+from ..generation.image_generation import check_context
+from ..generation.sampling import put_codes
+from ..generation.settings import ImageGenerationConfig
 from ..models.liquid.configuration_liquid import LiquidConfig
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
@@ -175,14 +178,22 @@ class LiquidImageGenerationPipeline(Pipeline):
         if kwargs.get("batch_size") is None:
             kwargs["batch_size"] = self._batch_size
         preprocess_params, forward_params, postprocess_params = self._sanitize_parameters(**kwargs)
-        batches = self.preprocess(prompt, **{**self._preprocess_params, **preprocess_params})
+        # All settings in full, and the other arguments of `generate`
         forward_params = {**self._forward_params, **forward_params}
+        settings, forward_params = ImageGenerationConfig.from_call(
+            self.model.generation_config, forward_params.pop("generation_config", None), forward_params
+        )
+        num_codes = settings.num_codes(self.model.config)
+        settings.window(num_codes)
+        size = {"height": settings.height, "width": settings.width}
+        batches = self.preprocess(prompt, **{**self._preprocess_params, **preprocess_params, **size})
         if "streamer" in forward_params and len(batches) > 1:
             raise ValueError(
                 f"A streamer follows one batch, but these are {len(batches)}: pass a batch_size of at least the number "
                 "of pictures, or draw them in several calls."
             )
-        return self._draw(batches, forward_params, {**self._postprocess_params, **postprocess_params})
+        postprocess_params = {**self._postprocess_params, **postprocess_params}
+        return self._draw(batches, num_codes, forward_params | settings.to_dict(), postprocess_params)
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
@@ -191,17 +202,10 @@ class LiquidImageGenerationPipeline(Pipeline):
                 raise ValueError(f"The pipeline takes no {name}: {instead}.")
         if kwargs.get("output_type", "pil") not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {kwargs['output_type']!r}.")
-        if "guidance_scale" in kwargs or "guidance_min_p" in kwargs:
-            # What it raises is raised now.
-            GuidanceLogitsProcessor(kwargs.get("guidance_scale", 1.0), kwargs.get("guidance_min_p"))
-        if not 0 < kwargs.get("top_p", 1.0) <= 1:
-            # transformers leaves the filter out above 1.
-            raise ValueError(f"top_p must be in (0, 1], got {kwargs['top_p']}.")
         postprocess = {"output_type": kwargs.pop("output_type")} if "output_type" in kwargs else {}
-        size = {name: kwargs[name] for name in ("height", "width") if name in kwargs}
         only_before = ("negative_prompt", "num_images_per_prompt", "seed", "generator", "batch_size")
         preprocess = {name: kwargs.pop(name) for name in only_before if name in kwargs}
-        return preprocess | size, kwargs, postprocess
+        return preprocess, kwargs, postprocess
 
     def preprocess(
         self,
@@ -217,9 +221,10 @@ class LiquidImageGenerationPipeline(Pipeline):
         """Checks everything and makes the inputs of `generate` for each batch of pictures, and their `indices`."""
         # 1. Checks
         prompts = self.processor.check_texts(prompt, "prompt")
-        _check_count("num_images_per_prompt", num_images_per_prompt)
-        _check_count("batch_size", batch_size)
-        rows, columns = self.model.config.grid(height, width)
+        for name, value in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        num_codes = self.model.config.image_layout.num_codes(height, width)
 
         # 2. One source of randomness per picture
         number = len(prompts) * num_images_per_prompt
@@ -234,10 +239,9 @@ class LiquidImageGenerationPipeline(Pipeline):
             width=width,
             return_tensors="pt",
         )
-        masks = [inputs["attention_mask"], inputs["negative_prompt_attention_mask"]]
-        lengths = torch.stack([mask.sum(1) for mask in masks]).amax(0).tolist()
-        for name in ("input_ids", "negative_prompt_ids"):
-            check_context(self.model, inputs[name], rows * columns)
+        pairs = ("input_ids", "attention_mask"), ("negative_prompt_ids", "negative_prompt_attention_mask")
+        lengths = torch.stack([inputs[mask].sum(1) for _, mask in pairs]).amax(0).tolist()
+        check_context(self.model.config, max(lengths), num_codes)
 
         # 4. Batches: the longest prompts first, since what does not fit into memory should fail at once
         order = list(range(number))
@@ -246,44 +250,39 @@ class LiquidImageGenerationPipeline(Pipeline):
         batches = []
         for start in range(0, number, batch_size):
             indices = order[start : start + batch_size]
-            batch = _rows_without_pads(inputs, [index // num_images_per_prompt for index in indices])
-            batch["generator"] = (
-                [generators[index] for index in indices] if isinstance(generators, list) else generators
-            )
-            batches.append({"indices": indices, **batch})
+            chosen = [index // num_images_per_prompt for index in indices]
+            batch = {"indices": indices, "generator": generators}
+            if isinstance(generators, list):
+                batch["generator"] = [generators[index] for index in indices]
+            for ids, mask in pairs:
+                # Without the pads that only longer prompts need.
+                length = int(inputs[mask][chosen].sum(1).max())
+                batch |= {name: inputs[name][chosen, -length:] for name in (ids, mask)}
+            batches.append(batch)
         return batches
 
     def _draw(
-        self, batches: list[dict[str, Any]], forward_params: dict[str, Any], postprocess_params: dict[str, Any]
+        self,
+        batches: list[dict[str, Any]],
+        num_codes: int,
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
     ) -> Iterator[tuple[int, Any]]:
         show = forward_params.pop("progress_bar", True)
-        rows, columns = self.model.config.grid(forward_params.get("height"), forward_params.get("width"))
-        total = rows * columns * sum(len(batch["indices"]) for batch in batches)
+        total = num_codes * sum(len(batch["indices"]) for batch in batches)
         with self.progress_bar(total=total, disable=not show) as bar:
+            watched = {"pipe": self, "bar": bar, "num_codes": num_codes}
+            watched |= {name: forward_params.pop(name, None) for name in ("callback_on_step_end", "streamer")}
             for batch in batches:
-                pixel_values = self.forward(batch, bar=bar, **forward_params)
+                pixel_values = self.forward(batch, streamer=_Watcher(**watched), **forward_params)
                 yield from zip(batch["indices"], self.postprocess(pixel_values, **postprocess_params), strict=True)
 
-    def _forward(
-        self,
-        batch: dict[str, Any],
-        bar: Any,
-        height: int | None = None,
-        width: int | None = None,
-        callback_on_step_end: Callable[..., Any] | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        **generate_kwargs: Any,
-    ) -> torch.Tensor:
+    def _forward(self, batch: dict[str, Any], **generate_kwargs: Any) -> torch.Tensor:
         """Draws a batch; pixel values (B, 3, H, W) in [-1, 1]."""
-        rows, columns = self.model.config.grid(height, width)
-        on_step_end = _OnStepEnd(self, rows * columns, bar, callback_on_step_end)
-        ids = self.model.generate(
-            **{name: value for name, value in batch.items() if name != "indices"},
-            generation_mode="image",
-            stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), on_step_end]),
-            **generate_kwargs,
-        )
-        return self.model.decode_image_tokens(ids, height=height, width=width).float()
+        inputs = {name: value for name, value in batch.items() if name != "indices"}
+        ids = self.model.generate(**inputs, generation_mode="image", **generate_kwargs)
+        size = {name: generate_kwargs.get(name) for name in ("height", "width")}
+        return self.model.decode_image_tokens(ids, **size).float()
 
     def postprocess(self, pixel_values: torch.Tensor, output_type: str = "pil") -> Any:
         """Pixel values to pictures."""
@@ -309,28 +308,39 @@ class LiquidImageGenerationPipeline(Pipeline):
         self.processor.save_pretrained(save_directory)
 
 
-class _OnStepEnd(StoppingCriteria):
-    """Moves the bar and calls the callback; never stops. A step can add several codes."""
+class _Watcher(BaseStreamer):
+    """Moves the bar, calls the callback and feeds the user's streamer. A step can add several codes."""
 
     def __init__(
-        self, pipe: LiquidImageGenerationPipeline, num_codes: int, bar: Any, callback: Callable[..., Any] | None
+        self,
+        pipe: LiquidImageGenerationPipeline,
+        bar: Any,
+        num_codes: int,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        streamer: BaseStreamer | None = None,
     ) -> None:
-        self.pipe, self.num_codes, self.bar, self.callback = pipe, num_codes, bar, callback
-        self.prompt_length: int | None = None
-        self.num_drawn = 0
+        self.pipe, self.bar, self.num_codes = pipe, bar, num_codes
+        self.callback, self.streamer = callback_on_step_end, streamer
+        self.codes: list[torch.LongTensor] = []
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.BoolTensor:
-        if self.prompt_length is None:
-            # Up to the begin-of-image token, with the pads that guidance may have added.
-            is_boi = input_ids[0] == self.pipe.model.config.boi_token_id
-            self.prompt_length = int(is_boi.nonzero()[-1]) + 1
-        image_tokens = input_ids[:, self.prompt_length :]
-        batch_size, num_drawn = image_tokens.shape
-        self.bar.update(batch_size * (num_drawn - self.num_drawn))
-        self.num_drawn = num_drawn
+    def put(self, value: torch.LongTensor) -> None:
+        if self.streamer is not None:
+            self.streamer.put(value)
+
+    def put_codes(self, codes: torch.LongTensor) -> None:
+        self.bar.update(codes.numel())
+        layout = self.pipe.model.config.image_layout
+        if self.streamer is not None:
+            put_codes(self.streamer, codes, layout)
         if self.callback is not None:
-            self.callback(self.pipe, num_drawn - 1, self.num_codes - num_drawn, {"image_tokens": image_tokens})
-        return torch.zeros(batch_size, dtype=torch.bool, device=input_ids.device)
+            self.codes.append(codes)
+            ids = layout.codes_to_ids(torch.cat(self.codes, dim=1), trusted=True)
+            left = self.num_codes - ids.shape[1]
+            self.callback(self.pipe, ids.shape[1] - 1, left, {"image_tokens": ids})
+
+    def end(self) -> None:
+        if self.streamer is not None:
+            self.streamer.end()
 
 
 # Arguments of `generate()` that would change what comes back.
@@ -339,23 +349,6 @@ _NOT_HERE = {
     "return_dict_in_generate": "it returns pictures; call model.generate() for scores and states",
     "generation_mode": "it always draws",
 }
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-
-
-def _rows_without_pads(inputs: BatchFeature, rows: list[int]) -> dict[str, Any]:
-    """Some rows of what the processor made, left-padded to the longest of them."""
-    batch = dict(inputs)
-    for ids, mask in (
-        ("input_ids", "attention_mask"),
-        ("negative_prompt_ids", "negative_prompt_attention_mask"),
-    ):
-        length = int(inputs[mask][rows].sum(1).max())
-        batch |= {name: inputs[name][rows, -length:] for name in (ids, mask)}
-    return batch
 
 
 def _generators(

@@ -6,7 +6,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from ...generation.image_generation import DEFAULT_IMAGE_GENERATION_CONFIG
+from ...generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ stays its own. Images exist only as token ids: nothing here but the codec knows 
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -27,11 +28,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ...codecs.vq_model import LiquidVQModel
-from ...generation.image_generation import (
-    DEFAULT_IMAGE_GENERATION_CONFIG,
-    SuppressImageTokensLogitsProcessor,
-    generate_image_tokens,
-)
+from ...generation.guidance import SuppressImageTokensLogitsProcessor
+from ...generation.image_generation import generate_image_tokens
+from ...generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 from ...ops.chunked_loss import LiquidCausalLMOutputWithPast, chunked_causal_lm_loss, image_targets, next_labels
 from ...ops.few_rows_linear import few_rows_view
 from ...ops.views import StandIn, is_plain_linear, shallow_copy
@@ -266,10 +265,25 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         # What a state space model cannot do (assisted generation) or compile, its wrapper cannot either.
         self._is_stateful = self.model.text_model._is_stateful
         self._can_compile_fullgraph = self.model.text_model._can_compile_fullgraph
-        # transformers drops custom entries from a generation config that says it was derived from a model config.
-        self.generation_config._from_model_config = False
-        self.generation_config.image_generation_config = dict(DEFAULT_IMAGE_GENERATION_CONFIG)
         self.post_init()
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """Settings of text, and in `image_generation_config` those of pictures, which outlive a config without any."""
+        return self.__dict__.get("_generation_config")
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig | None) -> None:
+        if config is not None and getattr(config, "image_generation_config", None) is None:
+            config = copy.copy(config)
+            config.image_generation_config = dict(
+                DEFAULT_IMAGE_GENERATION_CONFIG
+                if self.generation_config is None
+                else self.generation_config.image_generation_config
+            )
+            # transformers drops custom entries from a generation config that says it was derived from a model config.
+            config._from_model_config = False
+        self.__dict__["_generation_config"] = config
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -411,7 +425,11 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
                 f"A picture of {rows} x {columns} codes needs {rows * columns} image ids, got "
                 f"{image_tokens.shape[-1]}. Pass the height and width that the ids were generated with."
             )
-        codes = self.config.ids_to_codes(image_tokens).view(-1, rows, columns)
+        return self.decode_codes(self.config.ids_to_codes(image_tokens).view(-1, rows, columns), dtype=dtype)
+
+    @torch.no_grad()
+    def decode_codes(self, codes: torch.LongTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Turns codes `(B, rows, columns)` into pictures `(B, 3, H, W)` in [-1, 1]."""
         return self.model.vq_model.decode_codes(codes.to(self.model.vq_model.device), dtype=dtype).clamp(-1, 1)
 
     @torch.no_grad()
@@ -438,7 +456,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             generation_config (`GenerationConfig`, *optional*): Defaults to the model's; in image mode to its
                 `image_generation_config`.
             logits_processor (`LogitsProcessorList`, *optional*): Yours. In image mode they see scores of shape
-                `(B, codebook_size)`, one column per code, after guidance.
+                `(B, codebook_size)`, one for each code, after guidance.
             stopping_criteria (`StoppingCriteriaList`, *optional*): Yours.
             streamer (`BaseStreamer`, *optional*): Receives ids as they are drawn.
             generation_mode (`"text"` or `"image"`, defaults to `"text"`): What to generate.
@@ -453,11 +471,10 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             suppress_image_tokens (`bool`, defaults to `True`): Text mode: never emit an image id or one of the four
                 image specials.
             kwargs: As in transformers' `generate`: `input_ids`, `attention_mask`, `negative_prompt_ids`,
-                `negative_prompt_attention_mask`, `guidance_scale`, `temperature`, `top_k`, ... Image mode knows two
+                `negative_prompt_attention_mask`, `guidance_scale`, `temperature`, `top_k`, ... Image mode knows one
                 more. `speculative` (`bool` or `int`): draws several codes per forward; the pictures are the same
-                ([`speculative_liquid`]). `True`, or the number of codes in a forward. `guidance_interval`
-                (`tuple[float, float]`): guidance acts only on this part of the codes, such as `(0.0, 0.75)`, and the
-                unconditional rows run only there. It changes what is drawn.
+                ([`generation.speculative`]). `True`, or the number of codes in a forward. All settings of a picture
+                are those of [`generation.settings.ImageGenerationConfig`].
 
         Returns:
             Text mode: as in transformers (prompts and continuations). Image mode: `torch.LongTensor` of shape
@@ -478,23 +495,19 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         elif input_ids is not None and (input_ids == self.config.image_token_id).any():
             raise ValueError("The prompts hold image placeholders, but no pixel_values were given.")
 
+        image_only = {"height": height, "width": width, "guidance_min_p": guidance_min_p, "generator": generator}
+        given = {name: value for name, value in image_only.items() if value is not None}
         if generation_mode == "image":
             return generate_image_tokens(
                 self,
                 input_ids,
-                height=height,
-                width=width,
-                guidance_min_p=guidance_min_p,
-                generator=generator,
                 generation_config=generation_config,
                 logits_processor=logits_processor,
                 stopping_criteria=stopping_criteria,
                 streamer=streamer,
+                **given,
                 **kwargs,
             )
-
-        image_only = {"height": height, "width": width, "guidance_min_p": guidance_min_p, "generator": generator}
-        given = [name for name, value in image_only.items() if value is not None]
         if given:
             raise ValueError(f'{", ".join(given)} only make sense with generation_mode="image".')
         if suppress_image_tokens:
@@ -552,13 +565,8 @@ def assemble(config: LiquidConfig, base_model: PreTrainedModel, codec: LiquidVQM
     model.model.vq_model = codec.to(base_model.device).float().requires_grad_(False)
     # One object: what resizing writes to the one must be read from the other.
     config.text_config = base_model.config
-    # The base's settings for text, ours for images.
-    image_settings = getattr(base_model.generation_config, "image_generation_config", None)
-    default_settings = model.generation_config.image_generation_config
+    # The base's settings for text, and for images where it stores any.
     model.generation_config = base_model.generation_config
-    model.generation_config.image_generation_config = default_settings if image_settings is None else image_settings
-    # Else transformers drops the image settings when it loads them.
-    model.generation_config._from_model_config = False
     # What transformers and accelerate noted on the base about devices and quantization holds for the whole.
     if (device_map := getattr(base_model, "hf_device_map", None)) is not None:
         model.hf_device_map = {

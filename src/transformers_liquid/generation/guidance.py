@@ -1,0 +1,91 @@
+"""Logits processors: what restricts the next token to codes or to text, and guidance."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import LogitsProcessor
+
+from .settings import ImageGenerationConfig
+
+
+if TYPE_CHECKING:
+    from ..models.liquid.configuration_liquid import LiquidConfig
+
+
+class ImageTokenLogitsProcessor(LogitsProcessor):
+    """Restricts the next token to image ids; for stock `generate()` calls.
+
+    Args:
+        config (`LiquidConfig`): Says where the image ids lie.
+    """
+
+    def __init__(self, config: LiquidConfig) -> None:
+        self.image_slice = config.image_slice
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        restricted = torch.full_like(scores, -torch.inf)
+        restricted[:, self.image_slice] = scores[:, self.image_slice]
+        return restricted
+
+
+class SuppressImageTokensLogitsProcessor(LogitsProcessor):
+    """Keeps image ids and the four image specials out of text.
+
+    Args:
+        config (`LiquidConfig`): Says where they lie.
+    """
+
+    def __init__(self, config: LiquidConfig) -> None:
+        self.image_slice = config.image_slice
+        self.specials = config.special_image_token_ids
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores = scores.clone()
+        scores[:, self.image_slice] = -torch.inf
+        scores[:, self.specials] = -torch.inf
+        return scores
+
+
+class GuidanceLogitsProcessor(LogitsProcessor):
+    """Classifier-free guidance in one batch: conditional sequences, then as many unconditional ones.
+
+    Both halves of what it returns are the guided scores `u + guidance_scale * (c - u)`, so that in a stock greedy
+    `generate()` call both sequences of a pair get the same token. (When sampling, stock `generate()` draws for each
+    sequence apart; `generate(generation_mode="image")` draws once for both.) With `guidance_min_p`, put it after
+    restrictions such as [`ImageTokenLogitsProcessor`], so that the best token is an allowed one; else the order does not
+    matter.
+
+    Args:
+        guidance_scale (`float`): 1 follows the prompt alone, more follows it more strongly.
+        guidance_min_p (`float`, *optional*): Choose only among tokens that the conditional sequence gives at least this
+            fraction of its best token's probability. Guidance amplifies tokens that neither sequence supports; this
+            leaves them out.
+
+    Raises:
+        ValueError: If `guidance_scale` is below 1 or not finite, or `guidance_min_p` not in (0, 1].
+    """
+
+    def __init__(self, guidance_scale: float, guidance_min_p: float | None = None) -> None:
+        ImageGenerationConfig(guidance_scale=guidance_scale, guidance_min_p=guidance_min_p)
+        self.guidance_scale = guidance_scale
+        self.log_min_p = None if guidance_min_p is None else math.log(guidance_min_p)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if len(scores) % 2:
+            raise ValueError(
+                f"Guidance needs conditional and unconditional sequences in equal number, got {len(scores)} sequences."
+            )
+        return self.guide(scores).repeat(2, 1)
+
+    def guide(self, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """The guided scores of every pair, once: `(2 B, vocabulary)` to `(B, vocabulary)`."""
+        conditional, unconditional = scores.chunk(2)
+        guided = torch.lerp(unconditional, conditional, self.guidance_scale)
+        # What is forbidden on both sides stays forbidden: -inf minus -inf would be NaN.
+        excluded = conditional == -torch.inf
+        if self.log_min_p is not None:
+            excluded = conditional < conditional.amax(-1, keepdim=True) + self.log_min_p
+        return guided.masked_fill(excluded, -torch.inf)

@@ -1,0 +1,146 @@
+"""All settings of a picture: which there are, what they are by default, and what they may be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from transformers import GenerationConfig
+
+
+if TYPE_CHECKING:
+    from ..models.liquid.configuration_liquid import LiquidConfig
+
+
+# The reference's settings, for models whose generation_config.json has no `image_generation_config`.
+DEFAULT_IMAGE_GENERATION_CONFIG: dict[str, Any] = {
+    "guidance_scale": 7.0,
+    "do_sample": True,
+    "temperature": 0.99,
+    "top_k": 4096,
+    "top_p": 0.96,
+}
+
+# Codes per forward of `speculative=True`: with which the embedded checkpoint is fastest on a CPU.
+DEFAULT_WINDOW = 12
+
+_OUR_SETTINGS = ("guidance_scale", "guidance_min_p", "speculative", "height", "width")
+
+# What of transformers' generation settings has a meaning for a fixed number of codes.
+_TRANSFORMERS_SETTINGS = (
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"),
+    *("renormalize_logits", "remove_invalid_values", "max_time", "num_return_sequences"),
+    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"),
+    *("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"),
+    *("compile_config", "disable_compile"),
+)
+_SETTINGS = {*_OUR_SETTINGS, *_TRANSFORMERS_SETTINGS}
+
+# Everything that is a setting of some `generate()`, and no argument of a model.
+_KNOWN = _SETTINGS | GenerationConfig._get_default_generation_params().keys() | GenerationConfig().to_dict().keys()
+
+
+@dataclass
+class ImageGenerationConfig:
+    """All settings of a picture, checked.
+
+    Args:
+        height (`int`, *optional*): In pixels; defaults to `config.image_size`.
+        width (`int`, *optional*): Likewise.
+        guidance_scale (`float`, *optional*): 1 (or `None`) follows the prompt alone, more follows it more strongly.
+        guidance_min_p (`float`, *optional*): Choose only among codes that the prompt alone gives at least this fraction
+            of its best code's probability.
+        speculative (`bool` or `int`, *optional*): Draw several codes per forward: `True`, or how many.
+        of_transformers (`dict`): Those that transformers' own `GenerationConfig` has, such as `temperature`.
+
+    Raises:
+        ValueError: If a value is none of those.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    guidance_scale: float | None = None
+    guidance_min_p: float | None = None
+    speculative: bool | int | None = None
+    of_transformers: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.guidance_scale = 1.0 if self.guidance_scale is None else self.guidance_scale
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 1):
+            raise ValueError(
+                f"guidance_scale must be a finite number >= 1 (1 is no guidance), got {self.guidance_scale}."
+            )
+        # transformers leaves its filter out above 1.
+        for name, value in (("guidance_min_p", self.guidance_min_p), ("top_p", self.of_transformers.get("top_p"))):
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {value}.")
+
+    @classmethod
+    def from_call(
+        cls, stored: GenerationConfig | None, config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> tuple[ImageGenerationConfig, dict[str, Any]]:
+        """The settings of a call: the defaults, then what the model stores, then what the caller says.
+
+        Args:
+            stored (`GenerationConfig`, *optional*): The model's; its `image_generation_config` counts.
+            config (`GenerationConfig`, *optional*): The caller's.
+            kwargs (`dict`): The caller's, and arguments of other kinds.
+
+        Returns:
+            The settings, and the arguments of other kinds.
+
+        Raises:
+            ValueError: If one has no meaning for pictures.
+        """
+        settings = DEFAULT_IMAGE_GENERATION_CONFIG | (getattr(stored, "image_generation_config", None) or {})
+        if config is not None:
+            # A config with image settings, such as the copy of the model's that pipelines pass, is about text elsewhere.
+            given = getattr(config, "image_generation_config", None) or config.to_diff_dict()
+            settings |= {name: value for name, value in given.items() if name in _SETTINGS and value is not None}
+        settings |= {name: value for name, value in kwargs.items() if name in _KNOWN}
+        # A limit for text: the stock any-to-any pipeline passes it whatever it generates.
+        settings.pop("max_new_tokens", None)
+        for name, value in settings.items():
+            if name not in _SETTINGS and value is not None:
+                raise ValueError(
+                    f"{name}={value} has no meaning for images: a picture is exactly rows x columns codes, drawn "
+                    f"greedily or by sampling. Settings for images: {', '.join((*_TRANSFORMERS_SETTINGS, *_OUR_SETTINGS))}."
+                )
+        if not settings["do_sample"]:
+            # As transformers does not: sampling settings of the repository say nothing against a greedy call.
+            settings |= dict.fromkeys(("temperature", "top_k", "top_p"))
+        ours = {name: settings.get(name) for name in _OUR_SETTINGS}
+        of_transformers = {name: settings[name] for name in _TRANSFORMERS_SETTINGS if settings.get(name) is not None}
+        other = {name: value for name, value in kwargs.items() if name not in _KNOWN}
+        return cls(**ours, of_transformers=of_transformers), other
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings that are set, in one dictionary."""
+        ours = {name: getattr(self, name) for name in _OUR_SETTINGS if getattr(self, name) is not None}
+        return ours | self.of_transformers
+
+    def num_codes(self, config: LiquidConfig) -> int:
+        """Of a picture of this size."""
+        return config.image_layout.num_codes(self.height, self.width)
+
+    def window(self, num_codes: int) -> int | None:
+        """Codes per forward of speculative decoding, or `None` for the plain loop.
+
+        Raises:
+            ValueError: If it is below 2 or above the picture, or another setting rules it out.
+        """
+        if self.speculative is None or self.speculative is False or (self.speculative is True and num_codes == 1):
+            return None
+        window = min(DEFAULT_WINDOW, num_codes) if self.speculative is True else self.speculative
+        if not isinstance(window, int) or not 2 <= window <= num_codes:
+            raise ValueError(
+                f"speculative must be True, or a window of 2 ... {num_codes} codes (the picture), got {window!r}."
+            )
+        against = ["needs the cache"] if self.of_transformers.get("use_cache") is False else []
+        # A step has these for its drafts too.
+        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+            against += [f"does not record {name}"] if self.of_transformers.get(name) else []
+        if against:
+            raise ValueError(f"Speculative decoding {against[0]}: leave out one of the two.")
+        return window
