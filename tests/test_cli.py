@@ -1,7 +1,9 @@
 """The command line: what it writes, and the one line it says on bad input."""
 
+import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -15,17 +17,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import typer
 from accelerate import PartialState
 from PIL import Image
 from tiny import EOS_ID, tiny_base, tiny_codec, tiny_model, tiny_processor, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import transformers_liquid
-from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidProcessor, cli, load_taming_codec
-from transformers_liquid.cli import main, read_metadata
+from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidProcessor, load_taming_codec
+from transformers_liquid.training.train import DataArguments, ModelArguments
+from transformers_liquid_cli import app, main, pictures
+from transformers_liquid_cli.pictures import read_metadata
 
 
-COMMANDS = ["generate", "describe", "chat", "expand", "convert", "tokenize", "info"]
+COMMANDS = ["generate", "describe", "chat", "expand", "convert", "tokenize", "info", "train"]
 TAMING_EXPRESSIBLE = {"norm_num_groups": 32, "block_out_channels": [32, 32]}
 
 
@@ -111,14 +116,14 @@ def test_a_folder_gets_files_named_after_the_prompts(checkpoint, tmp_path):
     assert names == ["0-first.png", "1-red-apple.png", "2-hundegesicht-ä.png"]
 
 
-def test_the_contact_sheet_has_a_row_for_each_prompt(checkpoint):
-    run("generate apple dog --num-images 3 --output drawn --grid sheet.png --seed 0", checkpoint)
+def test_the_sheet_has_a_row_for_each_prompt(checkpoint):
+    run("generate apple dog --num-images 3 --output drawn --sheet sheet.png --seed 0", checkpoint)
     assert Image.open("sheet.png").size == (3 * 8, 2 * 8)
     np.testing.assert_array_equal(pixels("sheet.png")[8:, 16:], pixels("drawn/5-dog.png"))
     assert [record["seed"] for record in read_metadata("sheet.png")] == list(range(6))
 
 
-def test_the_contact_sheet_of_single_pictures_is_nearly_square(checkpoint):
+def test_the_sheet_of_single_pictures_is_nearly_square_and_has_its_former_name(checkpoint):
     run("generate a b c d e --output drawn --grid sheet.png", checkpoint)
     assert Image.open("sheet.png").size == (3 * 8, 2 * 8)
     assert (pixels("sheet.png")[8:, 16:] == 255).all()
@@ -132,7 +137,6 @@ def test_the_contact_sheet_of_single_pictures_is_nearly_square(checkpoint):
         "--guidance-scale 4 --temperature 0.7 --top-k 5 --top-p 0.9 --guidance-min-p 0.01",
         "--negative-prompt=-blue --height 4 --width 12",
         "--dtype bfloat16",
-        "--speculative",
         "--speculative=4 --greedy",
     ],
 )
@@ -185,13 +189,13 @@ def test_pictures_of_finished_batches_are_kept_when_a_later_one_fails(checkpoint
 
 def test_a_preview_is_written_where_the_picture_goes(checkpoint, monkeypatch):
     seen = []
-    write = cli._write_png
+    write = pictures.save_png
 
-    def write_and_look(image, path, **kwargs):
-        write(image, path, **kwargs)
+    def write_and_look(image, path, record=None):
+        write(image, path, record)
         seen.append(pixels(path))
 
-    monkeypatch.setattr(cli, "_write_png", write_and_look)
+    monkeypatch.setattr(pictures, "save_png", write_and_look)
     assert run("generate apple --output apple.png --seed 3 --preview-every 6", checkpoint) == 0
     assert len(seen) == 3  # after 6, 12 and 16 codes
     assert (seen[0][4:] == 128).all() and not (seen[1][4:] == 128).all()
@@ -227,7 +231,7 @@ def assert_same_pictures(left, right):
 
 
 def test_pictures_of_a_file_are_named_and_seeded_by_their_lines(checkpoint, prompts, capsys):
-    assert run(FROM_FILE + " --num-images 2 --seed 5 --batch-size 3 --grid sheet.png", checkpoint) == 0
+    assert run(FROM_FILE + " --num-images 2 --seed 5 --batch-size 3 --sheet sheet.png", checkpoint) == 0
     names = ["000001-red-apple", "000002-dog", "000003-a-longer-prompt"]
     assert list(drawn()) == [f"{name}-{image}.png" for name in names for image in range(2)]
     assert [read_metadata(f"drawn/{name}")["seed"] for name in drawn()] == [5, 6, 7, 8, 9, 10]
@@ -284,7 +288,7 @@ def test_bad_lines_are_reported_with_their_numbers_and_the_rest_is_drawn(checkpo
     start = "transformers-liquid: prompts.txt, line"
     lines = captured.err.splitlines()
     assert len(lines) == 4
-    assert lines[0] == f"{start} 2 is left out: It is empty: write what the picture shows."
+    assert lines[0] == f"{start} 2 is left out: prompt 0 is empty: write what it should say."
     assert lines[1].startswith(f"{start} 3 is left out: ") and "'<boi>', which is reserved for images" in lines[1]
     assert lines[2].startswith(f"{start} 4 is left out: ") and "together more than the model's 128" in lines[2]
     assert lines[3] == "transformers-liquid: error: 3 of 5 lines of prompts.txt were left out, as said above."
@@ -308,12 +312,15 @@ def test_a_line_that_is_mended_is_drawn_as_if_it_had_always_been_good(checkpoint
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--seed 1", "000001-red-apple.png was drawn with seed=0, but now it would be seed=1."),
-        ("--height 4 --width 12", "was drawn with height=8, width=8, but now it would be height=4, width=12."),
-        ("--greedy", "was drawn with do_sample=True, temperature=0.99, top_k=12, top_p=0.96, but now it would be "),
-        ("--top-k 3", "was drawn with top_k=12, but now it would be top_k=3."),
-        ("--negative-prompt blue", "was drawn with negative_prompt=None, but now it would be negative_prompt='blue'."),
-        ("--dtype bfloat16", "was drawn with dtype='float32', but now it would be dtype='bfloat16'."),
+        ("--seed 1", "000001-red-apple.png was drawn otherwise: seed was 0 and is now 1."),
+        ("--height 4 --width 12", "was drawn otherwise: height was 8 and is now 4; width was 8 and is now 12."),
+        (
+            "--greedy",
+            "was drawn otherwise: do_sample was True and is now False; temperature was 0.99 and is now None; ",
+        ),
+        ("--top-k 3", "was drawn otherwise: top_k was 12 and is now 3."),
+        ("--negative-prompt blue", "was drawn otherwise: negative_prompt was None and is now 'blue'."),
+        ("--dtype bfloat16", "was drawn otherwise: dtype was 'float32' and is now 'bfloat16'."),
         ("--num-images 2", "000001-red-apple.png belongs to no line of the prompts file, nor to --num-images"),
     ],
 )
@@ -329,7 +336,7 @@ def test_pictures_that_were_drawn_otherwise_are_named_before_drawing(checkpoint,
 @pytest.mark.parametrize(
     "lines, message",
     [
-        (["Red apple!", "dog"], "was drawn with prompt='red apple', but now it would be prompt='Red apple!'."),
+        (["Red apple!", "dog"], "was drawn otherwise: prompt was 'red apple' and is now 'Red apple!'."),
         (["cat", "dog"], "000001-red-apple.png belongs to no line of the prompts file"),
         (["new", "red apple", "dog"], "000001-red-apple.png belongs to no line of the prompts file"),
     ],
@@ -345,7 +352,7 @@ def test_pictures_of_another_file_of_prompts_are_named_before_drawing(checkpoint
 def test_pictures_of_another_model_are_named_before_drawing(checkpoint, prompts, capsys):
     run(FROM_FILE, checkpoint)
     shutil.copytree(checkpoint, "other")
-    assert "but now it would be model='other'." in error_of(FROM_FILE, capsys, "other")
+    assert "and is now 'other'." in error_of(FROM_FILE, capsys, "other")
 
 
 def test_a_picture_that_does_not_say_how_it_was_drawn_is_named(checkpoint, prompts, picture, capsys):
@@ -360,7 +367,7 @@ def test_a_picture_that_does_not_say_how_it_was_drawn_is_named(checkpoint, promp
 def test_a_file_without_any_good_line_says_so(checkpoint, prompts, capsys):
     prompts("<boi>")
     assert run(FROM_FILE, checkpoint) == 2
-    assert "Nothing to draw: no line of prompts.txt can be drawn" in capsys.readouterr().err
+    assert "1 of 1 lines of prompts.txt were left out" in capsys.readouterr().err and not drawn()
 
 
 def environment():
@@ -370,11 +377,11 @@ def environment():
 
 def test_two_processes_draw_what_one_does(checkpoint, prompts):
     prompts("red apple", "a", "", "a longer prompt", "b", "dog", "c")
-    assert run(FROM_FILE + " --batch-size 2 --grid sheet.png", checkpoint) == 2
+    assert run(FROM_FILE + " --batch-size 2 --sheet sheet.png", checkpoint) == 2
     config = Path(__file__).parents[1] / "examples" / "accelerate" / "ddp.yaml"
     options = ["--config_file", str(config), "--num_processes", "2", "--mixed_precision", "no"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", "0"]
-    command = [*FROM_FILE.replace("drawn", "shared").split(), "--batch-size", "2", "--grid", "shared.png"]
+    command = [*FROM_FILE.replace("drawn", "shared").split(), "--batch-size", "2", "--sheet", "shared.png"]
     # One of the pictures is there already.
     Path("shared").mkdir()
     shutil.copy("drawn/000005-b.png", "shared")
@@ -404,17 +411,11 @@ def test_each_process_draws_its_share_alone(checkpoint, prompts, monkeypatch, ca
     assert captured.out == captured.err == ""
 
 
-@pytest.mark.parametrize(
-    "command, message",
-    [
-        ("generate a --output drawn", "Several processes share the lines of a file"),
-        (FROM_FILE + " --device cpu", "Each process has a device of its own: leave out --device cpu"),
-    ],
-)
-def test_what_several_processes_cannot_do_is_said_at_once(prompts, monkeypatch, capsys, command, message):
+@pytest.mark.parametrize("command", ["generate a --output drawn", FROM_FILE + " --device cpu"])
+def test_what_several_processes_cannot_do_is_said_at_once(prompts, monkeypatch, capsys, command):
     PartialState(cpu=True)
     monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
-    assert message in error_of(command, capsys)
+    assert "give --prompts-file and --output-dir, and leave out --device" in error_of(command, capsys)
 
 
 @pytest.fixture
@@ -583,24 +584,58 @@ def test_info_tells_how_a_picture_was_drawn(checkpoint, capsys):
 # Help
 
 
+@pytest.fixture(scope="module")
+def answered_at_once():
+    """What the command line says in a process of its own, and which heavy libraries that needed."""
+    questions = [["--version"], ["--help"], *([command, "--help"] for command in COMMANDS), ["draw"], ["generate"]]
+    script = (
+        "import contextlib, io, json, sys\n"
+        "from transformers_liquid_cli import main\n"
+        "answers = {}\n"
+        f"for argv in {questions}:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):\n"
+        "        code = main(argv)\n"
+        "    answers[' '.join(argv)] = [code, out.getvalue()]\n"
+        "heavy = {'torch', 'transformers', 'diffusers', 'datasets', 'transformers_liquid'} & {*sys.modules}\n"
+        "print(json.dumps([answers, [*heavy]]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
+def test_help_version_and_usage_errors_import_nothing_heavy(answered_at_once):
+    answers, heavy = answered_at_once
+    assert heavy == []
+    assert answers["--version"] == [0, f"transformers-liquid {transformers_liquid.__version__}\n"]
+    assert {code for question, (code, _) in answers.items() if "-" in question} == {0}
+    assert answers["draw"][0] == answers["generate"][0] == 2
+    for command in COMMANDS:
+        assert f"\n  {command} " in answers["--help"][1]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_shows_an_example_that_parses(command, capsys):
+def test_help_shows_an_example_that_parses(command, answered_at_once):
+    _, text = answered_at_once[0][f"{command} --help"]
+    example = text.split("Example:\n")[1].splitlines()[0]
+    program, *words = shlex.split(example)
+    assert [program, words[0]] == ["transformers-liquid", command]
+    typer.main.get_command(app).commands[command].make_context(command, words[1:])
+
+
+def test_help_of_train_names_its_own_options_before_the_trainers(answered_at_once, capsys):
+    _, text = answered_at_once[0]["train --help"]
+    for field in (*dataclasses.fields(ModelArguments), *dataclasses.fields(DataArguments)):
+        assert re.search(rf"--(no-)?{field.name.replace('_', '-')}\b", text), field.name
+    assert text.index("--datasets") < text.index("TrainingArguments")
     with pytest.raises(SystemExit) as ended:
-        main([command, "--help"])
-    assert ended.value.code == 0
-    example = capsys.readouterr().out.split("example:\n")[1].strip()
-    assert example.startswith(f"transformers-liquid {command}")
-
-    from transformers_liquid.cli import build_parser
-
-    assert build_parser().parse_args(shlex.split(example)[1:]).run.__name__ == command
+        main(["train", "--help-all"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and text.index("--datasets") < text.index("--warmup_steps")
 
 
-def test_the_embedded_checkpoint_is_the_default():
-    from transformers_liquid.cli import build_parser
-
-    for command in ("generate a", "describe a.png", "chat", "info"):
-        assert build_parser().parse_args(command.split()).model == EMOJI_CHECKPOINT
+def test_the_embedded_checkpoint_is_the_default(monkeypatch, capsys):
+    assert main(["info"]) == 0
+    assert EMOJI_CHECKPOINT in capsys.readouterr().out
 
 
 # Bad input
@@ -609,47 +644,45 @@ def test_the_embedded_checkpoint_is_the_default():
 @pytest.mark.parametrize(
     "command, message",
     [
-        ("", "required: COMMAND (see `transformers-liquid --help`)"),
-        ("draw", "invalid choice: 'draw'"),
+        ("", "Missing command. (see `transformers-liquid --help`)"),
+        ("draw", "No such command 'draw'"),
         ("generate", "Nothing to draw: give a PROMPT, or --prompts-file"),
-        ("generate ''", "Prompt 0 is empty"),
-        ("generate a '  '", "Prompt 1 is empty"),
         ("generate --prompts-file none.txt", "No such file or directory: 'none.txt'"),
-        ("generate --prompts-file empty.txt", "Nothing to draw"),
-        ("generate --prompts-file picture.png", "picture.png is no text in UTF-8"),
-        ("generate a --output-dir new", "give --prompts-file, and no PROMPT beside it"),
-        ("generate a --prompts-file empty.txt --output-dir new", "give --prompts-file, and no PROMPT beside it"),
         ("generate --prompts-file empty.txt --output-dir new", "Nothing to draw"),
-        ("generate --prompts-file f --output-dir new --output a.png", "not allowed with argument --output-dir"),
+        ("generate --prompts-file picture.png", "picture.png is no text in UTF-8"),
+        (
+            "generate a --prompts-file empty.txt --output-dir new",
+            "give --prompts-file, and neither PROMPT nor --output",
+        ),
+        (
+            "generate --prompts-file f.txt --output-dir new --output a.png",
+            "give --prompts-file, and neither PROMPT nor",
+        ),
         ("generate a b --preview-every 3", "--preview-every is for a single picture"),
-        ("generate a --num-images 2 --preview-every 3", "--preview-every is for a single picture"),
         ("generate a --output new --preview-every 3", "--preview-every is for a single picture"),
-        ("generate a --preview-every 0", "--preview-every: must be at least 1, got 0"),
-        ("generate a --speculative x", "--speculative: invalid int value: 'x'"),
-        ("generate a --num-images 0", "--num-images: must be at least 1, got 0"),
-        ("generate a --seed=-1", "--seed: must be in 0 ... 2**32 - 1, got -1"),
-        ("generate a --seed x", "--seed: invalid _seed value: 'x'"),
-        ("generate a --dtype int8", "--dtype: invalid choice: 'int8'"),
+        ("generate a --preview-every 0", "'--preview-every': Input should be greater than or equal to 1"),
+        ("generate a --speculative x", "'--speculative': Input should be a valid integer"),
+        ("generate a --seed=-1", "'--seed': Input should be greater than or equal to 0"),
+        ("generate a --dtype int8", "'--dtype': Value error, 'int8' is not one of 'auto', 'float32'"),
         ("generate a --device tpu9", "--device tpu9 cannot be used here"),
-        ("generate a --greedy --top-k 3", "--greedy draws nothing by chance: leave out --top-k"),
+        ("generate a --greedy --top-k 3", "--greedy draws nothing by chance: leave out --temperature, --top-k"),
         ("generate a --output a.jpg", "expected a path that ends with .png or a folder, got a.jpg"),
-        ("generate a --grid sheet", "expected a path that ends with .png or a folder, got sheet"),
-        ("generate a --output picture.png/a.png", "Cannot write to picture.png/a.png"),
-        ("generate a --output /proc/none/a.png", "Cannot write to /proc/none/a.png"),
+        ("generate a --sheet sheet", "expected a path that ends with .png or a folder, got sheet"),
+        ("generate a --output picture.png/a.png", "File exists: 'picture.png'"),
+        ("generate a --output /proc/none/a.png", "No such file or directory: '/proc/none'"),
         ("generate a --model none/at/all", "none/at/all"),
         ("describe none.png", "No such file or directory: 'none.png'"),
-        ("describe picture.png ' '", "The question is empty"),
         ("describe corrupt.png", "Cannot read 'corrupt.png' as a picture"),
         ("describe truncated.png", "Cannot decode 'truncated.png'"),
         ("describe zero.png", "Cannot read 'zero.png' as a picture"),
         ("describe animated.gif", "'animated.gif': it has 2 frames"),
         ("describe bomb.png", "Refusing to open 'bomb.png'"),
-        ("expand base --output new", "required: --codec"),
+        ("expand base --output new", "Missing option '--codec'"),
         ("expand base --codec codec --output full", "full is not empty: choose a new folder"),
         ("expand base --codec none/at/all --output new", "none/at/all"),
         ("convert base --output full", "full is not empty: choose a new folder"),
-        ("convert base --output new --to-base --to-taming", "not allowed with argument"),
-        ("chat --output picture.png", "Cannot write to picture.png"),
+        ("convert base --output new --to-base --to-taming", "name two layouts: give one of them"),
+        ("chat --output picture.png", "File exists: 'picture.png'"),
         ("info picture.png", "picture.png does not say how it was drawn"),
         ("info none.png", "No such file or directory"),
     ],
@@ -670,6 +703,7 @@ def bad_files(tmp_path, bad_files_once):
 def bad_files_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     (folder / "empty.txt").write_text("\n\n")
+    (folder / "f.txt").write_text("apple\n")
     (folder / "zero.png").write_bytes(b"")
     (folder / "corrupt.png").write_bytes(b"no picture")
     noise = Image.effect_noise((64, 64), 50)
@@ -693,11 +727,13 @@ def bad_files_once(tmp_path_factory):
         ("generate a --guidance-min-p 7", "guidance_min_p must be in (0, 1], got 7.0"),
         ("generate a --top-p 7", "top_p"),
         ("generate a --speculative=1", "speculative must be True, or a window of 2 ... 16 codes"),
+        ("generate ''", "prompt 0 is empty"),
         ("generate a --temperature=-1", "temperature"),
         ("generate a 'b <image>'", "reserved for images"),
         (f"generate a '{'word ' * 40}'", "together more than the model's 128 positions. Shorten the prompt"),
         ("generate a --negative-prompt ''", "negative_prompt 0 is empty"),
         ("describe picture.png 'a <boi>'", "reserved for images"),
+        ("describe picture.png ' '", "question 0 is empty"),
         (f"describe picture.png '{'word ' * 40}'", "there is no room for an answer"),
     ],
 )
@@ -712,10 +748,8 @@ def test_bad_input_that_only_the_model_can_tell_is_one_line_and_draws_nothing(
 def test_a_write_protected_picture_is_found_before_drawing(checkpoint, tmp_path, monkeypatch, capsys):
     (tmp_path / "apple.png").write_bytes(b"mine")
     # The user of the tests may write everything.
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    assert "Cannot write to apple.png: the file is write-protected" in error_of(
-        "generate a --output apple.png", capsys, checkpoint
-    )
+    monkeypatch.setattr("os.access", lambda path, mode, **kwargs: mode != os.W_OK)
+    assert "'apple.png' is not writable" in error_of("generate a --output apple.png", capsys, checkpoint)
     assert (tmp_path / "apple.png").read_bytes() == b"mine"
 
 

@@ -32,7 +32,8 @@ def test_importing_the_package_imports_nothing_but_itself_on_top_of_what_it_deri
     assert "transformers_liquid.models.liquid.modeling_liquid" in new
     assert {name for name in new if not name.startswith("transformers_liquid")} == set()
     # The Trainer and what only the command line needs.
-    assert not new & {f"transformers_liquid.{name}" for name in ("cli", "train", "trainer_liquid", "packed_attention")}
+    assert not new & {f"transformers_liquid.{name}" for name in ("train", "trainer_liquid", "packed_attention")}
+    assert "transformers_liquid_cli" not in new
 
 
 def test_importing_the_package_registers_models_processors_and_the_pipeline():

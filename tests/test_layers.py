@@ -9,7 +9,8 @@ import transformers_liquid
 
 
 PACKAGE = Path(transformers_liquid.__file__).parent
-# From the ground up. A room may import those before it, and itself.
+# From the ground up. A room may import those before it, and itself. The command line lies above them all, beside the
+# package, since what is in here cannot be imported at once.
 LAYERS = [
     "checkpoints",
     "utils",
@@ -23,7 +24,6 @@ LAYERS = [
     "training",
     "evaluation",
     "serving",
-    "cli",
 ]
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE]
 
@@ -36,6 +36,10 @@ def imports(tree: ast.AST) -> list[ast.ImportFrom]:
             continue
         found += [node] if isinstance(node, ast.ImportFrom) and node.level else imports(node)
     return found
+
+
+def test_no_room_imports_the_command_line():
+    assert [path for path in MODULES if "transformers_liquid_cli" in path.read_text(encoding="utf-8")] == []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))

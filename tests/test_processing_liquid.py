@@ -193,6 +193,8 @@ def test_question_of_a_gemma_base_is_the_references_conversation(gemma):
     start = expected.index(gemma.image_token_id)
     with_codes = expected[:start] + [OFFSET + code for code in codes] + expected[start + 6 :]
     assert gemma.question_ids("What is this?", codes=codes) == with_codes
+    with pytest.raises(ValueError, match="question 0 is empty"):
+        gemma.question_ids(" ")
 
 
 def test_question_without_bos_token_is_tokenized_as_in_a_call():

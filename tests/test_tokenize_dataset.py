@@ -26,11 +26,11 @@ from transformers_liquid import (
     load_taming_codec,
     save_taming_codec,
 )
-from transformers_liquid.cli import main
 from transformers_liquid.codecs.vq_model import codec_identity
 from transformers_liquid.data.manifest import read_manifest
 from transformers_liquid.data.tokenize import tokenize_dataset
 from transformers_liquid.models.liquid.image_processing_liquid import load_image
+from transformers_liquid_cli import main
 
 
 NUM_PICTURES = 11
@@ -367,7 +367,7 @@ def test_manifests_are_read_from_the_hub_and_there_is_none_elsewhere(checkpoint,
 def run_command(output, source, checkpoint, tmp_path, launcher=("-m",)):
     """`transformers-liquid tokenize` in a process of its own."""
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in source.items()]
-    settings = ["--batch-size=3", "--records-per-shard=2", "--grids", "4x4", "4x2"]
+    settings = ["--batch-size=3", "--records-per-shard=2", "--grids=4x4", "--grids=4x2"]
     environment = os.environ | {
         "HF_DATASETS_CACHE": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": "1",
@@ -551,7 +551,10 @@ def test_without_datasets_the_message_says_what_to_install(checkpoint, tmp_path,
 
 def test_the_command_says_in_one_line_what_is_wrong(checkpoint, photos, tmp_path, capsys):
     arguments = ["--dataset", "imagefolder", "--data-dir", str(photos), "--output", str(tmp_path / "codes")]
-    for wrong, message in [(["--text-column=words"], "no column words"), (["--grids", "4x4", "4"], "ROWSxCOLUMNS")]:
+    for wrong, message in [
+        (["--text-column=words"], "no column words"),
+        (["--grids=4x4", "--grids=4"], "HEIGHTxWIDTH"),
+    ]:
         assert main(["tokenize", *arguments, "--model", str(checkpoint), *wrong]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("transformers-liquid: error: ") and message in error

@@ -10,10 +10,10 @@ import yaml
 from tiny import CODEBOOK_SIZE, tiny_codec, tiny_model, tiny_pictures, tiny_processor
 
 from transformers_liquid import LiquidForCausalLM
-from transformers_liquid.cli import main as cli
 from transformers_liquid.data.tokenize import tokenize_dataset
 from transformers_liquid.models.liquid.image_processing_liquid import LiquidImageProcessor
 from transformers_liquid.training.train import build_trainer, main, parse_arguments
+from transformers_liquid_cli import main as cli
 
 
 @pytest.fixture(scope="module")

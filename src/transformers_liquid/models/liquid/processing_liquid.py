@@ -338,6 +338,7 @@ class LiquidProcessor(ProcessorMixin):
             height (`int`, *optional*): In pixels.
             width (`int`, *optional*): In pixels.
         """
+        self.check_texts(question, "question")
         self.check_plain(question)
         content = [{"type": "image"}, {"type": "text", "text": question}]
         prompt = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

@@ -1,0 +1,83 @@
+"""`transformers-liquid COMMAND`: each command calls the function of `transformers_liquid` that does it.
+
+The command line is a package of its own, beside the library: importing anything of `transformers_liquid` registers its
+classes, which costs torch, transformers and diffusers, seconds before `--help` or a mistyped option is answered. For the
+same reason a command imports what it needs when it runs, after all that can be checked without. `models` and `pictures`
+are for running commands only.
+
+Bad input ends with exit code 2 and one line on stderr, before any long work.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+from safetensors import SafetensorError
+
+from .chat import chat
+from .convert import convert
+from .describe import describe
+from .expand import expand
+from .generate import generate
+from .info import info
+from .options import PROG
+from .tokenize import tokenize
+from .train import train
+
+
+# Plain text, no tracebacks: `main` tells errors.
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+# --sheet was called --grid, which was too close to tokenize's --grids.
+app.command(context_settings={"token_normalize_func": lambda name: "sheet" if name == "grid" else name})(generate)
+for command in (describe, chat, expand, convert, tokenize, info):
+    app.command()(command)
+# What `train` does not know are options of the Trainer.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"{PROG} {version('transformers-liquid')}")
+        raise typer.Exit
+
+
+ShowVersion = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+]
+
+
+@app.callback()
+def _before_commands(show_version: ShowVersion = False) -> None:
+    """Draws and reads pictures with one language model."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv (list of `str`, *optional*): The arguments. Defaults to those of the process.
+
+    Returns:
+        `int`: The exit code: 0; 2 on bad input, with one line on stderr; 130 when interrupted.
+    """
+    try:
+        code = app(argv, prog_name=PROG, standalone_mode=False) or 0
+        if code == 130:
+            print(f"{PROG}: interrupted", file=sys.stderr)
+        return code
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        message = f"{error.format_message()} (see `{context.command_path if context else PROG} --help`)"
+    except SafetensorError as error:
+        message = f"a file of weights is damaged or incomplete, download it again: {error}"
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        message = str(error)
+    print(f"{PROG}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,37 @@
+"""`transformers-liquid describe`"""
+
+from typing import Annotated
+
+from typer import Argument
+
+from . import options
+
+
+def describe(
+    image: Annotated[str, Argument(help="A file or an URL.")],
+    question: Annotated[str | None, Argument(help="Without one, a caption is written.")] = None,
+    framing: options.Framing = "pad",
+    max_new_tokens: options.MaxNewTokens = 256,
+    model: options.Model = None,
+    device: options.Device = None,
+    dtype: options.DType = "auto",
+    seed: options.Seed = None,
+) -> None:
+    """Says what a picture shows, or answers a question about it.
+
+    \b
+    Example:
+      transformers-liquid describe apple.png "What colour is it?"
+    """
+    import torch
+
+    from transformers_liquid.models.liquid.image_processing_liquid import load_image
+
+    from .models import load, write_answer
+
+    picture = load_image(image)
+    loaded, processor = load(model, device, dtype)
+    ids = torch.tensor([processor.caption_ids() if question is None else processor.question_ids(question)])
+    pixel_values = processor.image_processor(picture, framing=framing)["pixel_values"]
+    inputs = {"input_ids": ids.to(loaded.device), "pixel_values": pixel_values.to(loaded.device)}
+    print(write_answer(loaded, processor, max_new_tokens, seed, **inputs).strip())

@@ -1,0 +1,135 @@
+"""`transformers-liquid generate`"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from . import options
+
+
+DEFAULT_OUTPUT = Path("liquid.png")
+
+Prompts = Annotated[list[str], Argument(metavar="PROMPT", help="What to draw.")]
+PromptsFile = Annotated[
+    Path | None, Option(help="Further prompts, one in a line. A line that cannot be drawn is left out (exit code 2).")
+]
+Output = Annotated[Path | None, Option(writable=True, help="A .png, or a folder.", show_default=str(DEFAULT_OUTPUT))]
+OutputDir = Annotated[
+    Path | None,
+    Option(
+        help="A folder for the pictures of --prompts-file, named after its lines: the same command draws what is "
+        "missing, on any number of processes of `accelerate launch`. The seed is 0 unless given."
+    ),
+]
+Sheet = Annotated[Path | None, Option(writable=True, help="Also write all pictures on one sheet, a .png.")]
+NumImages = Annotated[int, Option(min=1, help="Pictures of each prompt.")]
+BatchSize = Annotated[int, Option(min=1, help="Pictures drawn side by side.")]
+PreviewEvery = Annotated[int | None, Option(min=1, help="Write a single picture whenever that many codes are drawn.")]
+
+
+def generate(
+    prompts: Prompts = (),
+    prompts_file: PromptsFile = None,
+    output: Output = None,
+    output_dir: OutputDir = None,
+    sheet: Sheet = None,
+    num_images: NumImages = 1,
+    batch_size: BatchSize = 8,
+    preview_every: PreviewEvery = None,
+    negative_prompt: options.NegativePrompt = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    guidance_scale: options.GuidanceScale = None,
+    guidance_min_p: options.GuidanceMinP = None,
+    speculative: options.Speculative = None,
+    greedy: options.Greedy = False,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    model: options.Model = None,
+    device: options.Device = None,
+    dtype: options.DType = "auto",
+    seed: options.Seed = None,
+) -> None:
+    """Draws pictures from prompts and writes them as PNGs, batch by batch.
+
+    \b
+    Example:
+      transformers-liquid generate "red apple" "dog face" --num-images 2 --seed 7 --output drawn --sheet sheet.png
+    """
+    # 1. What can be checked without the model
+    given = dict(locals())
+    lines = _read_lines(prompts_file)
+    _check(given, lines)
+    from .models import find_processes, load_pipeline
+    from .pictures import Drawing, in_order, of_lines, without_file
+
+    # 2. What needs it: what is wrong with a prompt is raised, what is wrong with a line is reported
+    processes, device = find_processes(device, output_dir)
+    drawing = Drawing(load_pipeline(model, device, dtype), given)
+    drawing.check(prompts or "a")
+    good, bad = drawing.sort_out(lines)
+    for number, reason in bad.items() if processes.is_main_process else ():
+        print(f"{options.PROG}: {prompts_file}, line {number} is left out: {reason}", file=sys.stderr)
+    if output_dir is None:
+        pictures = left = in_order([*prompts, *good.values()], num_images, seed, output or DEFAULT_OUTPUT)
+    else:
+        pictures = of_lines(good, num_images, seed or 0, output_dir)
+        left = without_file(drawing, pictures, output_dir)
+
+    # 3. Every process draws its share of what is left, once all of them have seen what that is
+    processes.wait_for_everyone()
+    share = left[processes.process_index :: processes.num_processes]
+    drawing.pipe.set_progress_bar_config(
+        desc=f"{len(share)} of {len(left)} pictures", disable=None if processes.is_main_process else True
+    )
+    for picture in drawing.draw(share, batch_size, preview_every):
+        if output_dir is None:
+            print(picture.path)
+    processes.wait_for_everyone()
+    if not processes.is_main_process:
+        return
+    if output_dir is not None:
+        print(f"{output_dir}: {len(pictures)} pictures, {len(left)} of them drawn now.")
+    if sheet is not None and pictures:
+        drawing.save_sheet(pictures, sheet, columns=num_images if num_images > 1 else None)
+        print(sheet)
+    if bad:
+        raise ValueError(f"{len(bad)} of {len(lines)} lines of {prompts_file} were left out, as said above.")
+
+
+def _read_lines(prompts_file: Path | None) -> list[str]:
+    """The lines of the prompts file, the empty ones too."""
+    if prompts_file is None:
+        return []
+    try:
+        with prompts_file.open(encoding="utf-8") as file:
+            return [line.strip() for line in file]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{prompts_file} is no text in UTF-8: {error}") from error
+
+
+def _check(given: dict[str, Any], lines: list[str]) -> None:
+    """Raises what is wrong with the options by themselves, or a place that cannot be written to."""
+    output = given["output_dir"] or given["output"] or DEFAULT_OUTPUT
+    to_folder = given["output_dir"] is not None or options.is_folder(output)
+    if fault := _find_fault(given, lines, to_folder):
+        raise ValueError(fault)
+    options.check_writable(output, to_folder)
+    if given["sheet"] is not None:
+        options.check_writable(given["sheet"], folder=False)
+
+
+def _find_fault(given: dict[str, Any], lines: list[str], to_folder: bool) -> str | None:
+    prompts = given["prompts"]
+    if not prompts and not any(lines):
+        return "Nothing to draw: give a PROMPT, or --prompts-file with one prompt in a line."
+    if given["output_dir"] is not None and (prompts or given["output"] is not None):
+        return "--output-dir names pictures after lines: give --prompts-file, and neither PROMPT nor --output."
+    if given["preview_every"] is not None and (lines or len(prompts) * given["num_images"] != 1 or to_folder):
+        return "--preview-every is for a single picture: give one PROMPT, and a .png as --output."
+    if given["greedy"] and any(given[name] is not None for name in ("temperature", "top_k", "top_p")):
+        return "--greedy draws nothing by chance: leave out --temperature, --top-k and --top-p."
+    return None

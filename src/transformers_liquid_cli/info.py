@@ -1,0 +1,77 @@
+"""`transformers-liquid info`"""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument
+
+from . import options
+
+
+def info(
+    picture: Annotated[Path | None, Argument(help="A PNG of `generate`: how it was drawn.")] = None,
+    model: options.Model = None,
+) -> None:
+    """Prints what a checkpoint is, or how a picture was drawn. It reads no weights.
+
+    \b
+    Example:
+      transformers-liquid info --model Junfeng5/Liquid_V1_7B
+    """
+    if picture is not None:
+        from .pictures import read_metadata
+
+        print(json.dumps(read_metadata(picture), indent=2, ensure_ascii=False))
+        return
+    import torch
+    from transformers import GenerationConfig
+    from transformers.utils import cached_file
+
+    from transformers_liquid import EMOJI_CHECKPOINT, LiquidConfig, LiquidForCausalLM
+    from transformers_liquid.generation.settings import ImageGenerationConfig
+    from transformers_liquid.models.liquid.reference import ReferenceCheckpoint
+
+    from .models import silence_libraries
+
+    silence_libraries()
+    name = model or EMOJI_CHECKPOINT
+    reference = ReferenceCheckpoint.find(name)
+    config = LiquidConfig.from_pretrained(name) if reference is None else reference.config
+    with torch.device("meta"):
+        empty = LiquidForCausalLM(config)
+    of_codec = empty.model.vq_model.num_parameters()
+    try:
+        stored = GenerationConfig.from_pretrained(name)
+    except OSError:
+        stored = None
+    settings, _ = ImageGenerationConfig.from_call(stored, None, {})
+    card = cached_file(name, "README.md", _raise_exceptions_for_missing_entries=False)
+    text, ids, size, factor = (
+        config.get_text_config(),
+        config.image_token_range,
+        config.image_size,
+        config.downsample_factor,
+    )
+    positions = getattr(text, "max_position_embeddings", "unlimited")
+    lines = {
+        "checkpoint": f"{name} ({'liquid' if reference is None else 'reference'} layout)",
+        "base model": f"{text.model_type}, {text.num_hidden_layers} layers of {text.hidden_size}, {positions} positions",
+        "parameters": f"{empty.num_parameters() - of_codec:,} + {of_codec:,} of the codec",
+        "vocabulary": f"{text.vocab_size:,} rows, image ids {ids.start} ... {ids.stop - 1}",
+        "special ids": f"boi {config.boi_token_id}, eoi {config.eoi_token_id}, unconditional {config.uncond_token_id}, "
+        f"placeholder {config.image_token_id}",
+        "codec": f"{config.codebook_size:,} codes, {factor} x {factor} pixels each",
+        "picture": f"{size} x {size} pixels = {size // factor} x {size // factor} codes",
+        "settings": ", ".join(f"{name}={value}" for name, value in settings.to_dict().items()),
+        "card": "none" if card is None else _first_paragraph(Path(card).read_text(encoding="utf-8")),
+    }
+    for name, value in lines.items():
+        print(f"{name:<12} {value}")
+
+
+def _first_paragraph(card: str) -> str:
+    text = re.sub(r"\A---\n.*?\n---\n", "", card, flags=re.DOTALL)
+    paragraphs = (part for part in re.split(r"\n\s*\n", text) if part.strip() and not part.lstrip().startswith("#"))
+    return " ".join(next(paragraphs, "empty").split())

@@ -1,0 +1,58 @@
+"""The options that several commands have, and the checks of where they write."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Option
+
+
+PROG = "transformers-liquid"
+
+# Which model, and how it runs
+Model = Annotated[str | None, Option(help="A folder or a name on the Hub.", show_default="the embedded checkpoint")]
+Device = Annotated[str | None, Option(help="Such as cpu or cuda:1; an accelerator if there is one.")]
+DType = Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option(help="Of the weights.")]
+Seed = Annotated[int | None, Option(min=0, max=2**32 - 1, help="The same seed gives the same result.")]
+MaxNewTokens = Annotated[int, Option(min=1, help="Longest answer.")]
+NewFolder = Annotated[Path, Option(help="A new folder.")]
+Framing = Annotated[
+    Literal["crop", "pad"],
+    Option(
+        help="How pictures become square. crop fills the frame: right for pictures that a model learns to draw, since it "
+        "would draw pads too. pad keeps what is at the margins: right for questions, which may be about it."
+    ),
+]
+
+# How a picture is drawn
+NegativePrompt = Annotated[str | None, Option(help="What the pictures should not show.")]
+Height = Annotated[int | None, Option(help="Of the pictures, in pixels; the model's unless given.")]
+Width = Annotated[int | None, Option(help="Likewise.")]
+GuidanceScale = Annotated[float | None, Option(help="1 is no guidance. The checkpoint's unless given, as all below.")]
+GuidanceMinP = Annotated[float | None, Option("--guidance-min-p", help="Guidance chooses among codes this probable.")]
+Speculative = Annotated[int | None, Option(help="Draw up to that many codes in a step, such as 12: the same picture.")]
+Greedy = Annotated[bool, Option("--greedy", help="Always take the most probable code.")]
+Temperature = Annotated[float | None, Option(help="Below 1, the probable codes become more so.")]
+TopK = Annotated[int | None, Option(help="Draw among that many of the most probable codes.")]
+TopP = Annotated[float | None, Option(help="Draw among codes of this probability together.")]
+
+
+def is_folder(path: Path) -> bool:
+    return path.is_dir() or not path.suffix
+
+
+def check_writable(path: Path, folder: bool) -> None:
+    """Finds out now what would fail after the work: whether a folder, or else a PNG, can be written. Makes the folder."""
+    if not folder and (path.suffix.lower() != ".png" or path.is_dir()):
+        raise ValueError(f"Pictures are written as PNG: expected a path that ends with .png or a folder, got {path}.")
+    parent = path if folder else path.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=parent):
+        pass
+
+
+def check_new_folder(path: Path) -> None:
+    """A checkpoint is never written over something."""
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"{path} is not empty: choose a new folder, nothing is overwritten.")
+    check_writable(path, folder=True)

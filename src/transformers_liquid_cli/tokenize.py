@@ -1,0 +1,69 @@
+"""`transformers-liquid tokenize`"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import BadParameter, Option
+
+from . import options
+
+
+def _parse_grids(grids: list[str] | None) -> list[tuple[int, int]] | None:
+    for grid in grids or ():
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", grid):
+            raise BadParameter(f"expected HEIGHTxWIDTH such as 32x32, got {grid!r}")
+    return grids and [tuple(map(int, grid.split("x"))) for grid in grids]
+
+
+Dataset = Annotated[
+    str, Option(help="What load_dataset takes: imagefolder, json, parquet, a folder, a name on the Hub.")
+]
+Files = Annotated[list[str] | None, Option(help="As in load_dataset; may be given several times.")]
+Grids = Annotated[
+    list[str] | None,
+    Option(
+        metavar="HEIGHTxWIDTH",
+        callback=_parse_grids,
+        show_default="the model's square",
+        help="In codes. May be given several times: a picture takes the grid of the closest proportions.",
+    ),
+]
+
+
+def tokenize(
+    dataset: Dataset,
+    model: Annotated[str, Option(help="Whose codec: a folder or a name on the Hub.")],
+    output: Annotated[Path, Option(help="A new folder, or an interrupted one.")],
+    dataset_config_name: Annotated[str | None, Option(help="For a data set that has several.")] = None,
+    data_dir: Annotated[str | None, Option(help="The folder of the pictures, or of what names them.")] = None,
+    data_files: Files = None,
+    split: Annotated[str, Option(help="Of the data set.")] = "train",
+    streaming: Annotated[bool, Option("--streaming", help="Read without a copy in the cache.")] = False,
+    image_column: Annotated[str | None, Option(help="Unless given: image, image_path, or one of pictures.")] = None,
+    text_column: Annotated[str | None, Option(help="Unless given: text, caption or txt.")] = None,
+    grids: Grids = None,
+    framing: options.Framing = "crop",
+    kind: Annotated[Literal["text_to_image", "caption"], Option(help="Of the records.")] = "text_to_image",
+    batch_size: Annotated[int, Option(min=1, help="Pictures encoded together.")] = 16,
+    num_workers: Annotated[int, Option(min=1, help="Threads that read pictures.")] = 8,
+    records_per_shard: Annotated[int, Option(min=1, help="Records in a file.")] = 1000,
+) -> None:
+    """Turns a data set of pictures with texts into codes to train on. An interrupted call goes on where it stopped.
+
+    \b
+    Example:
+      transformers-liquid tokenize --dataset imagefolder --data-dir photos --model path/to/liquid --output codes
+    """
+    given = dict(locals())
+    from accelerate import PartialState
+
+    from transformers_liquid.data.tokenize import SKIPPED_NAME, tokenize_dataset
+
+    from .models import silence_libraries
+
+    silence_libraries()
+    manifest = tokenize_dataset(**given)
+    if PartialState().is_main_process:
+        skipped = f", {manifest['num_skipped']:,} skipped (see {SKIPPED_NAME})" if manifest["num_skipped"] else ""
+        print(f"{output}: {manifest['num_records']:,} pictures as codes{skipped}.")

@@ -1,0 +1,52 @@
+"""`transformers-liquid train`"""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Context, Option
+
+
+def train(
+    context: Context,
+    config: Annotated[Path | None, Option(help="A YAML file with any of the options; the command line wins.")] = None,
+    help_all: Annotated[
+        bool, Option("--help-all", help="Show every option with its default, the Trainer's too, and exit.")
+    ] = False,
+) -> None:
+    """Trains a model on text and image codes. The same command again continues a stopped run.
+
+    \b
+    Example:
+      transformers-liquid train --config train.yaml --learning-rate 1e-4
+
+    \b
+    What is trained:
+      --model MODEL                    a saved Liquid model: a folder or a name on the Hub (required)
+      --trainable full|lora|rows       the whole language model, LoRA and the image rows, or these rows alone
+      --lora-r N, --lora-alpha N, --lora-dropout P
+      --dtype DTYPE                    of the weights, float32 unless given
+      --attn-implementation NAME       sdpa, eager, flash_attention_2, ...
+      --max-z-loss-coef X              weight of the max-z loss
+
+    \b
+    On what:
+      --datasets PATH[=WEIGHT] ...     outputs of `tokenize`, JSON lines or parquet, names on the Hub (required)
+      --eval-datasets NAME=PATH ...    what to evaluate on
+      --streaming True                 read while training; needs --max-steps
+      --max-length N                   longest record in tokens
+      --too-long raise|drop            what to do with records whose picture does not fit
+      --packing False                  a record in each sequence, with pads
+      --unconditional-probability P, --caption-probability P
+
+    \b
+    How, with the paper's defaults:
+      --output-dir DIR                 checkpoints, and the state that a stopped run goes on from
+      --total-batch-size N             records in each step, over all processes
+      --preview-prompts PROMPT ...     what to draw while training
+      --preview-steps N                steps from one sheet of previews to the next
+      and every option of transformers.TrainingArguments, such as --learning-rate or --max-steps
+    """
+    from transformers_liquid.training.train import main
+
+    argv = ["--help"] if help_all else context.args
+    main(argv if config is None else ["--config", str(config), *argv])
