@@ -393,10 +393,10 @@ def test_fits_refuses_what_is_no_record(processor):
     [
         (
             {"kind": "picture"},
-            "'kind' must be one of text_to_image, caption, text, interleaved, conversation, got 'picture'",
+            "'kind' must be one of conversation, text_to_image, caption, interleaved, text, got 'picture'",
         ),
-        ({"text": " "}, "'text' must be a string that is not empty"),
-        ({"text": None}, "'text' must be a string that is not empty, got None"),
+        ({"text": " "}, "needs a 'text' that is a string and not empty, got ' '"),
+        ({"text": None}, "needs a 'text' that is a string and not empty, got None"),
         ({"text": "a <boi> b"}, "contains '<boi>'"),
         ({"codes": None}, "needs 'codes'"),
         ({"codes": [1, 2, 3]}, r"shape \(3,\) are no image of 2 x 2 codes"),
@@ -419,7 +419,7 @@ def test_bad_records_are_refused(processor, record, change, message):
         ([1, 2, 3, 4], [-2, -2], "no image of -2 x -2 codes"),
         ([1, 2, 3, 4], [4], "no image of 4 codes"),
         ([0.5] * 4, [2, 2], "codes must be integers"),
-        (None, [2, 2], "needs 'codes', got only"),
+        (None, [2, 2], "needs 'codes', got None among"),
     ],
 )
 def test_codes_that_do_not_fill_their_grid_are_refused(processor, record, codes, grid, message):
@@ -431,12 +431,12 @@ def test_codes_that_do_not_fill_their_grid_are_refused(processor, record, codes,
 @pytest.mark.parametrize(
     ("record", "change", "message"),
     [
-        (INTERLEAVED, {"images": None}, "needs 'images', got only"),
+        (INTERLEAVED, {"images": None}, "needs 'images', got None among"),
         (INTERLEAVED, {"images": [CODES]}, "has 2 <image> marks for 1 images"),
         (INTERLEAVED, {"text": "a dog"}, "has 0 <image> marks for 2 images"),
         (INTERLEAVED, {"text": "<image><image><boi>"}, "contains '<boi>'"),
         (CONVERSATION, {"images": None}, "has 2 <image> marks for 0 images"),
-        (CONVERSATION, {"messages": None}, "needs 'messages', got only"),
+        (CONVERSATION, {"messages": None}, "needs 'messages', got None among"),
         (CONVERSATION, {"messages": CONVERSATION["messages"][:3]}, "must end with one of the assistant"),
         (CONVERSATION, {"messages": []}, r"must end with one of the assistant, got the roles \[\]"),
     ],

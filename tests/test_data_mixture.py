@@ -154,7 +154,7 @@ def test_missing_and_empty_data_sets_are_refused(tmp_path):
     datasets.Dataset.from_dict({"text": []}).to_parquet(str(tmp_path / "empty.parquet"))
     with pytest.raises(ValueError, match=r"cannot be read: .* no data"):
         load_records(tmp_path / "empty.parquet")
-    with pytest.raises(ValueError, match=r"empty.parquet' \(split 'train'\) is empty"):
+    with pytest.raises(ValueError, match=r"empty.parquet' cannot be read: split 'train' is empty"):
         load_records(tmp_path / "empty.parquet", streaming=True)
 
 
@@ -172,15 +172,13 @@ def test_records_that_cannot_fit_are_left_out_and_counted(write, caplog):
     stream = drop_too_long(load_records(path, streaming=True), collator(max_length=80))
     assert list(stream) == expected
     assert "1 records so far" in caplog.text and "2 records so far" in caplog.text
-    with pytest.raises(ValueError, match="None of the 4 records fits into max_length=20"):
-        drop_too_long(load_records(path), collator(max_length=20))
+    assert len(drop_too_long(load_records(path), collator(max_length=20))) == 0
 
 
 def test_another_length_is_not_answered_from_the_cache(write):
     path = write("records.jsonl", [RECORDS["text_to_image"]] * 2)
     assert len(drop_too_long(load_records(path), collator(max_length=80))) == 2
-    with pytest.raises(ValueError, match="None of the 2"):
-        drop_too_long(load_records(path), collator(max_length=20))
+    assert len(drop_too_long(load_records(path), collator(max_length=20))) == 0
 
 
 # Mixing
@@ -264,7 +262,7 @@ def test_a_mixture_has_the_places_of_a_list():
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([1.0], "Got 1 weights for 2 data sets"),
+        ([1.0], r"one for each of the 2 data sets, .* got \[1.0\]"),
         ([1, -1], r"must not be negative, and one must be positive, got \[1.0, -1.0\]"),
         ([0, 0], "must not be negative, and one must be positive"),
         ([float("nan"), 1], "must not be negative"),
@@ -278,9 +276,9 @@ def test_bad_weights_are_refused(weights, message):
 def test_bad_mixtures_are_refused(write):
     with pytest.raises(ValueError, match="at least one"):
         mix_records([])
-    with pytest.raises(ValueError, match="Some of the data sets are streams and some are not"):
+    with pytest.raises(ValueError, match=r"or of streams .* got lengths \[2, None\]"):
         mix_records([text_records(2), text_records(2).to_iterable_dataset()])
-    with pytest.raises(ValueError, match="Data set 1 of the mixture is empty"):
+    with pytest.raises(ValueError, match=r"data sets that have records, .* got lengths \[2, 0\]"):
         mix_records([text_records(2), text_records(0)])
     parts = [{"role": "assistant", "content": [{"type": "text", "text": "Hi"}]}]
     sources = [write(f"{row}.jsonl", [{"messages": messages}]) for row, messages in enumerate((MESSAGES, parts))]

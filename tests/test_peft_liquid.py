@@ -314,14 +314,16 @@ def test_checkpointing_and_accumulation_train_the_same_adapter(make_config, argu
 
 @BOTH_CONFIGS
 def test_models_that_cannot_be_adapted_are_refused(make_config):
-    with pytest.raises(ValueError, match=r"must be a LiquidForCausalLM, got LlamaForCausalLM.*from_pretrained"):
+    with pytest.raises(
+        ValueError, match=r"must be a LiquidForCausalLM without adapters, got LlamaForCausalLM.*from_pretrained"
+    ):
         make_config(tiny_base())
-    with pytest.raises(ValueError, match=r"must be a LiquidForCausalLM, got LiquidModel"):
+    with pytest.raises(ValueError, match=r"must be a LiquidForCausalLM without adapters, got LiquidModel"):
         make_config(tiny_model().model)
     model = tiny_model()
     adapted = get_peft_model(model, make_config(model))
     for one in (model, adapted):
-        with pytest.raises(ValueError, match=r"has adapters already.*merge_and_unload"):
+        with pytest.raises(ValueError, match=r"without adapters, got .* with \d+ of them.*merge_and_unload"):
             make_config(one)
     make_config(adapted.merge_and_unload())
 

@@ -27,7 +27,7 @@ from transformers_liquid import (
     save_taming_codec,
 )
 from transformers_liquid.codecs.vq_model import codec_identity
-from transformers_liquid.data.manifest import read_manifest
+from transformers_liquid.data.records import read_manifest
 from transformers_liquid.data.tokenize import tokenize_dataset
 from transformers_liquid.models.liquid.image_processing_liquid import load_image
 from transformers_liquid_cli import main
@@ -401,6 +401,7 @@ def test_a_killed_run_goes_on_and_the_result_is_identical(checkpoint, photos, tm
     while len(list(output.glob("data/*.parquet"))) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
+    os.close(os.open(photos / "07.png", os.O_WRONLY))  # lets the worker go that reads it
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     finished = {path: path.stat().st_mtime_ns for path in output.glob("data/*.parquet")}
@@ -473,17 +474,17 @@ def test_other_settings_are_refused_and_nothing_is_changed(checkpoint, photos, t
     [
         (
             {"text_column": "words"},
-            "no column words, only image, text: name the one that holds the texts with text_col",
+            r"no column words of texts, only image \(dict\), text \(str\): name the one that holds them with text_col",
         ),
-        ({"image_column": "photo"}, "no column photo, only image, text"),
-        ({"text_column": "text.en"}, "no column text.en, only image, text"),
-        ({"image_column": "text", "text_column": "image"}, "'image' holds dict: expected texts"),
+        ({"image_column": "photo"}, "no column photo of images, only image"),
+        ({"text_column": "text.en"}, "no column text.en of texts, only image"),
+        ({"image_column": "text", "text_column": "image"}, r"no column image of texts, only image \(dict\)"),
         ({"split": "validation"}, "cannot be read: Unknown split"),
         ({"data_dir": "nowhere"}, "cannot be read: .*nowhere"),
         ({"grids": []}, "at least one"),
         ({"grids": [(4, 0)]}, "all positive"),
         ({"grids": [(4, 4), (2, 2)]}, "same proportions"),
-        ({"framing": "stretch"}, "framing must be one of crop, pad, got 'stretch'"),
+        ({"framing": "stretch"}, r"framing must be one of \('crop', 'pad'\), got 'stretch'"),
         ({"kind": "text"}, "kind must be one of text_to_image, caption, got 'text'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"data_dir": None, "data_files": ["a/x.png", "b/y.png"]}, "several folders"),
@@ -498,7 +499,9 @@ def test_bad_arguments_raise_and_nothing_is_written(settings, message, checkpoin
 
 def test_pictures_without_texts_raise_and_the_message_says_how_to_give_them(checkpoint, photos, tmp_path):
     (photos / "metadata.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"no column text or caption or txt, only image: .* metadata\.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"no column text or caption or txt of texts, only image \(dict\): .* metadata\.jsonl"
+    ):
         tokenize_dataset(checkpoint, tmp_path / "codes", "imagefolder", data_dir=str(photos))
 
 
@@ -528,6 +531,15 @@ def test_a_stream_that_breaks_off_raises_and_finished_shards_are_kept(checkpoint
     with pytest.raises(ValueError, match=r"cannot be read after record 10 .*Finished shards are kept"):
         tokenize_dataset(checkpoint, tmp_path / "codes", "json", data_files=files, streaming=True, **IN_THIS_PROCESS)
     assert (tmp_path / "codes" / "data" / "train-00001.parquet").exists()
+
+
+def test_a_shard_of_which_nothing_is_left_does_no_harm(checkpoint, photos, tmp_path):
+    for name in ("02.png", "03.png"):
+        (photos / name).write_bytes(b"no picture")
+    source = {"dataset": "imagefolder", "data_dir": str(photos)}
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source, **IN_THIS_PROCESS)
+    assert [row["text"] for row in rows_of(tmp_path / "codes")] == [f"text {n}" for n in (0, 1, 4, 6, 7, 9, 10)]
+    assert len(list(tmp_path.glob("codes/data/*"))) == 6
 
 
 def test_records_that_are_all_broken_raise(checkpoint, tmp_path):

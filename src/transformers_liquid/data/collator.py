@@ -13,20 +13,18 @@ from torch.utils.data import get_worker_info
 
 from ..models.liquid.processing_liquid import TEXT_TO_IMAGE_INSTRUCTIONS, LiquidProcessor, TooLongError
 from ..ops.chunked_loss import IGNORE_INDEX
-
-
-RECORD_KINDS = ("text_to_image", "caption", "text", "interleaved", "conversation")
+from .records import RECORD_KINDS, required_field
 
 
 @dataclass
 class LiquidDataCollator:
     r"""Makes training batches of a [`LiquidForCausalLM`] from records; for `Trainer(data_collator=...)`.
 
-    A record is a mapping with a `"kind"` and the columns of its kind; the row of a `datasets` data set is one. Columns
-    that are `None` count as absent, others are ignored, so train with `remove_unused_columns=False`. The rows of a
-    batch, with the ids that carry a label in brackets:
+    A record is a mapping with a `"kind"` and the fields of its kind, as a `datasets` data set has them. Fields that are
+    `None` count as absent, others are ignored, so train with `remove_unused_columns=False`. The sequences of a batch,
+    with the ids that carry a label in brackets:
 
-    | kind            | columns                    | ids                                                             |
+    | kind            | fields                     | ids                                                             |
     |-----------------|----------------------------|-----------------------------------------------------------------|
     | `text_to_image` | `text`, `codes`, (`grid`)  | bos text, one of ten instructions, boi [codes eoi eos]          |
     |                 |                            | or bos `<unconditional>` boi [codes eoi eos]                    |
@@ -35,25 +33,25 @@ class LiquidDataCollator:
     | `interleaved`   | `text`, `images`           | bos [text boi codes eoi text ... eos]                           |
     | `conversation`  | `messages`, (`images`)     | the chat template's prompt [answer] prompt [answer] ...         |
 
-    `codes` are raw codes (no offset): flat, with the `grid` [rows, columns] if that is not the default one, or 2-D;
+    `codes` are raw codes (no offset): flat, with the `grid` [height, width] if that is not the default one, or 2-D;
     lists, numpy or torch ints. `text` of an interleaved record has an `<image>` mark for each of `images`, which are
     codes or mappings with `codes` and `grid`. `messages` are as in [`LiquidProcessor.conversation_ids`].
 
-    bos is there if the tokenizer has one, or the chat template writes it. The first id of a row never has a label:
-    nothing predicts it. Rows are padded on the right; pads have label -100 by their position, since pad and eos may be
-    the same id. The first three kinds and their rates are those of the reference's training (arXiv 2412.04332).
+    bos is there if the tokenizer has one, or the chat template writes it. The first id of a sequence never has a label:
+    nothing predicts it. Sequences are padded on the right; pads have label -100 by their position, since pad and eos
+    may be the same id. The first three kinds and their rates are those of the reference's training (arXiv 2412.04332).
 
     Args:
         processor ([`LiquidProcessor`]): Builds the prompts.
-        unconditional_probability (`float`, defaults to 0.1): Rate of text-to-image rows whose whole text becomes
+        unconditional_probability (`float`, defaults to 0.1): Rate of text-to-image records whose whole text becomes
             `<unconditional>`, for classifier-free guidance.
         caption_probability (`float`, defaults to 0.0): Rate of text-to-image records that are turned into captions;
             the paper uses 0.2.
-        max_length (`int`, *optional*): Longest row. Text that is too long loses its end (and then its eos, since it
+        max_length (`int`, *optional*): Longest sequence. Text that is too long loses its end (and then its eos, since it
             does not end there): the description, the caption, what follows the last image, the last answer. Prompts
             and instructions stay, and an image is never cut.
-        pad_to_multiple_of (`int`, *optional*): Row lengths are rounded up to a multiple of this.
-        packing (`bool`, defaults to `False`): Put all records of a batch into one row without pads. Positions begin at
+        pad_to_multiple_of (`int`, *optional*): Lengths are rounded up to a multiple of this.
+        packing (`bool`, defaults to `False`): Put all records of a batch into one sequence without pads. Positions begin at
             0 again with each, by which transformers keeps them apart; see [`check_packing`].
         return_indices (`bool`, defaults to `False`): Add the records' `"index"`, -1 for none, for those who report on
             them.
@@ -84,7 +82,7 @@ class LiquidDataCollator:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
         if self.packing and self.pad_to_multiple_of is not None:
-            raise ValueError("A packed row has no pads: leave out pad_to_multiple_of.")
+            raise ValueError("A packed sequence has no pads: leave out pad_to_multiple_of.")
         if self.processor.tokenizer.eos_token_id is None:
             raise ValueError("The tokenizer has no eos token, which ends each record: set tokenizer.eos_token.")
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -93,12 +91,17 @@ class LiquidDataCollator:
         )
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        rows = [self._draw(record) for record in records]
-        batch = self._pack(rows) if self.packing else self._pad(rows)
+        sequences = [self._draw(record) for record in records]
+        batch = self._pack(sequences) if self.packing else self._pad(sequences)
         if self.return_indices:
             indices = [record.get("index") for record in records]
             batch["record_indices"] = torch.tensor([-1 if index is None else index for index in indices])
         return batch
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that `set_epoch` announced."""
+        return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Give records with an `"index"` the draws of another epoch."""
@@ -127,13 +130,14 @@ class LiquidDataCollator:
         """Ids and labels of one record, without padding.
 
         Raises:
-            ValueError: If the record's kind or columns are not as the class says, or no id of it has a label.
+            ValueError: If the record's kind or fields are not as the class says, or no id of it has a label.
             TooLongError: If what may not be cut does not fit into `max_length`; a `ValueError` too.
         """
         ids, labels = self._draw(record)
         return ids.tolist(), labels.tolist()
 
     def _draw(self, record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and labels of a record, in the form that chance gives it."""
         kind = record.get("kind")
         # All are drawn in every case, so that changing one rate leaves the other draws as they are.
         draws = self._generator(record).random(3)
@@ -142,39 +146,68 @@ class LiquidDataCollator:
         instruction = TEXT_TO_IMAGE_INSTRUCTIONS[int(draws[2] * len(TEXT_TO_IMAGE_INSTRUCTIONS))]
         return self._encode(record, kind, None if draws[1] < self.unconditional_probability else instruction)
 
+    def _generator(self, record: Mapping[str, Any]) -> np.random.Generator:
+        if record.get("index") is not None:
+            return np.random.default_rng([self.seed, self.epoch, int(record["index"])])
+        # Each worker has a copy of the collator: the loader's seed for it makes their draws differ, in each epoch.
+        worker = get_worker_info()
+        worker_seed = None if worker is None else worker.seed
+        if worker_seed not in self._generators:
+            self._generators[worker_seed] = np.random.default_rng(
+                self.seed if worker_seed is None else [self.seed, worker_seed]
+            )
+        return self._generators[worker_seed]
+
     def _encode(self, record: Mapping[str, Any], kind: str, instruction: str | None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and labels of a record as one of `kind`; of a picture to draw, after its text and this instruction, or
+        after no text."""
         if kind not in RECORD_KINDS:
             raise ValueError(f"A record's 'kind' must be one of {', '.join(RECORD_KINDS)}, got {kind!r}.")
-        record = _without_none(record)
+        processor, eos_token_id = self.processor, self.processor.tokenizer.eos_token_id
         if kind == "conversation":
-            images = [self._image(image) for image in record.get("images", [])]
-            return self._row(self.processor.conversation_ids(self._column(record, "messages"), images))
-        text = record.get("text")
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"A record's 'text' must be a string that is not empty, got {text!r}.")
+            images = [self._codes(image) for image in record.get("images") or []]
+            return self._sequence(processor.conversation_ids(required_field(record, "messages"), images))
+        text = required_field(record, "text")
         if kind == "interleaved":
-            images = [self._image(image) for image in self._column(record, "images")]
-            return self._row([([*self.processor.interleaved_ids(text, images), self.eos_token_id], True)])
+            images = [self._codes(image) for image in required_field(record, "images")]
+            return self._sequence([([*processor.interleaved_ids(text, images), eos_token_id], True)])
         if kind == "text_to_image":
-            return self._drawing(text, self._image(record), instruction)
-        self.processor.check_plain(text)
-        prompt = self.processor.bos_ids if kind == "text" else self.processor.caption_ids(self._image(record))
-        return self._row([(prompt, False), ([*self.processor.encode(text), self.eos_token_id], True)])
+            codes = self._codes(record)
+            target = [*processor.codes_to_ids(codes), processor.eoi_token_id, eos_token_id]
+            return self._sequence([(self._drawing_prompt(text, codes, instruction, target), False), (target, True)])
+        processor.check_plain(text)
+        prompt = processor.bos_ids if kind == "text" else processor.caption_ids(self._codes(record))
+        return self._sequence([(prompt, False), ([*processor.encode(text), eos_token_id], True)])
 
-    def _drawing(self, text: str, codes: np.ndarray, instruction: str | None) -> tuple[np.ndarray, np.ndarray]:
-        factor = self.processor.image_processor.downsample_factor
-        size = {"height": codes.shape[0] * factor, "width": codes.shape[1] * factor}
-        target = [*self.processor.codes_to_ids(codes), self.processor.eoi_token_id, self.eos_token_id]
+    def _drawing_prompt(self, text: str, codes: np.ndarray, instruction: str | None, target: list[int]) -> list[int]:
+        """What a picture is drawn from: its text is cut, so that all of `target` fits behind."""
+        height, width = self.processor.image_layout.size(codes.shape)
         if instruction is None:
-            prompt = self.processor.unconditional_ids(**size)
+            prompt = self.processor.unconditional_ids(height, width)
         else:
             self._check_room(len(self.processor.bos_ids) + 2 + len(target))
             room = None if self.max_length is None else self.max_length - len(target)
-            prompt = self.processor.image_prompt_ids(text, **size, instruction=instruction, max_length=room)
+            prompt = self.processor.image_prompt_ids(text, height, width, instruction=instruction, max_length=room)
         self._check_room(len(prompt) + len(target))
-        return self._row([(prompt, False), (target, True)])
+        return prompt
 
-    def _row(self, pieces: list[tuple[list[int], bool]]) -> tuple[np.ndarray, np.ndarray]:
+    def _codes(self, image: Mapping[str, Any] | Sequence) -> np.ndarray:
+        """The codes (grid_height, grid_width) of a record, or of an image in it."""
+        codes, grid = image, None
+        if isinstance(image, Mapping):
+            codes, grid = required_field(image, "codes"), image.get("grid")
+        codes = codes.cpu().numpy() if isinstance(codes, torch.Tensor) else np.asarray(codes)
+        if grid is None and codes.ndim == 2:
+            return codes
+        grid = self.processor.image_layout.grid() if grid is None else tuple(int(side) for side in grid)
+        if len(grid) != 2 or min(grid) < 1 or codes.shape not in (grid, (math.prod(grid),)):
+            raise ValueError(
+                f"Codes of shape {codes.shape} are no image of {' x '.join(map(str, grid))} codes: give those of "
+                "another size than the default one a 'grid' [height, width], or give them in two dimensions."
+            )
+        return codes.reshape(grid)
+
+    def _sequence(self, pieces: list[tuple[list[int], bool]]) -> tuple[np.ndarray, np.ndarray]:
         """Joins pieces of ids and whether they are learned; cuts the last one, but not through an image."""
         ids = np.array([index for piece, _ in pieces for index in piece], dtype=np.int64)
         learned = np.repeat([is_learned for _, is_learned in pieces], [len(piece) for piece, _ in pieces])
@@ -196,78 +229,27 @@ class LiquidDataCollator:
                 "`drop_too_long`."
             )
 
-    def _image(self, image: Mapping[str, Any] | Sequence) -> np.ndarray:
-        """Codes in rows and columns of a record or an image in it."""
-        codes, grid = image, None
-        if isinstance(image, Mapping):
-            image = _without_none(image)
-            codes, grid = self._column(image, "codes"), image.get("grid")
-        codes = codes.cpu().numpy() if isinstance(codes, torch.Tensor) else np.asarray(codes)
-        if grid is None and codes.ndim == 2:
-            return codes
-        grid = self.processor.grid() if grid is None else tuple(int(side) for side in grid)
-        if len(grid) != 2 or min(grid) < 1 or codes.shape not in (grid, (math.prod(grid),)):
-            raise ValueError(
-                f"Codes of shape {codes.shape} are no image of {' x '.join(map(str, grid))} codes: give those of "
-                "another size than the default one a 'grid' [rows, columns], or give them as rows and columns."
-            )
-        return codes.reshape(grid)
+    def _pad(self, sequences: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
+        length, multiple = max(len(ids) for ids, _ in sequences), self.pad_to_multiple_of or 1
+        length = math.ceil(length / multiple) * multiple
 
-    def _column(self, record: Mapping[str, Any], name: str) -> Any:
-        if name not in record:
-            raise ValueError(f"A record of its kind needs {name!r}, got only {sorted(record)}.")
-        return record[name]
+        def stack(arrays: list[np.ndarray], filler: int) -> torch.Tensor:
+            padded = [np.pad(array, (0, length - len(array)), constant_values=filler) for array in arrays]
+            return torch.from_numpy(np.stack(padded))
 
-    def _generator(self, record: Mapping[str, Any]) -> np.random.Generator:
-        if record.get("index") is not None:
-            return np.random.default_rng([self.seed, self.epoch, int(record["index"])])
-        # Each worker has a copy of the collator: the loader's seed for it makes their draws differ, in each epoch.
-        worker = get_worker_info()
-        worker_seed = None if worker is None else worker.seed
-        if worker_seed not in self._generators:
-            self._generators[worker_seed] = np.random.default_rng(
-                self.seed if worker_seed is None else [self.seed, worker_seed]
-            )
-        return self._generators[worker_seed]
-
-    def _pad(self, rows: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
-        length = max(len(ids) for ids, _ in rows)
-        if self.pad_to_multiple_of is not None:
-            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = (len(rows), length)
-        batch = {
-            "input_ids": torch.full(shape, self.processor.pad_token_id, dtype=torch.int64),
-            "attention_mask": torch.zeros(shape, dtype=torch.int64),
-            "labels": torch.full(shape, IGNORE_INDEX, dtype=torch.int64),
+        return {
+            "input_ids": stack([ids for ids, _ in sequences], self.processor.pad_token_id),
+            "attention_mask": stack([np.ones_like(ids) for ids, _ in sequences], 0),
+            "labels": stack([labels for _, labels in sequences], IGNORE_INDEX),
         }
-        for row, (ids, labels) in enumerate(rows):
-            batch["input_ids"][row, : len(ids)] = torch.from_numpy(ids)
-            batch["attention_mask"][row, : len(ids)] = 1
-            batch["labels"][row, : len(ids)] = torch.from_numpy(labels)
-        return batch
 
-    def _pack(self, rows: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
-        columns = {
-            "input_ids": [ids for ids, _ in rows],
-            "position_ids": [np.arange(len(ids)) for ids, _ in rows],
-            "labels": [labels for _, labels in rows],
+    def _pack(self, sequences: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
+        arrays = {
+            "input_ids": [ids for ids, _ in sequences],
+            "position_ids": [np.arange(len(ids)) for ids, _ in sequences],
+            "labels": [labels for _, labels in sequences],
         }
-        return {name: torch.from_numpy(np.concatenate(column))[None] for name, column in columns.items()}
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that `set_epoch` announced."""
-        return int(self._epoch)
-
-    @property
-    def eos_token_id(self) -> int:
-        """The id that ends each record."""
-        return self.processor.tokenizer.eos_token_id
+        return {name: torch.from_numpy(np.concatenate(parts))[None] for name, parts in arrays.items()}
 
 
-def _without_none(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrow fills what a record lacks with `None`."""
-    return {name: column for name, column in record.items() if column is not None}
-
-
-__all__ = ["IGNORE_INDEX", "RECORD_KINDS", "LiquidDataCollator"]
+__all__ = ["IGNORE_INDEX", "LiquidDataCollator"]

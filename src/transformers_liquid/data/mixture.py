@@ -12,21 +12,13 @@ import torch
 from transformers.utils import logging
 
 from .collator import LiquidDataCollator
-from .manifest import read_manifest
+from .records import RECORD_FIELDS, REQUIRED_FIELDS, read_manifest
 
 
 if TYPE_CHECKING:
     import datasets
 
 
-# The kind of records without a column `kind`, by the first of these sets of columns that they have.
-KINDS_OF_COLUMNS = {
-    ("messages",): "conversation",
-    ("text", "codes"): "text_to_image",
-    ("text", "images"): "interleaved",
-    ("text",): "text",
-}
-RECORD_COLUMNS = ("kind", "text", "codes", "grid", "images", "messages")
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 logger = logging.get_logger(__name__)
@@ -59,47 +51,83 @@ def load_records(
 
     try:
         manifest = read_manifest(path)
-    except OSError as error:
-        raise ValueError(f"The data set {str(path)!r} cannot be read: {error}") from error
+        dataset = _load(str(path), split, streaming)
+        if streaming:
+            dataset = dataset._resolve_features()  # before, a stream of JSON has no columns
+        next(iter(dataset))
+    except Exception as error:  # readers raise anything; StopIteration says nothing
+        reason = str(error) or f"split {split!r} is empty"
+        raise ValueError(f"The data set {str(path)!r} cannot be read: {reason}") from error
     if manifest is not None and codec_identity is not None and manifest["codec"] != codec_identity:
         raise ValueError(
             f"The codes of {str(path)!r} were made with another codec than the model's ({manifest['codec'][:12]}..., "
             f"the model's is {codec_identity[:12]}...): they mean other pictures. Tokenize the images with this model."
         )
-    try:
-        dataset = _load(Path(path), str(path), split, streaming)
-        if streaming:
-            dataset = dataset._resolve_features()  # before, a stream of JSON has no columns
-        is_empty = next(iter(dataset), None) is None
-    except Exception as error:  # readers raise anything
-        raise ValueError(f"The data set {str(path)!r} cannot be read: {error}") from error
-    if is_empty:
-        raise ValueError(f"The data set {str(path)!r} (split {split!r}) is empty.")
 
     columns = dataset.column_names
-    kind = next((kind for names, kind in KINDS_OF_COLUMNS.items() if set(names) <= set(columns)), None)
+    kind = next((kind for kind, names in REQUIRED_FIELDS.items() if set(names) <= set(columns)), None)
     if kind is None:
         raise ValueError(
             f"The data set {str(path)!r} holds no records: its columns are {', '.join(columns)}, but it needs "
             "messages, text and codes, text and images (as codes), or text."
         )
-    dataset = dataset.select_columns([name for name in RECORD_COLUMNS if name in columns])
+    dataset = dataset.select_columns([name for name in RECORD_FIELDS if name in columns])
     for name in ("codes", "images"):
-        if name in columns and not _holds_integers(dataset.features[name], datasets):
+        if name in columns and not _holds_integers(dataset.features[name]):
             raise ValueError(
                 f"The column {name!r} of {str(path)!r} must hold codes, that is integers, got "
                 f"{dataset.features[name]}. Make codes of pictures with `transformers-liquid tokenize`."
             )
     if streaming:
         # Streams are mixed by columns of the same types.
-        features = datasets.Features({name: _with_int32(dataset.features[name], datasets) for name in dataset.features})
+        features = datasets.Features({name: _with_int32(feature) for name, feature in dataset.features.items()})
         dataset = dataset.cast(features)
         if "kind" not in columns:
             features = datasets.Features({"kind": datasets.Value("string"), **features})
-            dataset = dataset.map(_add_kind, fn_kwargs={"kind": kind}, features=features)
+            dataset = dataset.map(_with_field, fn_kwargs={"name": "kind", "value": kind}, features=features)
     elif "kind" not in columns:
         dataset = dataset.add_column("kind", [kind] * len(dataset))
     return dataset
+
+
+def _load(name: str, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+    import datasets
+
+    path = Path(name)
+    if path.is_file():
+        if path.suffix not in FILE_FORMATS:
+            raise ValueError(f"files of records end in {', '.join(FILE_FORMATS)}.")
+        files = {split: name}
+        return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=files, split=split, streaming=streaming)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        dataset = datasets.load_from_disk(name)
+        if isinstance(dataset, datasets.DatasetDict):
+            dataset = dataset[split]
+        return dataset.to_iterable_dataset() if streaming else dataset
+    return datasets.load_dataset(name, split=split, streaming=streaming)
+
+
+def _holds_integers(feature: Any) -> bool:
+    """Whether this is the type of codes, or of images that have them."""
+    while isinstance(feature, dict) or hasattr(feature, "feature"):
+        feature = feature.get("codes") if isinstance(feature, dict) else feature.feature
+    dtype = getattr(feature, "dtype", "")
+    return "int" in dtype or dtype == "null"
+
+
+def _with_int32(feature: Any) -> Any:
+    """The same type with int32 in place of all integers."""
+    import datasets
+
+    if isinstance(feature, dict):
+        return {name: _with_int32(value) for name, value in feature.items()}
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return datasets.List(_with_int32(feature.feature))
+    return datasets.Value("int32") if isinstance(feature, datasets.Value) and "int" in feature.dtype else feature
+
+
+def _with_field(record: dict[str, Any], value: Any, name: str) -> dict[str, Any]:
+    return {**record, name: value}
 
 
 def drop_too_long(
@@ -114,20 +142,33 @@ def drop_too_long(
         collator ([`LiquidDataCollator`]): Says what fits.
 
     Raises:
-        ValueError: If no record fits, or one is no record.
+        ValueError: If one is no record.
     """
     from datasets import IterableDataset
 
     if isinstance(dataset, IterableDataset):
         return dataset.filter(_CountingFilter(collator))
     kept = dataset.filter(collator.fits, desc="leaving out what is too long")
-    if not len(kept):
-        raise ValueError(f"None of the {len(dataset)} records fits into max_length={collator.max_length}: raise it.")
     if len(kept) < len(dataset):
-        logger.warning(
-            f"{len(dataset) - len(kept)} of {len(dataset)} records do not fit into {collator.max_length} tokens."
-        )
+        number = len(dataset) - len(kept)
+        logger.warning(f"{number} of {len(dataset)} records do not fit into {collator.max_length} tokens.")
     return kept
+
+
+class _CountingFilter:
+    """Whether a record of a stream fits; tells of 1, 2, 4, ... that do not."""
+
+    def __init__(self, collator: LiquidDataCollator) -> None:
+        self.collator = collator
+        self.dropped = 0
+
+    def __call__(self, record: Mapping[str, Any]) -> bool:
+        if self.collator.fits(record):
+            return True
+        self.dropped += 1
+        if self.dropped & (self.dropped - 1) == 0:
+            logger.warning(f"{self.dropped} records so far do not fit into {self.collator.max_length} tokens.")
+        return False
 
 
 def mix_records(
@@ -156,32 +197,35 @@ def mix_records(
     """
     from datasets import Dataset, IterableDataset, interleave_datasets
 
-    probabilities = _probabilities(weights, len(datasets))
-    is_stream = [isinstance(dataset, IterableDataset) for dataset in datasets]
-    if len(set(is_stream)) > 1:
-        raise ValueError("Some of the data sets are streams and some are not: load all with the same `streaming`.")
-    drawn = {"probabilities": probabilities[probabilities > 0].tolist(), "seed": seed}
-    drawn["stopping_strategy"] = "all_exhausted"
-    if is_stream[0]:
-        streams = [
-            stream.repeat(None).shuffle(seed=seed, buffer_size=buffer_size)
-            for stream, probability in zip(datasets, probabilities, strict=True)
-            if probability > 0
-        ]
-        return interleave_datasets(streams, **drawn).map(_add_index, with_indices=True)
+    lengths = [None if isinstance(dataset, IterableDataset) else len(dataset) for dataset in datasets]
+    are_streams = None in lengths
+    if not lengths or 0 in lengths or (are_streams and any(lengths)):
+        raise ValueError(
+            "A mixture is of data sets that have records, or of streams (loaded with the same `streaming`), at least "
+            f"one, got lengths {lengths}."
+        )
+    weights = np.ones(len(lengths)) if weights is None else np.asarray(weights, dtype=np.float64)
+    if weights.shape != (len(lengths),) or not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
+        raise ValueError(
+            f"Weights are one for each of the {len(lengths)} data sets, must not be negative, and one must be positive, "
+            f"got {weights.tolist()}."
+        )
+    probabilities = weights / weights.sum()
+    drawn = np.flatnonzero(probabilities)
+    how = {"probabilities": probabilities[drawn].tolist(), "seed": seed, "stopping_strategy": "all_exhausted"}
+    if are_streams:
+        streams = [datasets[source].repeat(None).shuffle(seed=seed, buffer_size=buffer_size) for source in drawn]
+        mixture = interleave_datasets(streams, **how)
+        return mixture.map(_with_field, with_indices=True, fn_kwargs={"name": "index"})
 
-    lengths = [len(dataset) for dataset in datasets]
-    if 0 in lengths:
-        raise ValueError(f"Data set {lengths.index(0)} of the mixture is empty.")
     generator = np.random.default_rng(seed)
     # Only places are interleaved: the sources keep their columns, and nothing is copied.
     places = [
-        Dataset.from_dict({"source": np.full(length, source), "row": generator.permutation(length)})
-        for source, length in enumerate(lengths)
-        if probabilities[source] > 0
+        Dataset.from_dict({"source": np.full(lengths[source], source), "place": generator.permutation(lengths[source])})
+        for source in drawn
     ]
-    order = interleave_datasets(places, **drawn).with_format("numpy")
-    return MixedRecords(datasets, np.asarray(order["source"][:]), np.asarray(order["row"][:]))
+    order = interleave_datasets(places, **how).with_format("numpy")
+    return MixedRecords(datasets, np.asarray(order["source"][:]), np.asarray(order["place"][:]))
 
 
 class MixedRecords(torch.utils.data.Dataset):
@@ -190,88 +234,22 @@ class MixedRecords(torch.utils.data.Dataset):
     Args:
         datasets (list of sequences of records): The sources.
         sources (`np.ndarray` of ints (N,)): Which of them holds record i ...
-        rows (`np.ndarray` of ints (N,)): ... and where.
+        places (`np.ndarray` of ints (N,)): ... and where.
     """
 
-    def __init__(self, datasets: Sequence[Sequence[Mapping[str, Any]]], sources: np.ndarray, rows: np.ndarray) -> None:
+    def __init__(
+        self, datasets: Sequence[Sequence[Mapping[str, Any]]], sources: np.ndarray, places: np.ndarray
+    ) -> None:
         self.datasets = list(datasets)
         self.sources = sources
-        self.rows = rows
+        self.places = places
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
-        return {**self.datasets[self.sources[index]][int(self.rows[index])], "index": index}
-
-
-class _CountingFilter:
-    """Whether a record of a stream fits; tells of 1, 2, 4, ... that do not."""
-
-    def __init__(self, collator: LiquidDataCollator) -> None:
-        self.collator = collator
-        self.dropped = 0
-
-    def __call__(self, record: Mapping[str, Any]) -> bool:
-        if self.collator.fits(record):
-            return True
-        self.dropped += 1
-        if self.dropped & (self.dropped - 1) == 0:
-            logger.warning(f"{self.dropped} records so far do not fit into {self.collator.max_length} tokens.")
-        return False
-
-
-def _load(path: Path, name: str, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
-    import datasets
-
-    if path.is_file():
-        if path.suffix not in FILE_FORMATS:
-            raise ValueError(f"files of records end in {', '.join(FILE_FORMATS)}.")
-        return datasets.load_dataset(
-            FILE_FORMATS[path.suffix], data_files={split: name}, split=split, streaming=streaming
-        )
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        dataset = datasets.load_from_disk(name)
-        if isinstance(dataset, datasets.DatasetDict):
-            dataset = dataset[split]
-        return dataset.to_iterable_dataset() if streaming else dataset
-    return datasets.load_dataset(name, split=split, streaming=streaming)
-
-
-def _probabilities(weights: Sequence[float] | None, number: int) -> np.ndarray:
-    if not number:
-        raise ValueError("A mixture needs at least one data set.")
-    weights = np.ones(number) if weights is None else np.asarray(weights, dtype=np.float64)
-    if weights.shape != (number,):
-        raise ValueError(f"Got {weights.size} weights for {number} data sets: give one each.")
-    if not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
-        raise ValueError(f"Weights must not be negative, and one must be positive, got {weights.tolist()}.")
-    return weights / weights.sum()
-
-
-def _holds_integers(feature: Any, datasets: Any) -> bool:
-    if isinstance(feature, dict):
-        return "codes" in feature and _holds_integers(feature["codes"], datasets)
-    if isinstance(feature, (datasets.List, datasets.LargeList)):
-        return _holds_integers(feature.feature, datasets)
-    return isinstance(feature, datasets.Value) and ("int" in feature.dtype or feature.dtype == "null")
-
-
-def _with_int32(feature: Any, datasets: Any) -> Any:
-    if isinstance(feature, dict):
-        return {name: _with_int32(value, datasets) for name, value in feature.items()}
-    if isinstance(feature, (datasets.List, datasets.LargeList)):
-        return datasets.List(_with_int32(feature.feature, datasets))
-    return datasets.Value("int32") if isinstance(feature, datasets.Value) and "int" in feature.dtype else feature
-
-
-def _add_kind(record: dict[str, Any], kind: str) -> dict[str, Any]:
-    return {"kind": kind, **record}
-
-
-def _add_index(record: dict[str, Any], index: int) -> dict[str, Any]:
-    return {**record, "index": index}
+        return {**self.datasets[self.sources[index]][int(self.places[index])], "index": index}
 
 
 __all__ = ["MixedRecords", "drop_too_long", "load_records", "mix_records"]

@@ -112,12 +112,14 @@ def _trainable_rows(model: LiquidForCausalLM) -> list[int]:
     from peft.utils import AuxiliaryTrainingWrapper
 
     require_version("peft>=0.18.1", "Older ones train the embeddings of a tied model without its head.")
-    if any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules()):
-        raise ValueError("The model has adapters already: `merge_and_unload()` or `unload()` them first.")
-    if not isinstance(model, LiquidForCausalLM):
+    adapters = [
+        name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
+    if adapters or not isinstance(model, LiquidForCausalLM):
         raise ValueError(
-            f"The model must be a LiquidForCausalLM, got {type(model).__name__}. Load it with "
-            "`LiquidForCausalLM.from_pretrained`, or make one with `expand_vocabulary`."
+            f"The model must be a LiquidForCausalLM without adapters, got {type(model).__name__} with {len(adapters)} of "
+            "them. Load it with `LiquidForCausalLM.from_pretrained`, make one with `expand_vocabulary`, or "
+            "`merge_and_unload()` the adapters that it has."
         )
     if model.get_output_embeddings().bias is not None:
         raise ValueError(

@@ -14,35 +14,31 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..codecs.vq_model import codec_identity
 from ..data.collator import LiquidDataCollator
-from ..data.manifest import check_datasets_installed
 from ..data.mixture import drop_too_long, load_records, mix_records
+from ..data.records import check_datasets_installed
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor
 from ..utils.files import differences, write_json
 from .adapters import liquid_lora_config, liquid_rows_config
+from .arguments import DataArguments, LiquidTrainingArguments, ModelArguments, parse_arguments
 from .trainer import LiquidTrainer, PreviewCallback
 
-
-TRAINABLE = ("full", "lora", "rows")
-TOO_LONG = ("raise", "drop")
 
 # What a run was started with: in the output folder, to be compared when it goes on.
 SETUP_NAME = "training_setup.json"
 
 # Of `TrainingArguments`, what decides where a run ends up.
-_DECISIVE = (
+_DECISIVE = [
     "total_batch_size",
     "num_train_epochs",
     "max_steps",
@@ -60,92 +56,7 @@ _DECISIVE = (
     "fp16",
     "seed",
     "data_seed",
-)
-
-
-@dataclass
-class ModelArguments:
-    """What is trained."""
-
-    model: str = field(metadata={"help": "A saved Liquid model: a folder or a name on the Hub."})
-    trainable: str = field(
-        default="full",
-        metadata={
-            "help": "What moves: the whole language model, LoRA on its linear layers with the image rows, or these rows alone.",
-            "choices": TRAINABLE,
-        },
-    )
-    lora_r: int = field(default=64, metadata={"help": "Rank of LoRA."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of LoRA. Defaults to twice the rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA."})
-    dtype: str = field(default="float32", metadata={"help": "Of the weights. With --bf16, fp32 weights are autocast."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
-    max_z_loss_coef: float | None = field(
-        default=None, metadata={"help": "Weight of the max-z loss (2e-4 in Baichuan 2). Defaults to the model's."}
-    )
-
-
-@dataclass
-class DataArguments:
-    """What it is trained on."""
-
-    datasets: list[str] = field(
-        metadata={
-            "help": "PATH or PATH=WEIGHT of each data set: an output of `transformers-liquid tokenize`, a JSON-lines or "
-            "parquet file of records, or a name on the Hub."
-        }
-    )
-    eval_datasets: list[str] = field(
-        default_factory=list, metadata={"help": "NAME=PATH of each data set to evaluate on."}
-    )
-    streaming: bool = field(default=False, metadata={"help": "Read while training instead of before; needs max_steps."})
-    max_length: int = field(default=2048, metadata={"help": "Longest record in tokens."})
-    too_long: str = field(
-        default="raise",
-        metadata={"help": "What to do with records whose image does not fit.", "choices": TOO_LONG},
-    )
-    packing: bool = field(default=True, metadata={"help": "Put the records of a batch into one row without pads."})
-    unconditional_probability: float = field(default=0.1, metadata={"help": "Rate of pictures drawn from no text."})
-    caption_probability: float = field(default=0.2, metadata={"help": "Rate of pairs turned into captions."})
-
-
-@dataclass
-class LiquidTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with the paper's defaults."""
-
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "cosine, constant, ..."})
-    total_batch_size: int = field(
-        default=1024,
-        metadata={"help": "Records in each step, over all processes; reached by accumulating gradients."},
-    )
-    max_grad_norm: float | None = field(
-        default=None, metadata={"help": "Gradient clipping. Defaults to 1.0, for 7B parameters and more to 0.5."}
-    )
-    preview_prompts: list[str] = field(default_factory=list, metadata={"help": "What to draw while training."})
-    preview_steps: int = field(default=500, metadata={"help": "Steps between two sheets of previews."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator chooses."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite stops the run."})
-
-    def __post_init__(self):
-        # Rows of different lengths cannot be cut out of one process's batch.
-        if self.accelerator_config is None:
-            self.accelerator_config = {"dispatch_batches": False}
-        super().__post_init__()
-        if self.gradient_accumulation_steps != 1:
-            raise ValueError(
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} follows from total_batch_size, "
-                "per_device_train_batch_size and the number of processes: set total_batch_size instead."
-            )
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True would remove the codes: leave it out.")
-        at_once = self.per_device_train_batch_size * self.world_size
-        if self.total_batch_size % at_once:
-            raise ValueError(
-                f"total_batch_size={self.total_batch_size} is no multiple of {at_once}: {self.per_device_train_batch_size} "
-                f"records on each of {self.world_size} processes. Change per_device_train_batch_size or total_batch_size."
-            )
-        self.gradient_accumulation_steps = self.total_batch_size // at_once
+]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -169,29 +80,6 @@ def main(argv: Sequence[str]) -> None:
         raise
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-
-
-def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, LiquidTrainingArguments]:
-    """Options of a YAML file (`--config`) and of the command line, which wins.
-
-    Raises:
-        ValueError: On an unknown or missing option, naming it.
-    """
-    parser = _Parser((ModelArguments, DataArguments, LiquidTrainingArguments), prog="transformers-liquid train")
-    parser.add_argument("--config", type=Path, help="a YAML file with any of the options below")
-    config = _read_config(argv)
-    known = {action.dest: action for action in parser._actions}
-    if unknown := sorted(set(config) - set(known)):
-        raise ValueError(f"The configuration has unknown options: {', '.join(unknown)}. `train --help` lists them all.")
-    for name, value in config.items():
-        known[name].required = False
-        if known[name].nargs in ("+", "*") and not isinstance(value, list):
-            raise ValueError(f"The option {name} of the configuration must be a list, got {value!r}.")
-        if known[name].choices is not None and value not in known[name].choices:
-            raise ValueError(f"The option {name} must be one of {', '.join(known[name].choices)}, got {value!r}.")
-    parser.set_defaults(**config)
-    *arguments, _ = parser.parse_args_into_dataclasses(args=list(argv))
-    return tuple(arguments)
 
 
 def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: LiquidTrainingArguments) -> LiquidTrainer:
@@ -231,7 +119,11 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Li
 
     # 3. The trainer
     if model_args.trainable != "full":
-        model = _with_adapters(model, model_args)
+        from peft import get_peft_model
+
+        lora = {"r": model_args.lora_r, "lora_alpha": model_args.lora_alpha, "lora_dropout": model_args.lora_dropout}
+        is_lora = model_args.trainable == "lora"
+        model = get_peft_model(model, liquid_lora_config(model, **lora) if is_lora else liquid_rows_config(model))
     trainer = LiquidTrainer(
         model=model,
         args=args,
@@ -250,7 +142,7 @@ def load_datasets(
 ) -> tuple[Any, dict[str, Any]]:
     """The mixture to train on, and the data sets to evaluate on by their names."""
 
-    def load(path: str, streaming: bool) -> Any:
+    def load(path: str, streaming: bool = False) -> Any:
         dataset = load_records(path, streaming=streaming, codec_identity=codec_identity)
         if streaming and data_args.too_long == "raise":
             return dataset  # the collator says it when it meets one
@@ -262,22 +154,22 @@ def load_datasets(
             )
         return fitting
 
-    pairs = [_split_weight(dataset) for dataset in data_args.datasets]
-    weights = [weight for _, weight in pairs if weight is not None]
-    if weights and len(weights) < len(pairs):
-        raise ValueError(f"Give every data set a weight or none: got {', '.join(data_args.datasets)}.")
-    if data_args.streaming and args.max_steps <= 0:
-        raise ValueError("With streaming, the length of the data is unknown: set max_steps.")
-    mixture = mix_records([load(path, data_args.streaming) for path, _ in pairs], weights or None, seed=args.seed)
+    sources, weights = [], []
+    for argument in data_args.datasets:
+        path, equals, weight = argument.rpartition("=")
+        try:
+            weights += [float(weight)] if equals else []
+        except ValueError as error:
+            raise ValueError(f"A data set is given as PATH or PATH=WEIGHT, got {argument!r}.") from error
+        sources.append(load(path if equals else argument, data_args.streaming))
+    mixture = mix_records(sources, weights or None, seed=args.seed)
 
     eval_datasets = {}
     for argument in data_args.eval_datasets:
         name, equals, path = argument.partition("=")
         if not equals:
             raise ValueError(f"eval_datasets are given as NAME=PATH, got {argument!r}.")
-        eval_datasets[name] = mix_records([load(path, False)], None, seed=args.seed)
-    if args.eval_strategy != "no" and not eval_datasets:
-        raise ValueError(f"eval_strategy={args.eval_strategy} needs eval_datasets (NAME=PATH).")
+        eval_datasets[name] = mix_records([load(path)], seed=args.seed)
     return mixture, eval_datasets
 
 
@@ -308,49 +200,6 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint that was written to its end; its state comes last."""
     checkpoints = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
     return str(max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))) if checkpoints else None
-
-
-class _Parser(HfArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> None:
-        raise ValueError(f"{message} (see `{self.prog} --help`)")
-
-
-def _read_config(argv: Sequence[str]) -> dict[str, Any]:
-    finder = _Parser([], add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", type=Path)
-    path = finder.parse_known_args(args=list(argv))[0].config
-    if path is None:
-        return {}
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold options as `name: value` lines.")
-    return config
-
-
-def _split_weight(dataset: str) -> tuple[str, float | None]:
-    path, equals, weight = dataset.rpartition("=")
-    if not equals:
-        return dataset, None
-    try:
-        return path, float(weight)
-    except ValueError as error:
-        raise ValueError(f"A data set is given as PATH or PATH=WEIGHT, got {dataset!r}.") from error
-
-
-def _with_adapters(model: LiquidForCausalLM, model_args: ModelArguments) -> Any:
-    from peft import get_peft_model
-
-    if model_args.trainable == "rows":
-        return get_peft_model(model, liquid_rows_config(model))
-    config = liquid_lora_config(
-        model, r=model_args.lora_r, lora_alpha=model_args.lora_alpha, lora_dropout=model_args.lora_dropout
-    )
-    return get_peft_model(model, config)
 
 
 if __name__ == "__main__":

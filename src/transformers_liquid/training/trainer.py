@@ -252,16 +252,8 @@ class _EpochCallback(TrainerCallback):
 
 
 def liquid_model(model: torch.nn.Module) -> LiquidForCausalLM:
-    """The [`LiquidForCausalLM`] itself, without PEFT around it; adapters inside it stay.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    inner = model if isinstance(model, LiquidForCausalLM) else getattr(model, "base_model", model)
-    inner = inner if isinstance(inner, LiquidForCausalLM) else getattr(inner, "model", inner)
-    if not isinstance(inner, LiquidForCausalLM):
-        raise ValueError(f"Expected a LiquidForCausalLM or a PEFT model around one, got {type(model).__name__}.")
-    return inner
+    """The [`LiquidForCausalLM`] itself, without PEFT around it; adapters inside it stay."""
+    return model if isinstance(model, LiquidForCausalLM) else model.get_base_model()
 
 
 __all__ = ["LiquidTrainer", "PreviewCallback"]

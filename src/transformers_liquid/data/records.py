@@ -1,9 +1,10 @@
-"""What a data set of codes says about itself."""
+"""Records: the kinds that there are and their fields; and what a data set of codes says about itself."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,35 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 
+# What a record of each kind must have. One that names no kind is of the first kind whose fields it has.
+REQUIRED_FIELDS = {
+    "conversation": ("messages",),
+    "text_to_image": ("text", "codes"),
+    "caption": ("text", "codes"),
+    "interleaved": ("text", "images"),
+    "text": ("text",),
+}
+RECORD_KINDS = tuple(REQUIRED_FIELDS)
+# Those that one picture and its text make.
+IMAGE_KINDS = ("text_to_image", "caption")
+# All that is ever read of a record, but for its `index`.
+RECORD_FIELDS = ("kind", "text", "codes", "grid", "images", "messages")
+
 MANIFEST_NAME = "liquid_codes.json"
+
+
+def required_field(record: Mapping[str, Any], name: str) -> Any:
+    """A field of a record, or of an image in one; one that Arrow filled with `None` is not there.
+
+    Raises:
+        ValueError: If the field is not there, or is a text without anything in it.
+    """
+    value = record.get(name)
+    if value is None or (name == "text" and not (isinstance(value, str) and value.strip())):
+        there = sorted(field for field in record if record[field] is not None)
+        what = "a 'text' that is a string and not empty" if name == "text" else repr(name)
+        raise ValueError(f"A record of its kind needs {what}, got {value!r} among {there}.")
+    return value
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:

@@ -1,0 +1,127 @@
+"""The options of `transformers-liquid train`: of a YAML file, of the command line, or of both."""
+
+# ruff: noqa: RUF009 (`HfArg` makes fields)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model: str = HfArg(help="A saved Liquid model: a folder or a name on the Hub.")
+    trainable: Literal["full", "lora", "rows"] = HfArg(
+        default="full",
+        help="What moves: the whole language model; LoRA on its linear layers, and the image rows; or these rows alone.",
+    )
+    lora_r: int = HfArg(default=64, help="Rank of LoRA.")
+    lora_alpha: int | None = HfArg(default=None, help="Scale of LoRA. Defaults to twice the rank.")
+    lora_dropout: float = HfArg(default=0.0, help="Dropout of LoRA.")
+    dtype: str = HfArg(default="float32", help="Of the weights. With --bf16, fp32 weights are autocast.")
+    attn_implementation: str | None = HfArg(default=None, help="sdpa, eager, flash_attention_2, ...")
+    max_z_loss_coef: float | None = HfArg(
+        default=None, help="Weight of the max-z loss (2e-4 in Baichuan 2). Defaults to the model's."
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    datasets: list[str] = HfArg(
+        help="PATH or PATH=WEIGHT of each data set: an output of `transformers-liquid tokenize`, a JSON-lines or parquet "
+        "file of records, or a name on the Hub."
+    )
+    eval_datasets: list[str] = HfArg(default_factory=list, help="NAME=PATH of each data set to evaluate on.")
+    streaming: bool = HfArg(default=False, help="Read while training instead of before; needs max_steps.")
+    max_length: int = HfArg(default=2048, help="Longest record in tokens.")
+    too_long: Literal["raise", "drop"] = HfArg(
+        default="raise", help="What to do with records whose image does not fit."
+    )
+    packing: bool = HfArg(default=True, help="Put the records of a batch into one sequence without pads.")
+    unconditional_probability: float = HfArg(default=0.1, help="Rate of pictures drawn from no text.")
+    caption_probability: float = HfArg(default=0.2, help="Rate of pairs turned into captions.")
+
+
+@dataclass
+class LiquidTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with the paper's defaults."""
+
+    learning_rate: float = HfArg(default=2e-5, help="Peak learning rate.")
+    lr_scheduler_type: str = HfArg(default="cosine", help="cosine, constant, ...")
+    total_batch_size: int = HfArg(
+        default=1024, help="Records in each step, over all processes; reached by accumulating gradients."
+    )
+    max_grad_norm: float | None = HfArg(
+        default=None, help="Gradient clipping. Defaults to 1.0, for 7B parameters and more to 0.5."
+    )
+    preview_prompts: list[str] = HfArg(default_factory=list, help="What to draw while training.")
+    preview_steps: int = HfArg(default=500, help="Steps between two sheets of previews.")
+    remove_unused_columns: bool = HfArg(default=False, help="Must stay false: the collator chooses.")
+    logging_nan_inf_filter: bool = HfArg(default=False, help="A loss that is not finite stops the run.")
+
+    def __post_init__(self):
+        # Sequences of different lengths cannot be cut out of one process's batch.
+        if self.accelerator_config is None:
+            self.accelerator_config = {"dispatch_batches": False}
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would remove the codes: leave it out.")
+        at_once = self.per_device_train_batch_size * self.world_size
+        if self.total_batch_size % at_once or self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"total_batch_size={self.total_batch_size} must be a multiple of {at_once}: {self.per_device_train_batch_size} "
+                f"records on each of {self.world_size} processes. It decides how often gradients are accumulated: leave out "
+                f"gradient_accumulation_steps, got {self.gradient_accumulation_steps}."
+            )
+        self.gradient_accumulation_steps = self.total_batch_size // at_once
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, LiquidTrainingArguments]:
+    """Options of a YAML file (`--config`) and of the command line, which wins.
+
+    Raises:
+        ValueError: On an unknown, missing or wrong option, naming it.
+    """
+    prog = "transformers-liquid train"
+    finder = _Parser([], prog=prog, add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    file = finder.parse_known_args(args=list(argv))[0].config
+    config = None
+    try:
+        config = {} if file is None else yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        finder.error(f"{file} is no YAML: {error}")
+    if not isinstance(config, dict):
+        finder.error(f"{file} must hold options as `name: value` lines")
+
+    parser = _Parser((ModelArguments, DataArguments, LiquidTrainingArguments), prog=prog)
+    parser.add_argument("--config", type=Path, help="a YAML file with any of the options below")
+    options = {action.dest: action for action in parser._actions}
+    if unknown := sorted(set(config) - set(options)):
+        parser.error(f"the configuration has unknown options: {', '.join(unknown)}")
+    for name, value in config.items():
+        options[name].required = False
+        if options[name].nargs == "+" and not isinstance(value, list):
+            parser.error(f"the option {name} of the configuration must be a list, got {value!r}")
+        if options[name].choices is not None and value not in options[name].choices:
+            parser.error(f"the option {name} must be one of {', '.join(options[name].choices)}, got {value!r}")
+    parser.set_defaults(**config)
+    *arguments, _ = parser.parse_args_into_dataclasses(args=list(argv))
+    return tuple(arguments)
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see `{self.prog} --help`)")
