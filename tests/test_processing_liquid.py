@@ -431,7 +431,7 @@ def test_pictures_come_from_pixel_values(processor):
     [
         ("", "text 0 is empty"),
         (["dog", " \n"], "text 1 is empty"),
-        ([], "empty list"),
+        ([], "must be a string or a list of strings, got an empty list"),
         (7, "must be a string or a list of strings, got 7"),
         (["dog", None], "must be a string or a list of strings"),
         ("a <boi> dog", "contains '<boi>', which is reserved for images"),
@@ -472,9 +472,9 @@ def test_bad_image_requests_are_refused(processor, arguments, message):
 @pytest.mark.parametrize(
     ("text", "number", "message"),
     [
-        ("<image> dog", 0, "have 1 <image> marks for 0 images"),
-        ("dog", 1, "have 0 <image> marks for 1 images"),
-        (["<image> dog", "<image>"], 3, "have 2 <image> marks for 3 images"),
+        ("<image> dog", 0, "has 1 <image> marks for 0 images"),
+        ("dog", 1, "has 0 <image> marks for 1 images"),
+        (["<image> dog", "<image>"], 3, "has 2 <image> marks for 3 images"),
     ],
 )
 def test_marks_and_images_must_match(processor, text, number, message):

@@ -101,7 +101,7 @@ class LiquidImageProcessor(BaseImageProcessor):
         code_grid(height, width, self.downsample_factor)
         _check_framing(framing)
         frame = _crop if framing == "crop" else _pad
-        pictures = [frame(_to_rgb(image), height, width) for image in _flatten(images)]
+        pictures = [frame(_to_rgb(image), height, width) for image in flatten_images(images)]
         if not pictures:
             raise ValueError("Got no images: expected at least one.")
         # float64 until the end, as the reference computes it.
@@ -127,7 +127,8 @@ class LiquidImageProcessor(BaseImageProcessor):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}.")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(
-                f"pixel_values must have shape (batch, 3, height, width), got {tuple(pixel_values.shape)}."
+                f"pixel_values must have shape (batch, 3, height, width), got {tuple(pixel_values.shape)}. Of image ids, "
+                "pass model.decode_image_tokens(ids)."
             )
         if not pixel_values.isfinite().all():
             raise ValueError("pixel_values contain NaN or infinity: decode in float32 or bfloat16 instead of float16.")
@@ -218,11 +219,12 @@ def _blend_on_white(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def _flatten(images: Any) -> Iterator[Any]:
+def flatten_images(images: Any) -> Iterator[Any]:
+    """The pictures of a (nested) list or a batch, in reading order."""
     is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
     if is_batch or isinstance(images, (list, tuple)):
         for image in images:
-            yield from _flatten(image)
+            yield from flatten_images(image)
     else:
         yield images
 

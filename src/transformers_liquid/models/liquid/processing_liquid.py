@@ -8,6 +8,7 @@ built by one of `image_prompt_ids`, `unconditional_ids`, `caption_ids`, `questio
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,9 @@ from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, Proces
 from transformers.utils import PROCESSOR_NAME, cached_file
 
 from .configuration_liquid import LiquidConfig
-from .image_processing_liquid import LiquidImageProcessor
+from .image_processing_liquid import LiquidImageProcessor, flatten_images
 from .reference import ReferenceCheckpoint, hub_arguments
-from .vocabulary import IMAGE_MARK, ImageLayout
+from .vocabulary import IMAGE_MARK, ImageLayout, is_one_token
 
 
 # The first one is the reference's sentence at inference; the others vary the wording in training.
@@ -38,51 +39,6 @@ TEXT_TO_IMAGE_INSTRUCTIONS = [
     " Visualize the description you have just read.",
 ]
 CAPTION_INSTRUCTION = "The caption of this image is:"
-
-# Most bases know only messages whose content is a string: write the parts of each message into one, an image on its
-# own line. The empty output at the end keeps the white space at the beginning of the base's template.
-_PARTS_TO_TEXT = (
-    "{%- set liquid = namespace(messages=[], text='') -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['content'] is undefined or message['content'] is none or message['content'] is string -%}"
-    "{%- set liquid.messages = liquid.messages + [message] -%}"
-    "{%- else -%}"
-    "{%- set liquid.text = '' -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}"
-    "{%- set liquid.text = liquid.text + '" + IMAGE_MARK + "' + ('' if loop.last else '\\n') -%}"
-    "{%- elif part['type'] == 'text' -%}"
-    "{%- set liquid.text = liquid.text + part['text'] -%}"
-    "{%- else -%}"
-    "{{ raise_exception('A message may have parts of type image and text, got ' + part['type']) }}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- set liquid.messages = liquid.messages + [dict(message, content=liquid.text)] -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- set messages = liquid.messages -%}{{ '' }}"
-)
-# The conversation of the reference's evaluation and demo.
-_GEMMA_CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] not in ('user', 'assistant') -%}"
-    "{{ raise_exception('Roles are user and assistant, got ' + message['role']) }}"
-    "{%- endif -%}"
-    "{%- set role = 'model' if message['role'] == 'assistant' else 'user' -%}"
-    "{{ '<start_of_turn>' + role + '\\n' + message['content'] + '<end_of_turn>\\n' }}"
-    "{%- if role == 'model' -%}{{ eos_token }}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}"
-)
-_PLAIN_CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{%- for message in messages -%}"
-    "{{ message['role'] + ': ' + message['content'] + '\\n' }}"
-    "{%- if message['role'] == 'assistant' -%}{{ eos_token }}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"
-)
 
 
 class TooLongError(ValueError):
@@ -165,7 +121,23 @@ class LiquidProcessor(ProcessorMixin):
         self.image_token_id, self.boi_token_id, self.eoi_token_id, self.uncond_token_id = (
             tokenizer.convert_tokens_to_ids(token) for token in self._image_tokens
         )
-        self._check_vocabulary()
+        vocabulary = tokenizer.get_vocab()
+        for token in self._image_tokens:
+            if not is_one_token(tokenizer, token):
+                raise ValueError(
+                    f"{token!r} must be one token of the tokenizer, but it is encoded as {self.encode(token)}. Name a "
+                    "token that the tokenizer has (image_token, boi_token, eoi_token, uncond_token), or add it with "
+                    "`transformers_liquid.expand_vocabulary`."
+                )
+        if len(set(self._image_tokens)) < len(self._image_tokens):
+            raise ValueError(f"image_token, boi_token, eoi_token, uncond_token must differ, got {self._image_tokens}.")
+        image_ids = self.image_layout.image_token_range
+        for token, index in sorted(vocabulary.items(), key=lambda item: item[1]):
+            if index in image_ids:
+                raise ValueError(
+                    f"The tokenizer does not fit: its token {token!r} has id {index}, one of the image ids "
+                    f"{image_ids.start} ... {image_ids.stop - 1}."
+                )
         if self.chat_template is None:
             self.chat_template = default_chat_template(tokenizer)
 
@@ -226,41 +198,23 @@ class LiquidProcessor(ProcessorMixin):
                 number of `<image>` marks differs from the number of images, or a size is not a positive multiple
                 of the codec's factor.
         """
-        if generation_mode == "text":
-            if negative_prompt is not None:
-                raise ValueError("negative_prompt needs generation_mode='image': text is generated without guidance.")
-            return self._text_inputs(text, images, height, width, **kwargs)
+        _check_mode(generation_mode)
         if generation_mode == "image":
             if images is not None:
                 raise ValueError("generation_mode='image' draws from text alone: leave out images.")
-            return self._image_inputs(text, negative_prompt, height, width, **kwargs)
-        raise ValueError(f"generation_mode must be 'text' or 'image', got {generation_mode!r}.")
+            prompts, negatives = self.image_prompts(text, negative_prompt, height, width)
+            data = {}
+            data["input_ids"], data["attention_mask"] = self.pad_left(prompts)
+            data["negative_prompt_ids"], data["negative_prompt_attention_mask"] = self.pad_left(negatives)
+            layout = self.image_layout
+            if height not in (None, layout.image_size) or width not in (None, layout.image_size):
+                data["height"] = layout.image_size if height is None else height
+                data["width"] = layout.image_size if width is None else width
+            return_tensors = self._merge_kwargs(**kwargs)["text_kwargs"]["return_tensors"]
+            return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["height", "width"])
 
-    def _image_inputs(self, text, negative_prompt, height, width, **kwargs) -> BatchFeature:
-        texts = self.check_texts(text, "text")
-        sizes = {"height": height, "width": width}
-        prompts = [self.image_prompt_ids(prompt, **sizes) for prompt in texts]
-        if negative_prompt is None:
-            negatives = [self.unconditional_ids(**sizes)] * len(texts)
-        else:
-            negative_texts = self.check_texts(negative_prompt, "negative_prompt")
-            if isinstance(negative_prompt, str):
-                negative_texts = negative_texts * len(texts)
-            if len(negative_texts) != len(texts):
-                raise ValueError(
-                    f"Got {len(negative_texts)} negative prompts for {len(texts)} prompts: give one, or one each."
-                )
-            negatives = [self.image_prompt_ids(prompt, **sizes) for prompt in negative_texts]
-
-        data = {}
-        data["input_ids"], data["attention_mask"] = self._pad_left(prompts)
-        data["negative_prompt_ids"], data["negative_prompt_attention_mask"] = self._pad_left(negatives)
-        if self._size_sentence(height, width):
-            data["height"], data["width"] = self.image_layout.size(self.grid(height, width))
-        return_tensors = self._merge_kwargs(**kwargs)["text_kwargs"]["return_tensors"]
-        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["height", "width"])
-
-    def _text_inputs(self, text, images, height, width, **kwargs) -> BatchFeature:
+        if negative_prompt is not None:
+            raise ValueError("negative_prompt needs generation_mode='image': text is generated without guidance.")
         if text is not None:
             text = self.check_texts(text, "text")
             text_kwargs = kwargs.get("text_kwargs", {})
@@ -270,12 +224,48 @@ class LiquidProcessor(ProcessorMixin):
             if "padding" not in kwargs and "padding" not in text_kwargs:
                 kwargs["padding"] = len(text) > 1
         if images is not None and (height is not None or width is not None):
-            self.grid(height, width)
             kwargs.update(height=height, width=width)
         return super().__call__(images=images, text=text, **kwargs)
 
     # Prompts: lists of ids, matching the reference (FoundationVision/Liquid, liquid/train/train.py and
     # evaluation/app.py) token for token.
+
+    def image_prompts(
+        self,
+        text: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """The prompts of a batch of pictures and what guidance leads away from, before they are padded.
+
+        Args:
+            text, negative_prompt, height, width: As in a call with `generation_mode="image"`.
+
+        Returns:
+            Ids of the prompts as in `image_prompt_ids`; and, one for each, of the negative or unconditional prompts.
+
+        Raises:
+            ValueError: As in a call.
+        """
+        texts = self._check_prompts(text, "text")
+        ending = self._size_sentence(height, width) + TEXT_TO_IMAGE_INSTRUCTIONS[0]
+        prompts = [self._image_prompt(prompt, ending) for prompt in texts]
+        if negative_prompt is None:
+            return prompts, [self.unconditional_ids(height, width)] * len(texts)
+        negatives = self._check_prompts(negative_prompt, "negative_prompt")
+        if isinstance(negative_prompt, str):
+            negatives = negatives * len(texts)
+        if len(negatives) != len(texts):
+            raise ValueError(f"Got {len(negatives)} negative prompts for {len(texts)} prompts: give one, or one each.")
+        return prompts, [self._image_prompt(prompt, ending) for prompt in negatives]
+
+    def pad_left(self, sequences: Sequence[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Prompts of one length, pads before them, and their masks."""
+        length = max(map(len, sequences))
+        ids = [[self.pad_token_id] * (length - len(sequence)) + sequence for sequence in sequences]
+        mask = [[0] * (length - len(sequence)) + [1] * len(sequence) for sequence in sequences]
+        return ids, mask
 
     def image_prompt_ids(
         self,
@@ -300,8 +290,10 @@ class LiquidProcessor(ProcessorMixin):
                 size does not fit.
             TooLongError: If `max_length` leaves no room for the description; a `ValueError` too.
         """
-        self._check_image_prompt(prompt)
-        ending = self._size_sentence(height, width) + instruction
+        (prompt,) = self._check_prompts(prompt, "prompt")
+        return self._image_prompt(prompt, self._size_sentence(height, width) + instruction, max_length)
+
+    def _image_prompt(self, prompt: str, ending: str, max_length: int | None = None) -> list[int]:
         ids = [*self.bos_ids, *self.encode(prompt + ending), self.boi_token_id]
         if max_length is None or len(ids) <= max_length:
             return ids
@@ -312,9 +304,8 @@ class LiquidProcessor(ProcessorMixin):
         return [*self.bos_ids, *self.encode(prompt)[:room], *ending_ids]
 
     def unconditional_ids(self, height: int | None = None, width: int | None = None) -> list[int]:
-        """The prompt of the unconditional row of guidance: `bos` [size sentence] `<unconditional>` `boi`."""
-        sentence = self._size_sentence(height, width)
-        text = f"{sentence} {self.uncond_token}" if sentence else self.uncond_token
+        """The prompt of the unconditional side of guidance: `bos` [size sentence] `<unconditional>` `boi`."""
+        text = f"{self._size_sentence(height, width)} {self.uncond_token}".lstrip()
         return [*self.bos_ids, *self.encode(text), self.boi_token_id]
 
     def caption_ids(self, codes=None, height: int | None = None, width: int | None = None) -> list[int]:
@@ -354,7 +345,8 @@ class LiquidProcessor(ProcessorMixin):
         Raises:
             ValueError: If marks and images differ in number, or the text contains one of the processor's image tokens.
         """
-        return [*self.bos_ids, *self._marked_ids(text, self._ids_of_marks(text, images))]
+        self._check_marks([text], len(images))
+        return [*self.bos_ids, *self._marked_ids(text, map(self.codes_to_ids, images))]
 
     def conversation_ids(self, messages: Sequence[Mapping[str, Any]], images: Sequence) -> list[tuple[list[int], bool]]:
         """A conversation as the chat template writes it, in pieces: what is asked and what the assistant answers.
@@ -380,8 +372,12 @@ class LiquidProcessor(ProcessorMixin):
                 "A conversation must begin with a turn of another and must end with one of the assistant, got the "
                 f"roles {roles}."
             )
-        for message in messages:
-            self._check_content(message.get("content"))
+        for content in (message.get("content") for message in messages):
+            if not isinstance(content, (str, list, tuple)):
+                raise ValueError(f"The content of a message must be a string or a list of parts, got {content!r}.")
+            for part in content if not isinstance(content, str) else ():
+                if part.get("type") == "text":
+                    self.check_plain(part["text"])
         texts, written = [], ""
         for turn in [turn for turn, role in enumerate(roles) if role == "assistant"]:
             prompt = self.apply_chat_template(messages[:turn], add_generation_prompt=True)
@@ -393,7 +389,8 @@ class LiquidProcessor(ProcessorMixin):
                 )
             texts += [(prompt[len(written) :], False), (answered[len(prompt) :], True)]
             written = answered
-        image_ids = self._ids_of_marks(written, images)
+        self._check_marks([written], len(images))
+        image_ids = map(self.codes_to_ids, images)
         return [
             (self._marked_ids(text, image_ids, begins=index == 0), is_answer)
             for index, (text, is_answer) in enumerate(texts)
@@ -460,16 +457,6 @@ class LiquidProcessor(ProcessorMixin):
             return self.codes_to_ids(codes)
         return [self.image_token_id] * self.image_layout.num_codes(height, width)
 
-    def _ids_of_marks(self, text: str, images: Sequence) -> Iterator[list[int]]:
-        """The ids of each image that a text has a mark for."""
-        self.check_plain(text.replace(IMAGE_MARK, ""))
-        if text.count(IMAGE_MARK) != len(images):
-            raise ValueError(
-                f"The text has {text.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(images)} images: write one mark "
-                "per image."
-            )
-        return iter([self._image_ids(codes) for codes in images])
-
     def _marked_ids(self, text: str, image_ids: Iterator[list[int]], begins: bool = False) -> list[int]:
         """Ids of a text with the next of `image_ids` in place of each mark, between boi and eoi.
 
@@ -482,12 +469,6 @@ class LiquidProcessor(ProcessorMixin):
         for index in self.tokenizer.encode(text, add_special_tokens=begins and not has_bos):
             ids.extend(next(image_ids) if index == self.image_token_id else [index])
         return ids
-
-    def _pad_left(self, rows: Sequence[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
-        length = max(len(row) for row in rows)
-        ids = [[self.pad_token_id] * (length - len(row)) + row for row in rows]
-        mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-        return ids, mask
 
     # Checks
 
@@ -511,53 +492,17 @@ class LiquidProcessor(ProcessorMixin):
                 "The processor does not fit the model: " + "; ".join(different) + ". Load both from one repository."
             )
 
-    def _check_vocabulary(self) -> None:
-        vocabulary = self.tokenizer.get_vocab()
-        for token in self._image_tokens:
-            if token not in vocabulary or self.encode(token) != [vocabulary[token]]:
-                raise ValueError(
-                    f"{token!r} must be one token of the tokenizer, but it is encoded as {self.encode(token)}. Name a "
-                    "token that the tokenizer has (image_token, boi_token, eoi_token, uncond_token), or add it with "
-                    "`transformers_liquid.expand_vocabulary`."
-                )
-        if len(set(self._image_tokens)) < len(self._image_tokens):
-            raise ValueError(f"image_token, boi_token, eoi_token, uncond_token must differ, got {self._image_tokens}.")
-        image_ids = self.image_layout.image_token_range
-        shared = {token: index for token, index in vocabulary.items() if index in image_ids}
-        if shared:
-            token, index = min(shared.items(), key=lambda item: item[1])
-            raise ValueError(
-                f"The tokenizer does not fit: its token {token!r} has id {index}, one of the image ids "
-                f"{image_ids.start} ... {image_ids.stop - 1}."
-            )
-
     def check_texts(self, text: str | list[str], name: str) -> list[str]:
         """The texts as a list; raises a `ValueError` that calls them `name` unless they are strings with something in
         them."""
         texts = [text] if isinstance(text, str) else text
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(sample, str) for sample in texts):
-            raise ValueError(f"{name} must be a string or a list of strings, got {text!r}.")
-        if not texts:
-            raise ValueError(f"{name} is an empty list: give at least one.")
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(sample, str) for sample in texts):
+            given = "an empty list" if texts == [] else repr(text)
+            raise ValueError(f"{name} must be a string or a list of strings, got {given}.")
         for index, sample in enumerate(texts):
             if not sample.strip():
                 raise ValueError(f"{name} {index} is empty: write what it should say.")
         return list(texts)
-
-    def _check_image_prompt(self, prompt: str) -> None:
-        if not prompt.strip():
-            raise ValueError("The prompt is empty: write what the picture shows.")
-        self.check_plain(prompt)
-        bos_token = self.tokenizer.bos_token
-        if bos_token is not None and prompt.startswith(bos_token):
-            raise ValueError(f"The prompt begins with {bos_token!r}, which is added here: give a description alone.")
-
-    def _check_content(self, content) -> None:
-        if not isinstance(content, (str, list, tuple)):
-            raise ValueError(f"The content of a message must be a string or a list of parts, got {content!r}.")
-        for part in content if not isinstance(content, str) else ():
-            if part.get("type") == "text":
-                self.check_plain(part["text"])
 
     def check_plain(self, text: str) -> None:
         """Image tokens in a text would read as (a piece of) an image that is not there."""
@@ -565,27 +510,38 @@ class LiquidProcessor(ProcessorMixin):
             if token in text:
                 raise ValueError(f"The text {text!r} contains {token!r}, which is reserved for images: remove it.")
 
+    def _check_prompts(self, text: str | list[str], name: str) -> list[str]:
+        """As `check_texts`, for descriptions of pictures."""
+        prompts = self.check_texts(text, name)
+        bos_token = self.tokenizer.bos_token
+        for prompt in prompts:
+            self.check_plain(prompt)
+            if bos_token is not None and prompt.startswith(bos_token):
+                raise ValueError(
+                    f"The prompt begins with {bos_token!r}, which is added here: give a description alone."
+                )
+        return prompts
+
+    def _check_marks(self, texts: list[str], number: int, name: str = "The text") -> None:
+        """Texts hold no pieces of images, but together one mark for each of `number` images."""
+        for text in texts:
+            self.check_plain(text.replace(IMAGE_MARK, ""))
+        if (marks := sum(text.count(IMAGE_MARK) for text in texts)) != number:
+            raise ValueError(f"{name} has {marks} {IMAGE_MARK} marks for {number} images: write one mark per image.")
+
     def validate_inputs(self, images=None, text=None, **kwargs) -> None:
         """Check that the texts hold no pieces of images, and one `<image>` mark per image."""
         if images is None and text is None:
             raise ValueError("Give text, images or both.")
         if text is None:
             return
-        for sample in text:
-            self.check_plain(sample.replace(IMAGE_MARK, ""))
-        marks = [sample.count(IMAGE_MARK) for sample in text]
-        if isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images):
-            counts = [len(row) if isinstance(row, (list, tuple)) else 1 for row in images]
-            if len(counts) == len(marks) and counts != marks:
-                row = next(row for row in range(len(marks)) if counts[row] != marks[row])
-                raise ValueError(f"Text {row} has {marks[row]} {IMAGE_MARK} marks for {counts[row]} images.")
-            number = sum(counts)
+        images = [] if images is None else images
+        is_nested = isinstance(images, (list, tuple)) and any(isinstance(image, (list, tuple)) for image in images)
+        if is_nested and len(images) == len(text):
+            for index, (sample, own) in enumerate(zip(text, images, strict=True)):
+                self._check_marks([sample], len(list(flatten_images(own))), f"Text {index}")
         else:
-            number = _number_of_images(images)
-        if sum(marks) != number:
-            raise ValueError(
-                f"The texts have {sum(marks)} {IMAGE_MARK} marks for {number} images: write one mark per image."
-            )
+            self._check_marks(text, len(list(flatten_images(images))), "The input")
 
     # Hooks of ProcessorMixin
 
@@ -650,15 +606,13 @@ class LiquidProcessor(ProcessorMixin):
         Returns:
             A list of `str`; or the images as the image processor's `postprocess` returns them.
         """
-        if generation_mode is None or generation_mode == "text":
-            return self.post_process_image_text_to_text(
-                generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
-            )
+        if generation_mode is not None:
+            _check_mode(generation_mode)
         if generation_mode == "image":
-            if isinstance(generated_outputs, torch.Tensor) and not generated_outputs.is_floating_point():
-                raise ValueError("Pictures are made from pixel values, got ids: pass model.decode_image_tokens(ids).")
             return self.image_processor.postprocess(generated_outputs, output_type=output_type)
-        raise ValueError(f"generation_mode must be 'text' or 'image', got {generation_mode!r}.")
+        return self.post_process_image_text_to_text(
+            generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
+        )
 
     def _without_image_ids(self, ids, skip_special_tokens: bool):
         if isinstance(ids, (torch.Tensor, np.ndarray)):
@@ -706,22 +660,28 @@ def build_processor(config: LiquidConfig, tokenizer: PreTrainedTokenizerBase) ->
 def default_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str]:
     """The chat template of a tokenizer, extended to messages with image and text parts.
 
-    Without a template of its own, a Gemma tokenizer gets the reference's conversation and others plain lines.
+    Most bases know only messages whose content is a string: the parts of each message are written into one, an image on
+    its own line. Without a template of its own, a Gemma tokenizer gets the reference's conversation and others plain
+    lines.
     """
+    folder = Path(__file__).parent / "chat_templates"
+    # On one line each, as they are stored. The first one ends with empty output, which keeps the white space at the
+    # beginning of the base's template.
+    parts_to_text, gemma, plain = (
+        "".join(line.strip() for line in (folder / f"{name}.jinja").read_text(encoding="utf-8").splitlines())
+        for name in ("parts_to_text", "gemma", "plain")
+    )
     template = tokenizer.chat_template
     if isinstance(template, dict):
-        return {name: _PARTS_TO_TEXT + content for name, content in template.items()}
+        return {name: parts_to_text + content for name, content in template.items()}
     if template is None:
-        template = _GEMMA_CHAT_TEMPLATE if "<start_of_turn>" in tokenizer.get_vocab() else _PLAIN_CHAT_TEMPLATE
-    return _PARTS_TO_TEXT + template
+        template = gemma if "<start_of_turn>" in tokenizer.get_vocab() else plain
+    return parts_to_text + template
 
 
-def _number_of_images(images: ImageInput | None) -> int:
-    if images is None:
-        return 0
-    if isinstance(images, (torch.Tensor, np.ndarray)):
-        return len(images) if images.ndim == 4 else 1
-    return sum(_number_of_images(image) for image in images) if isinstance(images, (list, tuple)) else 1
+def _check_mode(generation_mode: str) -> None:
+    if generation_mode not in ("text", "image"):
+        raise ValueError(f"generation_mode must be 'text' or 'image', got {generation_mode!r}.")
 
 
 __all__ = [
