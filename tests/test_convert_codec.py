@@ -352,7 +352,7 @@ def test_incomplete_configurations_raise_naming_what_is_missing():
         vq_config_from_taming(params)
     with pytest.raises(ValueError, match="remap"):
         vq_config_from_taming({**make_config((1, 2)), "remap": "used.npy"})
-    with pytest.raises(ValueError, match="mapping"):
+    with pytest.raises(ValueError, match="lacks 3 keys"):
         vq_config_from_taming(None)
 
 

@@ -3,6 +3,8 @@
 Importing this package registers its classes with the Auto classes and its pipeline as the task "text-to-image".
 """
 
+from typing import TYPE_CHECKING, Any
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -36,6 +38,9 @@ from .pipelines.text_to_image import LiquidImageGenerationPipeline
 from .training.adapters import liquid_lora_config, liquid_rows_config
 
 
+if TYPE_CHECKING:
+    from .training.trainer import LiquidTrainer
+
 __version__ = "0.1.0"
 
 AutoConfig.register("liquid", LiquidConfig)
@@ -44,6 +49,15 @@ for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelF
     auto_class.register(LiquidConfig, LiquidForCausalLM)
 AutoImageProcessor.register(LiquidConfig, image_processor_classes={"pil": LiquidImageProcessor})
 AutoProcessor.register(LiquidConfig, LiquidProcessor)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LiquidTrainer":  # transformers' Trainer takes seconds to import
+        from .training.trainer import LiquidTrainer
+
+        return LiquidTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "CHAMELEON_VQ_CONFIG",
@@ -61,6 +75,7 @@ __all__ = [
     "LiquidModel",
     "LiquidPreTrainedModel",
     "LiquidProcessor",
+    "LiquidTrainer",
     "LiquidVQModel",
     "SuppressImageTokensLogitsProcessor",
     "expand_vocabulary",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ TAMING_CONFIG_NAME = "vqgan.yaml"
 TAMING_TRAINING_PREFIX = "loss."
 
 # The keys of `ddconfig` that a codec differs in.
-DDCONFIG_KEYS = (
+DDCONFIG_KEYS = {
     "ch",
     "ch_mult",
     "num_res_blocks",
@@ -28,7 +29,7 @@ DDCONFIG_KEYS = (
     "resolution",
     "in_channels",
     "out_ch",
-)
+}
 
 # Its other keys, each with the only value that a diffusers `VQModel` can express. `dropout` acts in training only.
 DDCONFIG_FIXED = {
@@ -40,10 +41,26 @@ DDCONFIG_FIXED = {
     "attn_type": "vanilla",
 }
 
-# Names inside one block: taming's, diffusers'.
-RESNET_NAMES = (("norm1", "norm1"), ("conv1", "conv1"), ("norm2", "norm2"), ("conv2", "conv2"))
-SHORTCUT_NAMES = (("nin_shortcut", "conv_shortcut"),)
-ATTENTION_NAMES = (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
+# diffusers' name of a part of a path -> taming's. Both count the encoder's levels from the finest; taming counts the
+# decoder's so too, diffusers in running order.
+NAMES = {
+    ".mid_block.resnets.0.": ".mid.block_1.",
+    ".mid_block.attentions.0.": ".mid.attn_1.",
+    ".mid_block.resnets.1.": ".mid.block_2.",
+    ".down_blocks.": ".down.",
+    ".up_blocks.": ".up.",
+    ".resnets.": ".block.",
+    ".attentions.": ".attn.",
+    ".downsamplers.0.": ".downsample.",
+    ".upsamplers.0.": ".upsample.",
+    ".conv_norm_out.": ".norm_out.",
+    ".conv_shortcut.": ".nin_shortcut.",
+    ".group_norm.": ".norm.",
+    ".to_q.": ".q.",
+    ".to_k.": ".k.",
+    ".to_v.": ".v.",
+    ".to_out.0.": ".proj_out.",
+}
 
 
 def load_taming_codec(path: str | Path, config: str | Path | dict[str, Any] | None = None) -> LiquidVQModel:
@@ -64,16 +81,34 @@ def load_taming_codec(path: str | Path, config: str | Path | dict[str, Any] | No
     """
     checkpoint = Path(path) / TAMING_CHECKPOINT_NAME if Path(path).is_dir() else Path(path)
     vq_config = load_taming_config(path, config)
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"There is no taming checkpoint at {checkpoint}.")
+    try:
+        stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and zipfile raise many kinds on broken files
+        raise ValueError(
+            f"{checkpoint} cannot be read as plain tensors: it is damaged or incomplete (download it again), or holds "
+            "pickled Python objects, which are never executed (re-save its state dict where you trust it). "
+            f"{error}"
+        ) from error
+    tensors = stored.get("state_dict", stored) if isinstance(stored, dict) else None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{checkpoint} must hold a dict of tensors, or one under 'state_dict'.")
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(TAMING_TRAINING_PREFIX)}
+    table = vq_key_table(vq_config)
+    _check_keys("The taming checkpoint", tensors, required=table, optional=())
     with torch.device("meta"):  # the tensors read become its weights
         codec = LiquidVQModel(**vq_config)
-    state_dict = taming_to_vq_state_dict(_read_checkpoint(checkpoint), vq_config)
+    state_dict = {key: tensors[name].float() for name, key in table.items()}
     for key, expected in codec.state_dict().items():
+        if expected.ndim == 2:  # an attention projection, which is a 1 x 1 convolution there
+            state_dict[key] = state_dict[key].flatten(1)
         if state_dict[key].shape != expected.shape:
             raise ValueError(
                 f"{checkpoint}: the tensor for {key} has shape {tuple(state_dict[key].shape)}, but its configuration "
                 f"asks for {tuple(expected.shape)}. Are checkpoint and configuration of the same codec?"
             )
-    codec.load_state_dict({key: tensor.float() for key, tensor in state_dict.items()}, assign=True)
+    codec.load_state_dict(state_dict, assign=True)
     return codec.eval()
 
 
@@ -101,8 +136,11 @@ def save_taming_codec(codec: LiquidVQModel, directory: str | Path) -> None:
     Raises:
         ValueError: If taming cannot express the codec's configuration.
     """
-    config = taming_config_from_vq(codec.config)
-    state_dict = vq_to_taming_state_dict(codec.state_dict(), codec.config)
+    config, ours = taming_config_from_vq(codec.config), codec.state_dict()
+    state_dict = {name: ours[key] for name, key in vq_key_table(codec.config).items()}
+    for name, tensor in state_dict.items():
+        if tensor.ndim == 2 and "attn" in name:  # as in loading
+            state_dict[name] = tensor[..., None, None]
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": state_dict}, directory / TAMING_CHECKPOINT_NAME)
@@ -126,13 +164,13 @@ def vq_config_from_taming(config: dict[str, Any]) -> dict[str, Any]:
     for level in ("model", "params"):
         params = params.get(level, params) if isinstance(params, dict) else params
     _check_keys("The configuration", params, required=("ddconfig", "embed_dim", "n_embed"))
-    if params.get("remap") is not None:
-        raise ValueError("A codebook with a `remap` file is not supported: use a codec whose codes are all in use.")
     ddconfig = params["ddconfig"]
     _check_keys("ddconfig", ddconfig, required=DDCONFIG_KEYS, optional=(*DDCONFIG_FIXED, "dropout"))
-    for key, value in DDCONFIG_FIXED.items():
-        if ddconfig.get(key, value) != value:
-            raise ValueError(f"ddconfig has {key}={ddconfig[key]!r}, but only {key}={value!r} is supported.")
+    # A file that remaps codes stands beside `ddconfig`.
+    for key, value in ({"remap": None} | DDCONFIG_FIXED).items():
+        given = {"remap": params.get("remap"), **ddconfig}.get(key, value)
+        if given != value:
+            raise ValueError(f"The configuration has {key}={given!r}, but only {key}={value!r} is supported.")
     ch, ch_mult = ddconfig["ch"], ddconfig["ch_mult"]
     if ch_mult[0] != 1:
         # taming's first convolution gives ch channels, diffusers' gives as many as the first level has.
@@ -170,6 +208,7 @@ def taming_config_from_vq(vq_config: dict[str, Any]) -> dict[str, Any]:
     """
     channels, resolution = vq_config["block_out_channels"], vq_config["sample_size"]
     embed_dim = vq_config["latent_channels"] if vq_config["vq_embed_dim"] is None else vq_config["vq_embed_dim"]
+    attends = [level for level, kind in enumerate(vq_config["down_block_types"]) if kind == "AttnDownEncoderBlock2D"]
     ddconfig = {
         "double_z": False,
         "z_channels": vq_config["latent_channels"],
@@ -179,7 +218,7 @@ def taming_config_from_vq(vq_config: dict[str, Any]) -> dict[str, Any]:
         "ch": channels[0],
         "ch_mult": [count // channels[0] for count in channels],
         "num_res_blocks": vq_config["layers_per_block"],
-        "attn_resolutions": [resolution // 2**level for level in _attention_levels(vq_config)],
+        "attn_resolutions": [resolution // 2**level for level in attends],
         "dropout": 0.0,
     }
     params = {"embed_dim": embed_dim, "n_embed": vq_config["num_vq_embeddings"], "ddconfig": ddconfig}
@@ -196,49 +235,6 @@ def taming_config_from_vq(vq_config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def taming_to_vq_state_dict(state_dict: dict[str, torch.Tensor], vq_config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Renames the tensors of a taming VQGAN to those of a [`LiquidVQModel`]; `loss.*` is left out.
-
-    Args:
-        state_dict (`dict`): taming's tensors.
-        vq_config (`dict`): Arguments of the [`LiquidVQModel`].
-
-    Returns:
-        `dict`: The same tensors, attention projections as matrices instead of 1 x 1 convolutions.
-
-    Raises:
-        ValueError: If a key is unknown or missing, naming it.
-    """
-    table = vq_key_table(vq_config)
-    state_dict = {key: tensor for key, tensor in state_dict.items() if not key.startswith(TAMING_TRAINING_PREFIX)}
-    _check_keys("The taming checkpoint", state_dict, required=table, optional=())
-    return {
-        key: state_dict[taming_key].flatten(1) if _is_projection(key) else state_dict[taming_key]
-        for taming_key, key in table.items()
-    }
-
-
-def vq_to_taming_state_dict(state_dict: dict[str, torch.Tensor], vq_config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The inverse of [`taming_to_vq_state_dict`].
-
-    Args:
-        state_dict (`dict`): A [`LiquidVQModel`]'s tensors.
-        vq_config (`dict`): Its arguments, or its `config`.
-
-    Returns:
-        `dict`: The same tensors by taming's names.
-
-    Raises:
-        ValueError: If a key is unknown or missing, naming it.
-    """
-    table = vq_key_table(vq_config)
-    _check_keys("The codec", state_dict, required=table.values(), optional=())
-    return {
-        taming_key: state_dict[key][..., None, None] if _is_projection(key) else state_dict[key]
-        for taming_key, key in table.items()
-    }
-
-
 def vq_key_table(vq_config: dict[str, Any]) -> dict[str, str]:
     """Every tensor's name in taming -> its name in [`LiquidVQModel`].
 
@@ -248,80 +244,21 @@ def vq_key_table(vq_config: dict[str, Any]) -> dict[str, str]:
     Returns:
         `dict`: Names to names.
     """
-    channels = list(vq_config["block_out_channels"])
-    last = len(channels) - 1
-    blocks = vq_config["layers_per_block"]
-    modules = [("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv")]
-    for coder in ("encoder", "decoder"):
-        modules += [(f"{coder}.conv_in", f"{coder}.conv_in"), (f"{coder}.conv_out", f"{coder}.conv_out")]
-        modules += [(f"{coder}.norm_out", f"{coder}.conv_norm_out")]
-        modules += _resnet(f"{coder}.mid.block_1", f"{coder}.mid_block.resnets.0")
-        modules += _attention(f"{coder}.mid.attn_1", f"{coder}.mid_block.attentions.0")
-        modules += _resnet(f"{coder}.mid.block_2", f"{coder}.mid_block.resnets.1")
-    # Both count the encoder's levels from the finest. taming counts the decoder's so too, diffusers in running order.
-    for level, count in enumerate(channels):
-        down, down_block = f"encoder.down.{level}", f"encoder.down_blocks.{level}"
-        up, up_block = f"decoder.up.{level}", f"decoder.up_blocks.{last - level}"
-        from_finer = channels[max(level - 1, 0)] != count
-        from_coarser = channels[min(level + 1, last)] != count
-        for block in range(blocks):
-            modules += _resnet(f"{down}.block.{block}", f"{down_block}.resnets.{block}", from_finer and block == 0)
-        for block in range(blocks + 1):
-            modules += _resnet(f"{up}.block.{block}", f"{up_block}.resnets.{block}", from_coarser and block == 0)
-        if level in _attention_levels(vq_config):
-            for block in range(blocks):
-                modules += _attention(f"{down}.attn.{block}", f"{down_block}.attentions.{block}")
-            for block in range(blocks + 1):
-                modules += _attention(f"{up}.attn.{block}", f"{up_block}.attentions.{block}")
-        if level < last:
-            modules += [(f"{down}.downsample.conv", f"{down_block}.downsamplers.0.conv")]
-        if level > 0:
-            modules += [(f"{up}.upsample.conv", f"{up_block}.upsamplers.0.conv")]
-    table = {f"{taming}.{kind}": f"{ours}.{kind}" for taming, ours in modules for kind in ("weight", "bias")}
-    return {**table, "quantize.embedding.weight": "quantize.embedding.weight"}
-
-
-def _resnet(taming: str, ours: str, has_shortcut: bool = False) -> list[tuple[str, str]]:
-    names = RESNET_NAMES + (SHORTCUT_NAMES if has_shortcut else ())
-    return [(f"{taming}.{name}", f"{ours}.{our_name}") for name, our_name in names]
-
-
-def _attention(taming: str, ours: str) -> list[tuple[str, str]]:
-    return [(f"{taming}.{name}", f"{ours}.{our_name}") for name, our_name in ATTENTION_NAMES]
-
-
-def _attention_levels(vq_config: dict[str, Any]) -> list[int]:
-    return [level for level, name in enumerate(vq_config["down_block_types"]) if name == "AttnDownEncoderBlock2D"]
-
-
-def _is_projection(key: str) -> bool:
-    return key.endswith((".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.0.weight"))
-
-
-def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no taming checkpoint at {path}.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and zipfile raise many kinds on broken files
-        raise ValueError(
-            f"{path} cannot be read as plain tensors: it is damaged or incomplete (download it again), or holds pickled "
-            f"Python objects, which are never executed (re-save its state dict where you trust it). {error}"
-        ) from error
-    state_dict = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else checkpoint
-    if not isinstance(state_dict, dict):
-        raise ValueError(f"{path} must hold a dict of tensors, or one under 'state_dict', got {type(state_dict)}.")
-    for key, value in state_dict.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise ValueError(f"{path} must hold a dict of tensors, but {key!r} is {type(value)}.")
-    return state_dict
+    last = len(vq_config["block_out_channels"]) - 1
+    with torch.device("meta"):
+        keys = list(LiquidVQModel(**vq_config).state_dict())
+    table = {}
+    for key in keys:
+        name = re.sub(r"up_blocks\.(\d+)", lambda level: f"up_blocks.{last - int(level[1])}", key)
+        for ours, tamings in NAMES.items():
+            name = name.replace(ours, tamings)
+        table[name] = key
+    return table
 
 
 def _check_keys(name: str, given: Any, required: Iterable[str], optional: Iterable[str] | None = None) -> None:
     """Raises unless `given` has the required keys, and no others than the optional ones unless these are `None`."""
-    if not isinstance(given, dict):
-        raise ValueError(f"{name} must be a mapping, got {type(given)}.")
-    required = set(required)
+    given, required = given if isinstance(given, dict) else {}, set(required)
     if missing := sorted(required - given.keys()):
         raise ValueError(f"{name} lacks {len(missing)} keys that are needed: {', '.join(missing[:10])}.")
     if optional is not None and (unknown := sorted(given.keys() - required - set(optional))):

@@ -36,8 +36,8 @@ class LiquidVQModel(VQModel):
 
     `encode`, `decode`, `forward`, `save_pretrained` and `from_pretrained` are diffusers' own. Added are
     [`~LiquidVQModel.encode_codes`] and [`~LiquidVQModel.decode_codes`], for any picture whose sides are
-    multiples of [`~LiquidVQModel.downsample_factor`]. Where memory is short, `decode_codes` works picture by picture
-    (`enable_slicing()`, the same pictures) and tile by tile ([`~LiquidVQModel.enable_tiling`], nearly the same).
+    multiples of [`~LiquidVQModel.downsample_factor`]. Where memory is short, `enable_slicing()` lets `decode_codes` work
+    picture by picture.
 
     Example:
 
@@ -50,9 +50,6 @@ class LiquidVQModel(VQModel):
     """
 
     use_slicing = False
-    use_tiling = False
-    tile_sample_min_size: int
-    tile_overlap_factor: float
 
     @property
     def downsample_factor(self) -> int:
@@ -63,37 +60,6 @@ class LiquidVQModel(VQModel):
     def codebook_size(self) -> int:
         """Number of codes in the codebook."""
         return self.config.num_vq_embeddings
-
-    def enable_tiling(self, tile_sample_min_size: int | None = None, tile_overlap_factor: float = 0.25) -> None:
-        """Lets [`~LiquidVQModel.decode_codes`] decode large pictures in overlapping tiles, blended where they overlap.
-
-        Chameleon's codec takes 2.7 GB for a picture of 64 x 64 codes, in tiles of 512 pixels 0.7, of 256 pixels 0.25.
-
-        An approximation: group norms and the attention of the middle block see one tile instead of all. Measured with
-        the emoji checkpoint's codec on four mosaics of 64 x 64 codes, tiles of 64, 128 and 256 pixels have a PSNR of
-        26.0, 30.7 and 35.3 dB to whole decoding, and are as near to the original (21.9, 21.9 and 21.6 dB; whole: 21.4).
-        Single pictures enlarged to 32 x 32 codes lose up to 2.7 dB to the original in tiles of 64 pixels, 0.1 in tiles
-        of 128: take tiles as large as memory allows. Codes are never computed by tiles: they would depend on the tiling.
-
-        Args:
-            tile_sample_min_size (`int`, *optional*): Height and width of a tile in pixels, a multiple of
-                `downsample_factor`; pictures that fit into one are decoded whole. Defaults to the codec's `sample_size`.
-            tile_overlap_factor (`float`, defaults to 0.25): The part of a tile's side that it shares with its neighbour,
-                0 ... 0.5.
-
-        Raises:
-            ValueError: If a tile is no whole number of codes, or tiles would overlap by more than half.
-        """
-        size = self.config.sample_size if tile_sample_min_size is None else tile_sample_min_size
-        if size <= 0 or size % self.downsample_factor:
-            raise ValueError(
-                f"tile_sample_min_size must be a positive multiple of {self.downsample_factor} pixels (one code), "
-                f"got {size}."
-            )
-        if not 0 <= tile_overlap_factor <= 0.5:
-            raise ValueError(f"tile_overlap_factor must lie in 0 ... 0.5, got {tile_overlap_factor}.")
-        self.tile_sample_min_size, self.tile_overlap_factor = size, tile_overlap_factor
-        super().enable_tiling()
 
     @torch.no_grad()
     def encode_codes(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -148,31 +114,11 @@ class LiquidVQModel(VQModel):
                 f"codes must have shape (batch, rows, columns) and not be empty, got {tuple(codes.shape)}."
             )
         check_codes(codes, self.codebook_size)
-        fits_a_tile = not self.use_tiling or max(codes.shape[1:]) * self.downsample_factor <= self.tile_sample_min_size
-        decode = self._decode_whole if fits_a_tile else self._decode_tiles
         # No cache: it would hold the weights a second time.
         with maybe_autocast(codes.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
-            return torch.cat([decode(piece) for piece in codes.split(1 if self.use_slicing else len(codes))])
+            return torch.cat([self._decode(piece) for piece in codes.split(1 if self.use_slicing else len(codes))])
 
-    def _decode_tiles(self, codes: torch.Tensor) -> torch.Tensor:
-        """Every pixel is a mean of the tiles that show it; a tile's weight falls off where it overlaps its neighbours."""
-        factor = self.downsample_factor
-        size = self.tile_sample_min_size // factor
-        overlap = int(size * self.tile_overlap_factor)
-        batch, rows, columns = codes.shape
-        pictures = torch.zeros(batch, self.config.out_channels, rows * factor, columns * factor, device=codes.device)
-        weights = torch.zeros_like(pictures[0, 0])
-        for top in _tile_starts(rows, size, overlap):
-            for left in _tile_starts(columns, size, overlap):
-                tile = self._decode_whole(codes[:, top : top + size, left : left + size])
-                height, width = tile.shape[-2:]
-                weight = torch.outer(*(_ramps(length, overlap * factor, codes.device) for length in (height, width)))
-                area = (..., slice(top * factor, top * factor + height), slice(left * factor, left * factor + width))
-                pictures[area] += tile * weight
-                weights[area] += weight
-        return (pictures / weights).to(self.dtype)
-
-    def _decode_whole(self, codes: torch.Tensor) -> torch.Tensor:
+    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
         # (B, h, w, C) seen as (B, C, h, w) is channels-last already, in which CPUs convolve faster.
         quantized = self.quantize.embedding(codes).permute(0, 3, 1, 2)
         return self.decode(quantized, force_not_quantize=True).sample.to(self.dtype)
@@ -187,17 +133,6 @@ class LiquidVQModel(VQModel):
         # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, of which |z|^2 is the same for every code.
         distances = torch.addmm((codebook**2).sum(1)[None], flat, codebook.T, alpha=-2.0)
         return distances.argmin(1).view(latents.shape[0], *latents.shape[-2:])
-
-
-def _tile_starts(length: int, size: int, overlap: int) -> list[int]:
-    """Where tiles of equal size begin that cover `length`; the last ends where it ends."""
-    return [*range(0, length - size, size - overlap), max(length - size, 0)]
-
-
-def _ramps(length: int, overlap: int, device: torch.device) -> torch.Tensor:
-    """Weights that rise over `overlap` pixels at the one end and fall at the other."""
-    up = torch.arange(1, length + 1, device=device)
-    return torch.minimum(up, up.flip(0)).clamp(max=overlap + 1) / (overlap + 1)
 
 
 def downsample_factor(vq_config: dict[str, Any]) -> int:
