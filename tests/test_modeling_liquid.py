@@ -21,11 +21,13 @@ from tiny import (
     tiny_pictures,
     tiny_text_config,
 )
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM, LiquidModel
+from transformers_liquid.ops.views import StandIn
 
 
 ALL_BASES = pytest.mark.parametrize("model_type", BASES)
@@ -436,6 +438,17 @@ def test_encoding_and_decoding_go_through_the_codec():
     torch.testing.assert_close(decoded, codec.decode_codes(codes).clamp(-1, 1))
     assert decoded.shape == (2, 3, 4, 12)
     torch.testing.assert_close(model.decode_image_tokens(ids[0], height=4, width=12), decoded[:1])
+
+
+def test_a_head_that_fsdp_wrapped_stays_whole():
+    model = tiny_model(tied=False)
+    head = model.get_output_embeddings()
+    assert type(model.image_head_view().get_output_embeddings()) is not StandIn
+    head.__class__ = type("FSDPLinear", (FSDPModule, torch.nn.Linear), {})
+    view = model.image_head_view().get_output_embeddings()
+    assert type(view) is StandIn and view.head is head
+    hidden_states = torch.ones(1, head.in_features)
+    assert torch.equal(view(hidden_states), head(hidden_states)[..., model.config.image_slice])
 
 
 def test_ids_that_are_no_picture_are_named():

@@ -10,7 +10,7 @@ from transformers.generation import CompileConfig
 
 from transformers_liquid.generation import sampling as sampling_liquid
 from transformers_liquid.generation.sampling import draw_codes, gumbel_noise
-from transformers_liquid.ops.few_rows_linear import FewRowsLinear, few_rows_view
+from transformers_liquid.ops.few_rows import FewRowsLinear, few_rows_view
 
 
 def compiling(backend="aot_eager") -> dict:

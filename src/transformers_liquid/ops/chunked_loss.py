@@ -88,61 +88,58 @@ def chunked_causal_lm_loss(
         # Once, not around each call: the processes may have different numbers of chunks.
         head.unshard()
     # Heads with adapters, hooks or quantized weights run as they are.
-    is_plain = is_plain_linear(head)
-    logits_of = _logits_function(text_model, type(outputs), given_logits=is_plain)
-    chunk_loss = _ChunkLoss(logits_of, head if is_plain else None, max_z_loss_coef)
-    with_gradients = torch.is_grad_enabled()
-    parameters = chunk_loss.trainable_parameters(hidden_states) if with_gradients else []
-    return _ChunkedLoss.apply(
-        hidden_states,
-        targets,
-        is_image,
-        num_items,
-        chunk_loss,
-        text_model.config.vocab_size,
-        with_gradients,
-        *parameters,
+    is_plain = is_plain_linear(head, unsharded=True)
+    # The base's own forward with its body left out, and with its head left out too where that runs apart.
+    view = shallow_copy(text_model)
+    view._modules[text_model.base_model_prefix] = _Given(type(outputs))
+    if is_plain:
+        view.set_output_embeddings(StandIn(head, lambda logits: logits))
+    elif isinstance(head, FSDPModule):
+        view.set_output_embeddings(StandIn(head, head.forward))
+
+    def logits_of(given: torch.Tensor) -> torch.Tensor:
+        """Logits `(N, vocabulary)` of hidden states, or of a plain head's output."""
+        return view(inputs_embeds=given[None], use_cache=False).logits[0]
+
+    parameters = []
+    if torch.is_grad_enabled() and is_plain:
+        parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    elif torch.is_grad_enabled():
+        # Adapters of a tied head may be registered elsewhere, so one position is asked what it depends on.
+        parameters = _leaves(logits_of(hidden_states[:1].detach()))
+    chunk_loss = _ChunkLoss(
+        logits_of, head if is_plain else None, num_items, max_z_loss_coef, with_gradients=torch.is_grad_enabled()
     )
+    chunk_size = max(1, MAX_CHUNK_LOGITS // text_model.config.vocab_size)
+    return _ChunkedLoss.apply(hidden_states, targets, is_image, chunk_loss, chunk_size, *parameters)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """Sums over chunks, with the gradients of the sum kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, hidden_states, targets, is_image, num_items, chunk_loss, vocab_size, with_gradients, *parameters):
-        size = max(1, MAX_CHUNK_LOGITS // vocab_size)
+    def forward(ctx, hidden_states, targets, is_image, chunk_loss, chunk_size, *parameters):
         loss = hidden_states.new_zeros((), dtype=torch.float32)
         token_stats = hidden_states.new_zeros(2, 3, dtype=torch.float32)
-        hidden_gradient = torch.empty_like(hidden_states) if with_gradients else None
+        hidden_gradient = torch.empty_like(hidden_states) if chunk_loss.with_gradients else None
         gradients = [torch.zeros_like(parameter) for parameter in parameters]
-        for start in range(0, len(targets), size):
-            part = slice(start, start + size)
-            chunk = chunk_loss(hidden_states[part], targets[part], num_items, parameters, gradients, with_gradients)
-            loss += chunk.loss
-            if with_gradients:
-                hidden_gradient[part] = chunk.hidden_gradient
-            ones = torch.ones_like(chunk.cross_entropies)
-            stats = torch.stack([chunk.cross_entropies, chunk.is_right.float(), ones], dim=1)
+        for start in range(0, len(targets), chunk_size):
+            part = slice(start, start + chunk_size)
+            of_chunk, stats, gradient = chunk_loss(hidden_states[part], targets[part], parameters, gradients)
+            loss += of_chunk
             token_stats.index_add_(0, is_image[part].long(), stats)
-        if with_gradients:
+            if chunk_loss.with_gradients:
+                hidden_gradient[part] = gradient
+        if chunk_loss.with_gradients:
             ctx.save_for_backward(hidden_gradient, *gradients)
         ctx.mark_non_differentiable(token_stats)
         return loss, token_stats
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        hidden_gradient, *gradients = ctx.saved_tensors
         # In place: a second copy of the head's gradient may not fit.
-        gradients = [gradient.mul_(grad_loss.to(gradient.dtype)) for gradient in (hidden_gradient, *gradients)]
-        return gradients[0], *[None] * 6, *gradients[1:]
-
-
-@dataclass
-class _Chunk:
-    loss: torch.Tensor
-    cross_entropies: torch.Tensor
-    is_right: torch.BoolTensor
-    hidden_gradient: torch.Tensor | None
+        gradients = [gradient.mul_(grad_loss.to(gradient.dtype)) for gradient in ctx.saved_tensors]
+        return gradients[0], *[None] * 4, *gradients[1:]
 
 
 @dataclass
@@ -152,56 +149,55 @@ class _ChunkLoss:
     Args:
         logits_of: What the base does from hidden states (or, with a plain head, from the head's output) to logits.
         plain_head (`nn.Linear`, *optional*): A head whose gradient is added up in place, without a copy per chunk.
+        num_items (`int` or `torch.Tensor`): What the sum is divided by.
         max_z_loss_coef (`float`): Weight of the max-z loss.
+        with_gradients (`bool`): Whether to add the gradients of the parameters to `gradients`.
     """
 
     logits_of: Callable[[torch.Tensor], torch.Tensor]
     plain_head: nn.Linear | None
+    num_items: torch.Tensor | int
     max_z_loss_coef: float
+    with_gradients: bool
 
-    def trainable_parameters(self, hidden_states: torch.Tensor) -> list[nn.Parameter]:
-        """The weights between hidden states and logits that want a gradient."""
-        if self.plain_head is not None:
-            return [parameter for parameter in self.plain_head.parameters() if parameter.requires_grad]
-        # Adapters of a tied head may be registered elsewhere, so one position is asked what it depends on.
-        with torch.enable_grad():
-            return _leaves(self.logits_of(hidden_states[:1].detach()))
-
-    def __call__(self, hidden_states, targets, num_items, parameters, gradients, with_gradients) -> _Chunk:
-        with torch.set_grad_enabled(with_gradients):
-            hidden_states = hidden_states.detach().requires_grad_(with_gradients)
-            if self.plain_head is None:
-                source, wanted = hidden_states, [hidden_states, *parameters]
-            else:
+    def __call__(self, hidden_states, targets, parameters, gradients):
+        """The loss, statistics of each position, and the gradient of the hidden states."""
+        with torch.set_grad_enabled(self.with_gradients):
+            hidden_states = hidden_states.detach().requires_grad_(self.with_gradients)
+            source, wanted = hidden_states, [hidden_states, *parameters]
+            if self.plain_head is not None:
                 with torch.no_grad():
                     source = self.plain_head.forward(hidden_states)
-                wanted = [source.requires_grad_(with_gradients)]
+                wanted = [source.requires_grad_(self.with_gradients)]
             logits = self.logits_of(source).float()
             cross_entropies = nn.functional.cross_entropy(logits, targets, reduction="none")
             best = logits.detach().argmax(-1)
             loss = cross_entropies.sum()
             if self.max_z_loss_coef:
                 loss = loss + self.max_z_loss_coef * logits.gather(1, best[:, None]).square().sum()
-            loss = loss / num_items
-            found = torch.autograd.grad(loss, wanted) if with_gradients else None
-        hidden_gradient = None
-        if with_gradients and self.plain_head is None:
-            hidden_gradient, *of_parameters = found
-            for gradient, of_parameter in zip(gradients, of_parameters, strict=True):
-                gradient += of_parameter
-        elif with_gradients:
-            hidden_gradient = self._backward_of_plain_head(found[0], hidden_states, parameters, gradients)
-        return _Chunk(loss.detach(), cross_entropies.detach(), best == targets, hidden_gradient)
+            loss = loss / self.num_items
+            gradient, *of_parameters = torch.autograd.grad(loss, wanted) if self.with_gradients else [None]
+        if self.with_gradients and self.plain_head is not None:
+            gradient = self._through_plain_head(gradient, hidden_states.detach(), parameters, gradients)
+        else:
+            for total, of_parameter in zip(gradients, of_parameters, strict=True):
+                total += of_parameter
+        cross_entropies = cross_entropies.detach()
+        return (
+            loss.detach(),
+            torch.stack([cross_entropies, best == targets, torch.ones_like(cross_entropies)], 1),
+            gradient,
+        )
 
-    def _backward_of_plain_head(self, of_output, hidden_states, parameters, gradients) -> torch.Tensor:
+    def _through_plain_head(self, of_output, hidden_states, parameters, gradients) -> torch.Tensor:
         weight = self.plain_head.weight
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        for parameter, total in zip(parameters, gradients, strict=True):
             if parameter is not weight:
-                gradient += of_output.sum(0)
-            elif gradient.dtype == of_output.dtype == hidden_states.dtype:
-                gradient.addmm_(of_output.T, hidden_states.detach())
+                total += of_output.sum(0)
+            elif total.dtype == of_output.dtype == hidden_states.dtype:
+                total.addmm_(of_output.T, hidden_states)
             else:
-                gradient += of_output.T @ hidden_states.detach().to(of_output.dtype)
+                total += of_output.T @ hidden_states.to(of_output.dtype)
         return (of_output @ weight.to(of_output.dtype)).to(hidden_states.dtype)
 
 
@@ -217,24 +213,6 @@ def image_targets(config: LiquidConfig, targets: torch.LongTensor) -> torch.Bool
 def next_labels(labels: torch.LongTensor) -> torch.LongTensor:
     """The target `(B, L)` of each position: the label of the next one."""
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-
-
-def _logits_function(
-    text_model: PreTrainedModel, output_class: type[ModelOutput], given_logits: bool
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The base's own forward with its body left out, and with its head left out too if `given_logits`.
-
-    Returns:
-        A function from `(N, hidden)`, or `(N, vocabulary)` if `given_logits`, to logits `(N, vocabulary)`.
-    """
-    view = shallow_copy(text_model)
-    view._modules[text_model.base_model_prefix] = _Given(output_class)
-    head = text_model.get_output_embeddings()
-    if given_logits:
-        view.set_output_embeddings(StandIn(head, lambda logits: logits))
-    elif isinstance(head, FSDPModule):
-        view.set_output_embeddings(StandIn(head, head.forward))
-    return lambda given: view(inputs_embeds=given[None], use_cache=False).logits[0]
 
 
 class _Given(nn.Module):

@@ -19,10 +19,14 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     return view
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a product with its weight is all that a layer does: no adapter, quantizer or hook around it."""
-    # FSDP puts a class of its own before the module's.
-    own_class = type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+def is_plain_linear(module: nn.Module, unsharded: bool = False) -> bool:
+    """Whether a product with its weight is all that a layer does: no adapter, quantizer or hook around it.
+
+    A layer that FSDP wrapped is one only while its weight is whole, which `unsharded` says.
+    """
+    own_class = type(module)
+    if unsharded and isinstance(module, FSDPModule):
+        own_class = own_class.__mro__[2]  # FSDP puts a class of its own before the module's
     return own_class is nn.Linear and "forward" not in module.__dict__
 
 

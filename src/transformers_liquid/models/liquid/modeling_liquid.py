@@ -32,7 +32,7 @@ from ...generation.guidance import SuppressImageTokensLogitsProcessor
 from ...generation.image_generation import generate_image_tokens
 from ...generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 from ...ops.chunked_loss import LiquidCausalLMOutputWithPast, chunked_causal_lm_loss, image_targets, next_labels
-from ...ops.few_rows_linear import few_rows_view
+from ...ops.few_rows import few_rows_view
 from ...ops.views import StandIn, is_plain_linear, shallow_copy
 from .configuration_liquid import LiquidConfig
 from .model_card import write_model_card
