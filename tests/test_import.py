@@ -32,7 +32,7 @@ def test_importing_the_package_imports_nothing_but_itself_on_top_of_what_it_deri
     assert "transformers_liquid.models.liquid.modeling_liquid" in new
     assert {name for name in new if not name.startswith("transformers_liquid")} == set()
     # The Trainer and what only the command line needs.
-    assert not new & {f"transformers_liquid.{name}" for name in ("train", "trainer_liquid", "packed_attention")}
+    assert not new & {f"transformers_liquid.{name}" for name in ("training.trainer", "ops.packed_attention")}
     assert "transformers_liquid_cli" not in new
 
 
@@ -48,3 +48,12 @@ def test_importing_the_package_registers_models_processors_and_the_pipeline():
         "print(json.dumps([one.__name__ for one in (*classes, pipeline)]))"
     )
     assert registered == ["LiquidForCausalLM", "LiquidProcessor", "LiquidImageGenerationPipeline"]
+
+
+def test_the_trainer_is_a_public_name_that_is_imported_when_it_is_used():
+    script = (
+        "import transformers_liquid\n"
+        "before = 'transformers.trainer' in sys.modules\n"
+        "print(json.dumps([before, transformers_liquid.LiquidTrainer.__name__]))"
+    )
+    assert run(script) == [False, "LiquidTrainer"]

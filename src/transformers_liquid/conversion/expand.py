@@ -73,14 +73,8 @@ def expand_vocabulary(
     >>> model.save_pretrained(out), processor.save_pretrained(out)
     ```
     """
-    _check_base_model(base_model)
-    num_rows = base_model.get_input_embeddings().weight.shape[0]
-    _check_tokenizer(tokenizer, num_rows)
-    if not isinstance(codec, LiquidVQModel):
-        raise ValueError(
-            f"codec must be a LiquidVQModel (one code per position), got {type(codec).__name__}. Load diffusers' VQModel "
-            "repositories with `LiquidVQModel.from_pretrained`; codecs with several codes per position do not fit."
-        )
+    if (problem := _obstacle(base_model, tokenizer, codec)) is not None:
+        raise ValueError(problem)
     if init not in ("mean", "normal"):
         raise ValueError(f"init must be 'mean' or 'normal', got {init!r}.")
     image_size = codec.config.sample_size if image_size is None else image_size
@@ -88,8 +82,12 @@ def expand_vocabulary(
 
     if _is_unpacked_gguf(base_model):
         base_model.hf_quantizer.remove_quantization_config(base_model)
-    num_text_tokens = max(tokenizer.get_vocab().values()) + 1
-    tokens = _choose_tokens(base_model, tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    num_rows, num_text_tokens = base_model.get_input_embeddings().weight.shape[0], max(vocabulary.values()) + 1
+    eos = base_model.generation_config.eos_token_id
+    stops = tokenizer.convert_ids_to_tokens(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    reserved = (token for token in free_tokens(tokenizer) if token not in stops)
+    tokens = {name: token if token in vocabulary else next(reserved, token) for name, token in _TOKEN_NAMES.items()}
     # One that is in the vocabulary, but that texts are split within, keeps its id and becomes whole.
     new_tokens = [token for token in tokens.values() if not is_one_token(tokenizer, token)]
     tokenizer.add_tokens(
@@ -98,7 +96,15 @@ def expand_vocabulary(
     token_ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
 
     image_token_offset = max(num_rows, max(token_ids.values()) + 1)
-    _grow(base_model, image_token_offset + codec.codebook_size, num_text_tokens, init, seed)
+    with torch.random.fork_rng():
+        base_model.resize_token_embeddings(image_token_offset + codec.codebook_size, mean_resizing=False)
+    embeddings, head = base_model.get_input_embeddings(), base_model.get_output_embeddings()
+    weights = [embeddings.weight.data]
+    weights += [head.weight.data] if head.weight is not embeddings.weight else []
+    weights += [head.bias.data[:, None]] if head.bias is not None else []
+    generator = torch.Generator().manual_seed(seed)
+    for weight in weights:
+        _set_new_rows(weight[:num_text_tokens], weight[num_rows:], init, generator)
     config = LiquidConfig(
         text_config=base_model.config,
         vq_config=dict(codec.config),
@@ -111,74 +117,49 @@ def expand_vocabulary(
     return assemble(config, base_model, codec), processor
 
 
-def _check_base_model(base_model: PreTrainedModel) -> None:
+def _obstacle(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: LiquidVQModel) -> str | None:
+    """Why these cannot become a Liquid model."""
+    name = type(base_model).__name__
     if isinstance(base_model, LiquidPreTrainedModel):
-        raise ValueError(
-            f"The base model is a {type(base_model).__name__}: it has image rows already. Train it as it is, or give "
-            "the plain language model."
-        )
+        return f"The base model is a {name}: it has image rows already. Train it as it is, or give the plain language model."
     is_model = isinstance(base_model, PreTrainedModel)
     if not is_model or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base_model.config), None) is not type(base_model):
-        raise ValueError(
-            f"base_model must be a causal language model as AutoModelForCausalLM loads it, got "
-            f"{type(base_model).__name__}. (Merge adapters first.)"
+        return (
+            f"base_model must be a causal language model as AutoModelForCausalLM loads it, got {name}. (Merge adapters "
+            "first.)"
         )
     if getattr(base_model.config, "quantization_config", None) is not None and not _is_unpacked_gguf(base_model):
-        raise ValueError("The base model is quantized: its rows cannot grow. Expand it in fp32 or bf16, then quantize.")
+        return "The base model is quantized: its rows cannot grow. Expand it in fp32 or bf16, then quantize."
     embeddings, head = base_model.get_input_embeddings(), base_model.get_output_embeddings()
     if not isinstance(embeddings, nn.Embedding) or not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"{type(base_model).__name__} cannot be expanded: it needs an nn.Embedding before it and an nn.Linear as "
-            f"its head, got {type(embeddings).__name__} and {type(head).__name__}."
+        return (
+            f"{name} cannot be expanded: it needs an nn.Embedding before it and an nn.Linear as its head, got "
+            f"{type(embeddings).__name__} and {type(head).__name__}."
         )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return f"tokenizer must be the base's tokenizer, got {type(tokenizer).__name__}."
+    token, token_id = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if token_id >= len(embeddings.weight):
+        return (
+            f"The tokenizer does not fit the base model: its token {token!r} has id {token_id}, but the model has "
+            f"{len(embeddings.weight)} rows. Load both from one repository."
+        )
+    if not isinstance(codec, LiquidVQModel):
+        return (
+            f"codec must be a LiquidVQModel (one code per position), got {type(codec).__name__}. Load diffusers' VQModel "
+            "repositories with `LiquidVQModel.from_pretrained`; codecs with several codes per position do not fit."
+        )
+    return None
 
 
 def _is_unpacked_gguf(base_model: PreTrainedModel) -> bool:
     """Whether transformers has turned a GGUF file into ordinary weights (it marks the model as quantized even so)."""
     quantizer = getattr(base_model, "hf_quantizer", None)
-    return (
-        quantizer is not None and quantizer.quantization_config.quant_method == "gguf" and not quantizer.packed_modules
-    )
+    is_gguf = quantizer is not None and quantizer.quantization_config.quant_method == "gguf"
+    return is_gguf and not quantizer.packed_modules
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(f"tokenizer must be the base's tokenizer, got {type(tokenizer).__name__}.")
-    token, token_id = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if token_id >= num_rows:
-        raise ValueError(
-            f"The tokenizer does not fit the base model: its token {token!r} has id {token_id}, but the model has "
-            f"{num_rows} rows. Load both from one repository."
-        )
-
-
-def _choose_tokens(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """The token for each argument of the processor; those that the tokenizer lacks have to be added."""
-    eos = base_model.generation_config.eos_token_id
-    stops = tokenizer.convert_ids_to_tokens(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    reserved = (token for token in free_tokens(tokenizer) if token not in stops)
-    vocabulary = tokenizer.get_vocab()
-    return {argument: name if name in vocabulary else next(reserved, name) for argument, name in _TOKEN_NAMES.items()}
-
-
-def _grow(base_model: PreTrainedModel, num_rows: int, num_text_tokens: int, init: str, seed: int) -> None:
-    """Appends rows to the embeddings and the head, and sets them after the rows of the tokenizer's tokens."""
-    old_num_rows = base_model.get_input_embeddings().weight.shape[0]
-    with torch.random.fork_rng():
-        base_model.resize_token_embeddings(num_rows, mean_resizing=False)
-    generator = torch.Generator().manual_seed(seed)
-    embeddings, head = base_model.get_input_embeddings(), base_model.get_output_embeddings()
-    _set_new_rows(embeddings.weight.data, old_num_rows, num_text_tokens, init, generator)
-    if head.weight is not embeddings.weight:
-        _set_new_rows(head.weight.data, old_num_rows, num_text_tokens, init, generator)
-    if head.bias is not None:
-        _set_new_rows(head.bias.data[:, None], old_num_rows, num_text_tokens, init, generator)
-
-
-def _set_new_rows(
-    weight: torch.Tensor, old_num_rows: int, num_text_tokens: int, init: str, generator: torch.Generator
-) -> None:
-    text_rows, new_rows = weight[:num_text_tokens], weight[old_num_rows:]
+def _set_new_rows(text_rows: torch.Tensor, new_rows: torch.Tensor, init: str, generator: torch.Generator) -> None:
     # In pieces: the rows of a large base in fp32 may not fit beside it, and torch sums half precision by way of fp32.
     pieces = text_rows.split(8192)
     mean = sum(piece.sum(0, dtype=torch.float32) for piece in pieces) / len(text_rows)
@@ -187,7 +168,7 @@ def _set_new_rows(
         centred = (piece.float() - mean for piece in pieces)
         covariance = sum(piece.T @ piece for piece in centred) / max(len(text_rows) - 1, 1)
         variances, directions = torch.linalg.eigh(covariance)
-        draws = torch.randn(new_rows.shape, generator=generator).to(weight.device)
+        draws = torch.randn(new_rows.shape, generator=generator).to(new_rows.device)
         new_rows.copy_(mean + (draws * variances.clamp(min=0).sqrt()) @ directions.T)
 
 

@@ -49,16 +49,15 @@ def export_base_model(
         tokenizer = processor.tokenizer
     else:
         tokenizer = build_processor(config, processor).tokenizer
-    renamed = {}
-    for name, token in REFERENCE_TOKENS.items():
-        given = tokenizer.convert_ids_to_tokens(getattr(config, name))
-        if given == token:
-            continue
-        if token in tokenizer.get_vocab():
-            raise ValueError(
-                f"{name} is {getattr(config, name)} ({given!r}), but the tokenizer has another token {token!r}."
-            )
-        renamed[given] = token
+    # What the image tokens are called here -> what the reference calls them.
+    renamed = {
+        tokenizer.convert_ids_to_tokens(getattr(config, name)): token for name, token in REFERENCE_TOKENS.items()
+    }
+    renamed = {given: token for given, token in renamed.items() if given != token}
+    if taken := [token for token in renamed.values() if token in tokenizer.get_vocab()]:
+        raise ValueError(
+            f"The tokenizer has other tokens of the reference's names, {', '.join(taken)}: rename them first."
+        )
 
     text_model = model.model.text_model
     text_model.save_pretrained(directory, **kwargs)
@@ -66,24 +65,19 @@ def export_base_model(
     config_dict = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
     write_json(directory / CONFIG_NAME, {**config_dict, EXPORTED_LAYOUT_KEY: layout})
     model.generation_config.save_pretrained(directory)
-    _save_tokenizer(tokenizer, renamed, directory)
+    tokenizer.save_pretrained(directory)
+    if renamed:
+        # Tokenizers cannot rename a token: as the reference's TRAIN.md says, its files are edited.
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+            if (file := directory / name).exists():
+                write_json(file, _rename(json.loads(file.read_text(encoding="utf-8")), renamed))
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer.add_tokens(list(renamed.values()), special_tokens=True)
+        tokenizer.save_pretrained(directory)
     try:
         save_taming_codec(model.model.vq_model, directory / REFERENCE_CODEC_FOLDER)
     except ValueError:
         model.model.vq_model.save_pretrained(directory / DIFFUSERS_CODEC_FOLDER)
-
-
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, renamed: dict[str, str], directory: Path) -> None:
-    """Tokenizers cannot rename a token: as the reference's TRAIN.md says, its files are edited."""
-    tokenizer.save_pretrained(directory)
-    if not renamed:
-        return
-    for file in directory.glob("*.json"):
-        if file.name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-            write_json(file, _rename(json.loads(file.read_text(encoding="utf-8")), renamed))
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    tokenizer.add_tokens(list(renamed.values()), special_tokens=True)
-    tokenizer.save_pretrained(directory)
 
 
 def _rename(tree: Any, names: dict[str, str]) -> Any:
