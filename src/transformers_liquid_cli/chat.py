@@ -2,7 +2,7 @@
 
 import itertools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Option
 
@@ -46,8 +46,7 @@ def chat(
     pipe.set_progress_bar_config(disable=None, leave=False)
     drawing = Drawing(pipe, given)
     streamer = TextStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    messages: list[dict[str, Any]] = []
-    images: list[dict[str, Any]] = []
+    messages, images = [], []
     print("/image PATH shows a picture, /draw PROMPT draws one, /new starts over, /quit ends.")
     while True:
         try:

@@ -13,14 +13,15 @@ DEFAULT_OUTPUT = Path("liquid.png")
 
 Prompts = Annotated[list[str], Argument(metavar="PROMPT", help="What to draw.")]
 PromptsFile = Annotated[
-    Path | None, Option(help="Further prompts, one in a line. A line that cannot be drawn is left out (exit code 2).")
+    Path | None,
+    Option(help="More prompts, one in a line. Lines that cannot be drawn are told and left out (exit code 2)."),
 ]
 Output = Annotated[Path | None, Option(writable=True, help="A .png, or a folder.", show_default=str(DEFAULT_OUTPUT))]
 OutputDir = Annotated[
     Path | None,
     Option(
-        help="A folder for the pictures of --prompts-file, named after its lines: the same command draws what is "
-        "missing, on any number of processes of `accelerate launch`. The seed is 0 unless given."
+        help="A folder for pictures named after the lines of --prompts-file. The same command draws what is missing, on "
+        "any number of processes of `accelerate launch`. The seed is 0 unless given."
     ),
 ]
 Sheet = Annotated[Path | None, Option(writable=True, help="Also write all pictures on one sheet, a .png.")]

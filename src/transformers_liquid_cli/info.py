@@ -48,13 +48,9 @@ def info(
         stored = None
     settings, _ = ImageGenerationConfig.from_call(stored, None, {})
     card = cached_file(name, "README.md", _raise_exceptions_for_missing_entries=False)
-    text, ids, size, factor = (
-        config.get_text_config(),
-        config.image_token_range,
-        config.image_size,
-        config.downsample_factor,
-    )
+    text, ids, factor = config.get_text_config(), config.image_token_range, config.downsample_factor
     positions = getattr(text, "max_position_embeddings", "unlimited")
+    height, width = config.grid()
     lines = {
         "checkpoint": f"{name} ({'liquid' if reference is None else 'reference'} layout)",
         "base model": f"{text.model_type}, {text.num_hidden_layers} layers of {text.hidden_size}, {positions} positions",
@@ -63,7 +59,7 @@ def info(
         "special ids": f"boi {config.boi_token_id}, eoi {config.eoi_token_id}, unconditional {config.uncond_token_id}, "
         f"placeholder {config.image_token_id}",
         "codec": f"{config.codebook_size:,} codes, {factor} x {factor} pixels each",
-        "picture": f"{size} x {size} pixels = {size // factor} x {size // factor} codes",
+        "picture": f"{height * factor} x {width * factor} pixels = {height} x {width} codes",
         "settings": ", ".join(f"{name}={value}" for name, value in settings.to_dict().items()),
         "card": "none" if card is None else _first_paragraph(Path(card).read_text(encoding="utf-8")),
     }

@@ -19,8 +19,8 @@ NewFolder = Annotated[Path, Option(help="A new folder.")]
 Framing = Annotated[
     Literal["crop", "pad"],
     Option(
-        help="How pictures become square. crop fills the frame: right for pictures that a model learns to draw, since it "
-        "would draw pads too. pad keeps what is at the margins: right for questions, which may be about it."
+        help="How a picture becomes square. pad shows all of it: a question (describe) may be about the margins. crop "
+        "fills the square: a model that learns from pads (tokenize) draws pads."
     ),
 ]
 

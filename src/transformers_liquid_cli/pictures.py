@@ -100,7 +100,7 @@ class Drawing:
         options = {"model": self.model, "seed": picture.seed, **self.shared, **settings, **place}
         # With "=", and after "--", a value may begin with a dash.
         words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
-        words += [] if self.settings["do_sample"] else ["--greedy"]
+        words += ["--greedy"] * (not self.settings["do_sample"]) + ["--"] * picture.prompt.startswith("-")
         return {
             "prompt": picture.prompt,
             "seed": picture.seed,
@@ -109,7 +109,7 @@ class Drawing:
             "settings": self.settings,
             **place,
             "version": version("transformers-liquid"),
-            "command": shlex.join([PROG, "generate", *words, "--", picture.prompt]),
+            "command": shlex.join([PROG, "generate", *words, picture.prompt]),
         }
 
 
@@ -180,7 +180,8 @@ def _identity(record: dict[str, Any]) -> dict[str, Any]:
 def save_png(image: Image.Image, path: Path, record: Any = None) -> None:
     """Writes a picture, whole or not at all, with its record, or with a list of them for a sheet."""
     metadata = PngImagePlugin.PngInfo()
-    metadata.add_itxt(METADATA_KEY, json.dumps(record, ensure_ascii=False))
+    if record is not None:
+        metadata.add_itxt(METADATA_KEY, json.dumps(record, ensure_ascii=False))
     with whole(path) as unfinished:
         image.save(unfinished, format="PNG", pnginfo=metadata)
 

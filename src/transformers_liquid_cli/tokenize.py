@@ -16,28 +16,21 @@ def _parse_grids(grids: list[str] | None) -> list[tuple[int, int]] | None:
     return grids and [tuple(map(int, grid.split("x"))) for grid in grids]
 
 
-Dataset = Annotated[
-    str, Option(help="What load_dataset takes: imagefolder, json, parquet, a folder, a name on the Hub.")
-]
-Files = Annotated[list[str] | None, Option(help="As in load_dataset; may be given several times.")]
 Grids = Annotated[
     list[str] | None,
     Option(
-        metavar="HEIGHTxWIDTH",
-        callback=_parse_grids,
-        show_default="the model's square",
-        help="In codes. May be given several times: a picture takes the grid of the closest proportions.",
+        callback=_parse_grids, help="HEIGHTxWIDTH in codes, such as 32x32. Of several, a picture takes the closest."
     ),
 ]
 
 
 def tokenize(
-    dataset: Dataset,
+    dataset: Annotated[str, Option(help="What load_dataset takes: imagefolder, json, a folder, a name on the Hub.")],
     model: Annotated[str, Option(help="Whose codec: a folder or a name on the Hub.")],
     output: Annotated[Path, Option(help="A new folder, or an interrupted one.")],
     dataset_config_name: Annotated[str | None, Option(help="For a data set that has several.")] = None,
     data_dir: Annotated[str | None, Option(help="The folder of the pictures, or of what names them.")] = None,
-    data_files: Files = None,
+    data_files: Annotated[list[str] | None, Option(help="As in load_dataset; may be given again.")] = None,
     split: Annotated[str, Option(help="Of the data set.")] = "train",
     streaming: Annotated[bool, Option("--streaming", help="Read without a copy in the cache.")] = False,
     image_column: Annotated[str | None, Option(help="Unless given: image, image_path, or one of pictures.")] = None,
