@@ -39,7 +39,7 @@ def tokenize(
     framing: options.Framing = "crop",
     kind: Annotated[Literal["text_to_image", "caption"], Option(help="Of the records.")] = "text_to_image",
     batch_size: Annotated[int, Option(min=1, help="Pictures encoded together.")] = 16,
-    num_workers: Annotated[int, Option(min=1, help="Threads that read pictures.")] = 8,
+    num_workers: Annotated[int, Option(min=1, help="Workers that read pictures, at most one a core.")] = 8,
     records_per_shard: Annotated[int, Option(min=1, help="Records in a file.")] = 1000,
 ) -> None:
     """Turns a data set of pictures with texts into codes to train on. An interrupted call goes on where it stopped.

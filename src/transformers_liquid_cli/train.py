@@ -32,10 +32,10 @@ def train(
     On what:
       --datasets PATH[=WEIGHT] ...     outputs of `tokenize`, JSON lines or parquet, names on the Hub (required)
       --eval-datasets NAME=PATH ...    what to evaluate on
-      --streaming True                 read while training; needs --max-steps
+      --streaming                      read while training; needs --max-steps
       --max-length N                   longest record in tokens
       --too-long raise|drop            what to do with records whose picture does not fit
-      --packing False                  a record in each sequence, with pads
+      --no-packing                     a record in each sequence, with pads
       --unconditional-probability P, --caption-probability P
 
     \b
