@@ -1,7 +1,7 @@
 """How fast are pictures drawn? `generate(generation_mode="image")` beside what one could do instead.
 
 ```bash
-python benchmarks/decode.py --output docs/decode_benchmark.json --plot docs/decode_benchmark.png
+python benchmarks/decode.py --output benchmarks/results/decode.json --plot docs/decode_benchmark.png
 ```
 
 Each shape is one model that draws with guidance in several ways. They take turns, so that a busy machine slows all of
@@ -34,8 +34,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
 import statistics
 import time
 import unicodedata
@@ -45,7 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from harness import as_text, machine, ratio, synchronize, write
 from transformers import (
     CompileConfig,
     DynamicCache,
@@ -153,13 +151,7 @@ def main(args: argparse.Namespace) -> None:
     if not on_cuda and "gemma-7b" in shapes:
         raise ValueError("gemma-7b is for --device cuda: a CPU takes seconds for each of its codes.")
     dtype = args.dtype or ("bfloat16" if on_cuda else "float32")
-    result: dict[str, Any] = {
-        "machine": torch.cuda.get_device_name(args.device) if on_cuda else cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "shapes": [],
-    }
+    result: dict[str, Any] = machine(args.device) | {"shapes": []}
     print(", ".join(f"{name} {value}" for name, value in result.items() if name != "shapes"))
     for name in shapes:
         codes = args.codes or (CUDA_CODES if on_cuda else SHAPES[name].cpu_codes)
@@ -177,19 +169,6 @@ def main(args: argparse.Namespace) -> None:
         write(args.output, result)
     if args.plot:
         plot(result, args.plot)
-
-
-def write(path: Path | None, result: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def cpu_name() -> str:
-    """Linux's name of the processor, elsewhere Python's."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.processor()])[0]} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 # Models and prompts
@@ -545,11 +524,6 @@ def count_codes_per_step(subject: Subject, batch: int, round_: int) -> float:
     return draw(subject, subject.prompts(batch, round_), round_, **options).codes_per_step
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def read_bandwidth(device: torch.device) -> float:
     """Bytes per second: the best of three sums of 1 GiB of float32."""
     numbers = torch.ones(2**28, device=device)
@@ -561,15 +535,6 @@ def read_bandwidth(device: torch.device) -> float:
         synchronize(device)
         seconds.append(time.perf_counter() - start)
     return numbers.nbytes / min(seconds)
-
-
-def ratio(numerators: list[float], denominators: list[float]) -> dict[str, float]:
-    values = [a / b for a, b in zip(numerators, denominators, strict=True)]
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def as_text(values: dict[str, float] | None) -> str:
-    return "" if values is None else f"{values['median']:.2f} [{values['min']:.2f} – {values['max']:.2f}]"
 
 
 # Quality

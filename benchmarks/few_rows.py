@@ -1,7 +1,7 @@
 """When does `FewRowsLinear`'s transposed product beat `nn.Linear` on a CPU?
 
 ```bash
-python benchmarks/few_rows.py --output docs/few_rows_benchmark.json
+python benchmarks/few_rows.py --output benchmarks/results/few_rows.json
 ```
 
 For the linear layers of the shapes of `decode.py` (q, k, v, o, gate, up, down, and the head's image rows) and a few rows
@@ -13,14 +13,13 @@ layers follow one another; the median of the rounds counts.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from decode import CODEBOOK_SIZE, SHAPES, cpu_name
+from decode import CODEBOOK_SIZE, SHAPES
+from harness import machine, take_turns, timed, write
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -31,7 +30,7 @@ BYTES_OF_COPIES = 2**27
 
 
 def main(args: argparse.Namespace) -> None:
-    result = {"machine": cpu_name(), "torch": torch.__version__, "layers": []}
+    result = machine() | {"layers": []}
     print(f"{result['machine']}, torch {result['torch']}: time of F.linear ÷ time of the transposed product")
     for threads in args.threads:
         torch.set_num_threads(threads)
@@ -51,8 +50,7 @@ def main(args: argparse.Namespace) -> None:
             )
             cells = [f"{one['linear'] / one['transposed']:.2f}" for one in measured.values()]
             print(f"| {model} | {out_features} × {in_features} | " + " | ".join(cells) + " |", flush=True)
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    write(args.output, result)
 
 
 def layers(names: list[str]) -> list[tuple[str, int, int]]:
@@ -84,14 +82,9 @@ def measure(out_features: int, in_features: int, rows: int, rounds: int) -> dict
         # As in FewRowsLinear.
         "transposed": lambda weight: (weight @ x.T).T.contiguous(),
     }
-    microseconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, product in ways.items():
-            start = time.perf_counter()
-            for copy in weights:
-                product(copy)
-            microseconds[name].append(1e6 * (time.perf_counter() - start) / len(weights))
-    return {name: statistics.median(values[1:]) for name, values in microseconds.items()}
+    run = {name: lambda way=way: timed(lambda: [way(copy) for copy in weights]) for name, way in ways.items()}
+    seconds = take_turns(run, rounds + 1)
+    return {name: 1e6 * statistics.median(values[1:]) / len(weights) for name, values in seconds.items()}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How much memory do loading, expanding and converting take? Peaks beside the size of the weights.
 
 ```bash
-python benchmarks/memory.py --dtype bfloat16 --output memory.json
+python benchmarks/memory.py --dtype bfloat16 --output benchmarks/results/memory.json
 ```
 
 Language models of published shapes with Chameleon's codec and random weights, about 1 GB in bfloat16, are written in
@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -39,7 +38,7 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
+from harness import machine, write
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
@@ -83,14 +82,7 @@ def main(args: argparse.Namespace) -> None:
         print(json.dumps(measure(args.operation, args.folder)))
         return
     results = {shape: measure_all(shape, args) for shape in args.shapes}
-    if args.output is not None:
-        machine = {
-            "platform": platform.platform(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
-        report = {"machine": machine, "dtype": args.dtype, "results": results}
-        args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write(args.output, {"machine": machine(), "dtype": args.dtype, "results": results})
 
 
 def measure_all(shape: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
 """How many codes does a forward of speculative Jacobi decoding give, depending on how its draws are coupled?
 
 ```bash
-python benchmarks/speculative_coupling.py --output docs/speculative_coupling.json
+python benchmarks/speculative_coupling.py --output benchmarks/results/speculative_coupling.json
 ```
 
 A step of speculative Jacobi decoding draws a window of codes again, now that more of the codes before them are known. A
@@ -24,7 +24,6 @@ seeds for all.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from harness import machine, write
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from transformers_liquid import EMOJI_CHECKPOINT, GuidanceLogitsProcessor, LiquidForCausalLM, LiquidProcessor
@@ -78,17 +77,8 @@ def main(args: argparse.Namespace) -> None:
             rows.append({"settings": name, "coupling": coupling, "first_guesses": guess, "steps": steps})
             cells = [codes_per_step(num_codes, counts) for counts in steps.values()]
             print(f"| {name} | {coupling} | {guess} |" + "".join(f" {cell} |" for cell in cells), flush=True)
-    if args.output:
-        result = {
-            "model": "liquid-emoji",
-            "codes": num_codes,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "prompts": prompts,
-            "settings": SETTINGS,
-            "rows": rows,
-        }
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    result = {"model": "liquid-emoji", "codes": num_codes, "prompts": prompts, "settings": SETTINGS, "rows": rows}
+    write(args.output, machine() | result)
 
 
 def codes_per_step(num_codes: int, steps: list[int]) -> str:

@@ -1,7 +1,7 @@
 """How fast is training? Packed batches, the loss head, tokenizing and the collator beside what one could do instead.
 
 ```bash
-python benchmarks/training.py --output docs/training_benchmark.json
+python benchmarks/training.py --output benchmarks/results/training.json
 ```
 
 Four parts, each of which `--parts` can choose. Within a part the ways take turns, so that a busy machine slows all of
@@ -25,13 +25,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import re
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,7 +37,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-import transformers
+from harness import machine, ratio, take_turns, timed, write
 from transformers import LlamaConfig
 
 from transformers_liquid import (
@@ -85,17 +82,10 @@ def main(args: argparse.Namespace) -> None:
     print(f"{torch.get_num_threads()} threads, {args.rounds} rounds")
     # Parts that are not run now stay in the file as they are.
     results = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
-    results |= {
-        "processor": processor_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "rounds": args.rounds,
-    }
+    results |= machine() | {"rounds": args.rounds}
     for name in args.parts:
         results[name] = PARTS[name](args)
-        if args.output:
-            args.output.write_text(json.dumps(results, indent=2) + "\n")
+        write(args.output, results)
 
 
 def packing(args: argparse.Namespace, batches_per_round: int = 3, batch_size: int = 4) -> dict[str, Any]:
@@ -268,10 +258,7 @@ def tokenize_with(
     }
     codec.encode_codes(framed[0])
     dataset_seconds(split=f"train[:{batch_size}]")  # `datasets` prepares its cache
-    rates = {way: [] for way in ways}
-    for _ in range(rounds):
-        for way, seconds in ways.items():
-            rates[way].append(number / seconds())
+    rates = {way: [number / seconds for seconds in taken] for way, taken in take_turns(ways, rounds).items()}
     print_table(f"tokenize: {name}, {number} images in batches of {batch_size}", rates, "images/s")
     return {
         "images": number,
@@ -312,14 +299,11 @@ def collator(args: argparse.Namespace, records_per_step: int = 2) -> dict[str, A
     train_step(model, collate([{"kind": "text", "text": "a few words to warm up"}]))
     collate(eight)
     ways = {
-        f"collator, {len(few)} records": lambda: collate(few),
-        "collator, 8 records": lambda: collate(eight),
-        f"step, {len(few)} records": lambda: train_step(model, collate(few)),
+        f"collator, {len(few)} records": lambda: 1000 * timed(lambda: collate(few)),
+        "collator, 8 records": lambda: 1000 * timed(lambda: collate(eight)),
+        f"step, {len(few)} records": lambda: 1000 * timed(lambda: train_step(model, collate(few))),
     }
-    milliseconds = {name: [] for name in ways}
-    for _ in range(args.rounds):
-        for name, way in ways.items():
-            milliseconds[name].append(1000 * timed(way))
+    milliseconds = take_turns(ways, args.rounds)
     print_table("collator: SmolLM2-135M's shape", milliseconds, "ms")
     of_few, _, step = ways
     return {
@@ -364,12 +348,6 @@ def train_step(model: LiquidForCausalLM, batch: dict[str, torch.Tensor], skip_lo
     model.zero_grad()
 
 
-def timed(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def batched(items: Sequence, size: int) -> list[Sequence]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
@@ -378,14 +356,9 @@ def ratios(values: dict[str, list[float]], wanted: dict[str, tuple[str, str, str
     """`wanted`: name -> numerator, denominator, goal. Prints them and returns them for the JSON file."""
     found = {}
     for name, (numerator, denominator, goal) in wanted.items():
-        of_rounds = [a / b for a, b in zip(values[numerator], values[denominator], strict=True)]
-        found[name] = {
-            "median": statistics.median(of_rounds),
-            "min": min(of_rounds),
-            "max": max(of_rounds),
-            "goal": goal,
-        }
-        numbers = f"{found[name]['median']:9.3g} [{min(of_rounds):.3g} - {max(of_rounds):.3g}]"
+        of_rounds = ratio(values[numerator], values[denominator])
+        found[name] = of_rounds | {"goal": goal}
+        numbers = f"{of_rounds['median']:9.3g} [{of_rounds['min']:.3g} - {of_rounds['max']:.3g}]"
         print(f"  {name:34} {numbers}" + (f"  goal {goal}" if goal else ""), flush=True)
     return found
 
@@ -395,10 +368,6 @@ def print_table(title: str, values: dict[str, list[float]], unit: str) -> None:
         print(title)
     for name, of_rounds in values.items():
         print(f"  {name:34} {statistics.median(of_rounds):9.2f} {unit}")
-
-
-def processor_name() -> str:
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 PARTS = {"packing": packing, "loss": loss, "tokenize": tokenize, "collator": collator}

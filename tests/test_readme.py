@@ -1,70 +1,118 @@
-"""The README is executed: what it shows is what happens."""
+"""The README and the pages of docs/ are executed: what they show is what happens. Their links lead somewhere."""
 
+import io
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
-from transformers_liquid import EMOJI_CHECKPOINT
+from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM
+from transformers_liquid_cli import main
 
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("modeling_cards/*.md")))
+}
 # Blocks below this comment need weights that no test machine has.
 NOT_RUN = "<!-- not run by the tests"
 
 
-def blocks(language: str) -> list[str]:
+def blocks(page: str, language: str) -> list[str]:
     """The code blocks of a language, but for those marked as not run."""
-    found = re.finditer(rf"(?P<before>[^\n]*)\n```{language}\n(?P<code>.*?)```", README, flags=re.DOTALL)
+    found = re.finditer(rf"(?P<before>[^\n]*)\n```{language}\n(?P<code>.*?)```", PAGES[page], flags=re.DOTALL)
     return [match["code"] for match in found if not match["before"].startswith(NOT_RUN)]
 
 
-def test_every_python_block_of_the_readme_runs_in_order(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    namespace: dict = {}
-    assert len(blocks("python")) >= 3
-    for code in blocks("python"):
-        exec(compile(code, "README.md", "exec"), namespace)
-    pictures = list(tmp_path.glob("**/*.png"))
-    assert pictures and all(Image.open(picture).size[0] >= 64 for picture in pictures)
+def commands(page: str) -> list[str]:
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [line.split(" #")[0].strip() for line in lines if line.startswith("transformers-liquid ")]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        line.split("#")[0].strip()
-        for block in blocks("bash")
-        for line in block.splitlines()
-        if line.startswith("transformers-liquid ")
-    ],
-)
-def test_every_command_of_the_readme_runs(line, tmp_path):
+RUN = [page for page in PAGES if page == "README.md" or page.startswith("docs/")]
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory):
+    path = tmp_path_factory.mktemp("codec")
+    LiquidForCausalLM.from_pretrained(EMOJI_CHECKPOINT).model.vq_model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def folder(codec, tmp_path, monkeypatch):
+    """What the examples speak of: a model, a codec, pictures, texts, prompts."""
     Image.new("RGB", (64, 64), "red").save(tmp_path / "picture.png")
     (tmp_path / "prompts.txt").write_text("red apple\ndog face\n")
-    (tmp_path / "my-liquid").symlink_to(EMOJI_CHECKPOINT, target_is_directory=True)
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    for name in ("my-liquid", "path/to/liquid"):
+        (tmp_path / name).symlink_to(EMOJI_CHECKPOINT, target_is_directory=True)
+    (tmp_path / "path" / "to" / "codec").symlink_to(codec, target_is_directory=True)
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (64, 64), "red").save(tmp_path / "photos" / "red.png")
     (tmp_path / "photos" / "metadata.jsonl").write_text('{"file_name": "red.png", "text": "a red square"}\n')
     (tmp_path / "texts.jsonl").write_text('{"text": "a red square is red"}\n')
     options = {"datasets": ["texts.jsonl"], "max_steps": 1, "total_batch_size": 8, "use_cpu": True}
     (tmp_path / "train.yaml").write_text(yaml.safe_dump({"model": "my-liquid", "output_dir": "my-run", **options}))
-    command = [sys.executable, "-m", "transformers_liquid", *shlex.split(line)[1:]]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, input="/quit\n", timeout=300)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
+    return tmp_path
 
 
-def test_the_readme_names_only_files_that_exist():
-    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
-        assert (ROOT / target.partition("#")[0]).exists(), target
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in RUN if blocks(page, "python")])
+def test_every_python_block_runs_in_order(page, folder):
+    namespace: dict = {"__name__": "example"}
+    for code in blocks(page, "python"):
+        exec(compile(code, page, "exec"), namespace)
+    for picture in folder.glob("*.png"):
+        assert Image.open(picture).width >= 64
+
+
+@pytest.mark.parametrize(
+    ("page", "line"),
+    [
+        pytest.param(page, line, marks=pytest.mark.slow if line.split()[1] in ("tokenize", "train", "expand") else ())
+        for page in RUN
+        for line in dict.fromkeys(commands(page))
+    ],
+)
+def test_every_command_runs(page, line, folder, capsys):
+    assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+
+
+def test_the_readme_shows_both_doors_and_is_short():
+    assert len(blocks("README.md", "python")) >= 3 and len(commands("README.md")) >= 3
+    assert len(PAGES["README.md"].encode()) <= 8192
+
+
+def anchors(text: str) -> set[str]:
+    """What headings can be linked to as, by GitHub's rules."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings_that_exist(page):
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", PAGES[page]):
+        name, _, anchor = target.partition("#")
+        path = ((ROOT / page).parent / name if name else ROOT / page).resolve()
+        assert path.exists() and path.is_relative_to(ROOT), target
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page):
+    """Paths in commands and in text, as far as they begin with a folder of the repository."""
+    for path in re.findall(r"(?<![\w/.-])((?:benchmarks|docs|examples|tests|modeling_cards)/[\w./-]*\w)", PAGES[page]):
+        assert (ROOT / path).exists(), path
 
 
 def test_the_embedded_checkpoint_carries_the_card_of_modeling_cards():
-    card = ROOT / "modeling_cards" / "liquid-emoji.md"
-    embedded = ROOT / "src" / "transformers_liquid" / "checkpoints" / "liquid-emoji" / "README.md"
-    assert card.read_text(encoding="utf-8") == embedded.read_text(encoding="utf-8")
+    embedded = Path(EMOJI_CHECKPOINT, "README.md").read_text(encoding="utf-8")
+    assert PAGES["modeling_cards/liquid-emoji.md"] == embedded

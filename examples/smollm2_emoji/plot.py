@@ -3,7 +3,7 @@
     python examples/smollm2_emoji/plot.py --data_dir smollm2-emoji --output docs/training
 
 Reads RUN/trainer_state.json and evaluation-RUN.{json,png} of base, full, lora and rows (base has no run). Writes
-OUTPUT_losses.png, OUTPUT_drawings.png and OUTPUT_results.json, and prints the table of docs/training.md.
+OUTPUT_losses.png, OUTPUT_drawings.png and RESULTS, and prints the table of docs/training.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
     plot_losses(histories).savefig(f"{args.output}_losses.png", dpi=120)
     join_sheets({model: data / f"evaluation-{model}.png" for model in MODELS}).save(f"{args.output}_drawings.png")
     published = {"evaluations": results, "histories": histories}
-    Path(f"{args.output}_results.json").write_text(json.dumps(published, indent=1) + "\n", encoding="utf-8")
+    Path(args.results).write_text(json.dumps(published, indent=1) + "\n", encoding="utf-8")
     print(table(results))
 
 
@@ -92,5 +92,6 @@ def table(results: dict[str, dict]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="smollm2-emoji", help="holds the runs and the evaluations")
-    parser.add_argument("--output", default="docs/training", help="beginning of the paths of the results")
+    parser.add_argument("--output", default="docs/training", help="beginning of the paths of the pictures")
+    parser.add_argument("--results", default="benchmarks/results/smollm2_emoji.json", help="JSON file to write")
     main(parser.parse_args())
