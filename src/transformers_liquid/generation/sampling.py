@@ -299,7 +299,8 @@ def _compiled_or_plain_step(
 ) -> tuple[torch.Tensor, torch.Tensor, ModelOutput]:
     if base not in _NOT_COMPILABLE:
         try:
-            return compiled(*args)
+            codes, scores, outputs = compiled(*args)
+            return codes.clone(), scores, outputs  # a CUDA graph writes each run's results to the same place
         except torch._dynamo.exc.TorchDynamoException as error:
             _NOT_COMPILABLE.add(base)
             reason = str(error).strip().splitlines()[0]
