@@ -427,9 +427,10 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def test_a_killed_run_loses_only_the_pictures_in_flight(prompts, one_thread):
-    prompts(*(f"{color} {thing}" for color in ("red", "blue", "green", "big") for thing in ("apple", "dog", "car")))
+def test_a_killed_run_loses_only_the_pictures_in_flight(checkpoint, prompts, one_thread):
+    prompts(*(f"apple {number}" for number in range(30)))
     command = [sys.executable, "-m", "transformers_liquid", *FROM_FILE.split(), "--batch-size", "1", "--device", "cpu"]
+    command += ["--model", checkpoint]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not Path("drawn").exists() or len(list(Path("drawn").glob("*.png"))) < 3:
@@ -438,13 +439,13 @@ def test_a_killed_run_loses_only_the_pictures_in_flight(prompts, one_thread):
     process.send_signal(signal.SIGKILL)
     process.wait()
     killed = {path.name: path.stat().st_mtime_ns for path in Path("drawn").glob("*.png")}
-    assert 3 <= len(killed) < 12
+    assert 3 <= len(killed) < 30
     for name in killed:
-        assert pixels(f"drawn/{name}").shape == (64, 64, 3)
+        assert pixels(f"drawn/{name}").shape == (8, 8, 3)
 
     assert main(command[3:]) == 0
-    assert killed.items() <= times().items() and len(times()) == 12
-    assert main([*command[3:], "--output-dir", "whole"]) == 0
+    assert killed.items() <= times().items() and len(times()) == 30
+    assert main([*command[3:], "--output-dir", "whole", "--batch-size", "8"]) == 0
     assert_same_pictures(drawn(), drawn("whole"))
 
 
@@ -655,7 +656,7 @@ def test_the_embedded_checkpoint_is_the_default(monkeypatch, capsys):
             "give --prompts-file, and neither PROMPT nor --output",
         ),
         (
-            "generate --prompts-file f.txt --output-dir new --output a.png",
+            "generate --prompts-file good.txt --output-dir new --output a.png",
             "give --prompts-file, and neither PROMPT nor",
         ),
         ("generate a b --preview-every 3", "--preview-every is for a single picture"),
@@ -673,10 +674,6 @@ def test_the_embedded_checkpoint_is_the_default(monkeypatch, capsys):
         ("generate a --model none/at/all", "none/at/all"),
         ("describe none.png", "No such file or directory: 'none.png'"),
         ("describe corrupt.png", "Cannot read 'corrupt.png' as a picture"),
-        ("describe truncated.png", "Cannot decode 'truncated.png'"),
-        ("describe zero.png", "Cannot read 'zero.png' as a picture"),
-        ("describe animated.gif", "'animated.gif': it has 2 frames"),
-        ("describe bomb.png", "Refusing to open 'bomb.png'"),
         ("expand base --output new", "Missing option '--codec'"),
         ("expand base --codec codec --output full", "full is not empty: choose a new folder"),
         ("expand base --codec none/at/all --output new", "none/at/all"),
@@ -695,40 +692,23 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(command, message, bad_fi
 
 
 @pytest.fixture
-def bad_files(tmp_path, bad_files_once):
-    shutil.copytree(bad_files_once, tmp_path, dirs_exist_ok=True)
-
-
-@pytest.fixture(scope="module")
-def bad_files_once(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bad")
-    (folder / "empty.txt").write_text("\n\n")
-    (folder / "f.txt").write_text("apple\n")
-    (folder / "zero.png").write_bytes(b"")
-    (folder / "corrupt.png").write_bytes(b"no picture")
-    noise = Image.effect_noise((64, 64), 50)
-    noise.save(folder / "truncated.png")
-    (folder / "truncated.png").write_bytes((folder / "truncated.png").read_bytes()[:-2000])
-    noise.save(folder / "animated.gif", save_all=True, append_images=[Image.effect_noise((64, 64), 50)])
-    Image.new("1", (20000, 20000)).save(folder / "bomb.png")
-    (folder / "full").mkdir()
-    (folder / "full" / "file").write_text("")
-    return folder
+def bad_files():
+    Path("empty.txt").write_text("\n\n")
+    Path("good.txt").write_text("apple\n")
+    Path("corrupt.png").write_bytes(b"no picture")
+    Path("full").mkdir()
+    Path("full", "file").touch()
 
 
 @pytest.mark.parametrize(
     "command, message",
     [
         ("generate a --height 7", "positive multiples of 2 pixels (the codec's factor), got height=7"),
-        ("generate a --width 0", "got height=8, width=0"),
         ("generate a --height 1000", "together more than the model's 128 positions"),
         ("generate a --guidance-scale 0.5", "guidance_scale must be a finite number >= 1"),
-        ("generate a --guidance-scale nan", "guidance_scale must be a finite number >= 1 (1 is no guidance), got nan"),
-        ("generate a --guidance-min-p 7", "guidance_min_p must be in (0, 1], got 7.0"),
         ("generate a --top-p 7", "top_p"),
         ("generate a --speculative=1", "speculative must be True, or a window of 2 ... 16 codes"),
         ("generate ''", "prompt 0 is empty"),
-        ("generate a --temperature=-1", "temperature"),
         ("generate a 'b <image>'", "reserved for images"),
         (f"generate a '{'word ' * 40}'", "together more than the model's 128 positions. Shorten the prompt"),
         ("generate a --negative-prompt ''", "negative_prompt 0 is empty"),
@@ -762,18 +742,6 @@ def test_a_checkpoint_of_another_type_is_named(capsys):
         assert "plain is not a Liquid checkpoint" in message and "'llama'" in message
 
 
-def test_a_checkpoint_without_codec_is_named(checkpoint, tmp_path, capsys):
-    from safetensors.torch import save_file
-
-    model, processor = LiquidForCausalLM.from_pretrained(checkpoint), LiquidProcessor.from_pretrained(checkpoint)
-    model.save_pretrained("ours")
-    processor.save_pretrained("ours")
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if "vq_model" not in name}
-    weights.pop("model.text_model.lm_head.weight", None)
-    save_file(weights, tmp_path / "ours" / "model.safetensors", metadata={"format": "pt"})
-    assert "ours has no codec weights" in error_of("generate a --model ours", capsys)
-
-
 def test_a_damaged_checkpoint_is_one_line(checkpoint, tmp_path, capsys):
     LiquidForCausalLM.from_pretrained(checkpoint).save_pretrained("ours")
     LiquidProcessor.from_pretrained(checkpoint).save_pretrained("ours")
@@ -788,13 +756,6 @@ def test_a_tokenizer_that_does_not_fit_is_named(checkpoint, capsys):
     message = error_of("generate a --model ours", capsys)
     assert (
         "The processor does not fit the model: image_token_offset is 300 in the processor, 263 in the model" in message
-    )
-
-
-def test_a_codec_of_another_kind_is_named(capsys):
-    tiny_base().save_pretrained("base")
-    assert "'base' is no codec: expected a folder with vqgan.ckpt and vqgan.yaml" in error_of(
-        "expand base --codec base --output new", capsys
     )
 
 

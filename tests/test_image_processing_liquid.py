@@ -194,6 +194,19 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded():
         load_image(bomb)
 
 
+def test_files_that_are_no_whole_picture_are_named(tmp_path):
+    path, whole = tmp_path / "picture.png", io.BytesIO()
+    noise = PIL.Image.effect_noise((64, 64), 50)
+    noise.save(whole, format="PNG")
+    for content, message in [(b"", "Cannot read"), (b"no", "Cannot read"), (whole.getvalue()[:-2000], "Cannot decode")]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{message} '.*picture.png'"):
+            load_image(path)
+    noise.save(path.with_suffix(".gif"), save_all=True, append_images=[PIL.Image.effect_noise((64, 64), 50)])
+    with pytest.raises(ValueError, match=r"picture.gif': it has 2 frames"):
+        load_image(path.with_suffix(".gif"))
+
+
 @pytest.mark.parametrize("framing", ["crop", "pad"])
 def test_a_picture_that_framing_would_blow_up_is_refused(processor, framing):
     with pytest.raises(ValueError, match="elongated"):
