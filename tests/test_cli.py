@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -43,16 +42,6 @@ def checkpoint(tmp_path_factory):
     model.save_pretrained(path)
     tiny_processor().save_pretrained(path)
     return str(path)
-
-
-@pytest.fixture(autouse=True)
-def libraries_as_they_were():
-    """The command line silences them for its process."""
-    verbosities = [(library, library.utils.logging.get_verbosity()) for library in (transformers, diffusers)]
-    yield
-    for library, verbosity in verbosities:
-        library.utils.logging.set_verbosity(verbosity)
-        library.utils.logging.enable_progress_bar()
 
 
 @pytest.fixture(autouse=True)
@@ -375,6 +364,7 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
 
 
+@pytest.mark.slow
 def test_two_processes_draw_what_one_does(checkpoint, prompts):
     prompts("red apple", "a", "", "a longer prompt", "b", "dog", "c")
     assert run(FROM_FILE + " --batch-size 2 --sheet sheet.png", checkpoint) == 2
@@ -418,16 +408,8 @@ def test_what_several_processes_cannot_do_is_said_at_once(prompts, monkeypatch, 
     assert "give --prompts-file and --output-dir, and leave out --device" in error_of(command, capsys)
 
 
-@pytest.fixture
-def one_thread():
-    """As in a process of `environment`."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_a_killed_run_loses_only_the_pictures_in_flight(checkpoint, prompts, one_thread):
+@pytest.mark.slow
+def test_a_killed_run_loses_only_the_pictures_in_flight(checkpoint, prompts):
     prompts(*(f"apple {number}" for number in range(30)))
     command = [sys.executable, "-m", "transformers_liquid", *FROM_FILE.split(), "--batch-size", "1", "--device", "cpu"]
     command += ["--model", checkpoint]
@@ -759,6 +741,7 @@ def test_a_tokenizer_that_does_not_fit_is_named(checkpoint, capsys):
     )
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_code_2_and_one_line(checkpoint, tmp_path):
     command = [sys.executable, "-m", "transformers_liquid", "generate", "a", "--model", checkpoint, "--height", "7"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -42,10 +42,10 @@ for command in (describe, chat, expand, convert, tokenize, info):
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 
 
-def _print_version(is_asked: bool) -> None:
+def _print_version(context: typer.Context, is_asked: bool) -> None:
     if is_asked:
         print(f"{PROG} {version('transformers-liquid')}")
-        raise typer.Exit
+        context.exit()
 
 
 ShowVersion = Annotated[

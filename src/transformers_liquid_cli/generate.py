@@ -11,12 +11,10 @@ from . import options
 
 DEFAULT_OUTPUT = Path("liquid.png")
 
-Prompts = Annotated[list[str], Argument(metavar="PROMPT", help="What to draw.")]
 PromptsFile = Annotated[
     Path | None,
     Option(help="More prompts, one in a line. Lines that cannot be drawn are told and left out (exit code 2)."),
 ]
-Output = Annotated[Path | None, Option(writable=True, help="A .png, or a folder.", show_default=str(DEFAULT_OUTPUT))]
 OutputDir = Annotated[
     Path | None,
     Option(
@@ -24,21 +22,19 @@ OutputDir = Annotated[
         "any number of processes of `accelerate launch`. The seed is 0 unless given."
     ),
 ]
-Sheet = Annotated[Path | None, Option(writable=True, help="Also write all pictures on one sheet, a .png.")]
-NumImages = Annotated[int, Option(min=1, help="Pictures of each prompt.")]
-BatchSize = Annotated[int, Option(min=1, help="Pictures drawn side by side.")]
-PreviewEvery = Annotated[int | None, Option(min=1, help="Write a single picture whenever that many codes are drawn.")]
 
 
 def generate(
-    prompts: Prompts = (),
+    prompts: Annotated[list[str], Argument(metavar="PROMPT", help="What to draw.")] = (),
     prompts_file: PromptsFile = None,
-    output: Output = None,
+    output: Annotated[
+        Path | None, Option(writable=True, help="A .png, or a folder.", show_default=str(DEFAULT_OUTPUT))
+    ] = None,
     output_dir: OutputDir = None,
-    sheet: Sheet = None,
-    num_images: NumImages = 1,
-    batch_size: BatchSize = 8,
-    preview_every: PreviewEvery = None,
+    sheet: Annotated[Path | None, Option(writable=True, help="Also write all pictures on one sheet, a .png.")] = None,
+    num_images: Annotated[int, Option(min=1, help="Pictures of each prompt.")] = 1,
+    batch_size: Annotated[int, Option(min=1, help="Pictures drawn side by side.")] = 8,
+    preview_every: Annotated[int | None, Option(min=1, help="Write a single picture after each so many codes.")] = None,
     negative_prompt: options.NegativePrompt = None,
     height: options.Height = None,
     width: options.Width = None,

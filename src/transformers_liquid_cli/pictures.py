@@ -26,8 +26,8 @@ METADATA_KEY = "transformers_liquid"
 # What of a picture's settings there is an option for, beside `--greedy`.
 SETTINGS = ("guidance_scale", "guidance_min_p", "speculative", "temperature", "top_k", "top_p")
 
-# What of its record must be the same, with all settings, for a picture not to be drawn again.
-IDENTITY = ("prompt", "negative_prompt", "seed", "model", "height", "width", "dtype")
+# What of its record says how it was drawn, but does not change it.
+NO_MATTER = ("settings", "device", "version", "command", "speculative")
 
 
 class Picture(NamedTuple):
@@ -173,8 +173,8 @@ def without_file(drawing: Drawing, pictures: list[Picture], folder: Path) -> lis
 
 def _identity(record: dict[str, Any]) -> dict[str, Any]:
     """All that pictures must share to be the same, as JSON keeps it. Speculation does not change them."""
-    settings = {name: value for name, value in record["settings"].items() if name != "speculative"}
-    return json.loads(json.dumps({name: record.get(name) for name in IDENTITY} | settings))
+    same = {name: value for name, value in (record | record["settings"]).items() if name not in NO_MATTER}
+    return json.loads(json.dumps(same))
 
 
 def save_png(image: Image.Image, path: Path, record: Any = None) -> None:
