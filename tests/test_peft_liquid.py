@@ -323,7 +323,7 @@ def test_models_that_cannot_be_adapted_are_refused(make_config):
     model = tiny_model()
     adapted = get_peft_model(model, make_config(model))
     for one in (model, adapted):
-        with pytest.raises(ValueError, match=r"without adapters, got .* with \d+ of them.*merge_and_unload"):
+        with pytest.raises(ValueError, match=r"without adapters, got .* with adapters\..*merge_and_unload"):
             make_config(one)
     make_config(adapted.merge_and_unload())
 

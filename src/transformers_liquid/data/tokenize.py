@@ -111,7 +111,7 @@ def tokenize_dataset(
         "codebook_size": config.codebook_size,
         "downsample_factor": config.downsample_factor,
         "dtype": "int16" if config.codebook_size <= np.iinfo(np.int16).max else "int32",
-        "grids": [list(grid) for grid in ([config.grid()] if grids is None else grids)],
+        "grids": [list(grid) for grid in ([config.image_layout.grid()] if grids is None else grids)],
         "framing": framing,
         "kind": kind,
         "records_per_shard": records_per_shard,
@@ -136,8 +136,8 @@ def tokenize_dataset(
     codec = codec.to(processes.device)
     for shard, of_shard in itertools.groupby(pictures, lambda picture: picture.number // records_per_shard):
         # 3. Encode, and 4. write a shard
-        encoded, skipped = encode_pictures(of_shard, codec, batch_size)
-        write_shard(output / "data" / shard_name(shard), encoded, skipped, settings)
+        encoded, skipped = encode_pictures(of_shard, codec, batch_size, settings)
+        write_shard(output / "data" / shard_name(shard), encoded, skipped, settings["dtype"])
     return finish(output, settings, processes)
 
 
@@ -347,7 +347,7 @@ def number_stream(records: Iterable, is_left: Callable[[int], bool]) -> Iterator
 
 
 def encode_pictures(
-    pictures: Iterable[Picture], codec: LiquidVQModel, batch_size: int
+    pictures: Iterable[Picture], codec: LiquidVQModel, batch_size: int, settings: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The records of one shard in the order of the source, and what was left out of it."""
     records, skipped = [], []
@@ -363,14 +363,17 @@ def encode_pictures(
         if picture.reason is not None:
             skipped.append({"record": picture.number, "path": picture.path, "reason": picture.reason})
             continue
-        height, width = size = picture.pixels.shape[-2:]
-        records.append({"text": picture.text, "grid": picture.grid, "width": width, "height": height})
-        waiting[size].append((records[-1], picture.pixels))
+        record = {"kind": settings["kind"], "text": picture.text, "grid": picture.grid}
+        record["height"], record["width"] = size = picture.pixels.shape[-2:]
+        records.append(record)
+        waiting[size].append((record, picture.pixels))
         if len(waiting[size]) == batch_size:
             encode(waiting.pop(size))
     for batch in waiting.values():
         encode(batch)
-    return [record | {"codes": record["codes"].numpy(force=True)} for record in records], skipped
+    for record in records:
+        record["codes"] = record["codes"].numpy(force=True).astype(settings["dtype"])
+    return records, skipped
 
 
 # Write
@@ -380,20 +383,14 @@ def shard_name(shard: int) -> str:
     return f"train-{shard:05d}.parquet"
 
 
-def write_shard(
-    path: Path, records: list[dict[str, Any]], skipped: list[dict[str, Any]], settings: Mapping[str, Any]
-) -> None:
+def write_shard(path: Path, records: list[dict[str, Any]], skipped: list[dict[str, Any]], dtype: str) -> None:
     import pyarrow.parquet
     from datasets import Features, List, Value
 
-    features = {name: Value("string") for name in ("kind", "text")}
-    features |= {"codes": List(Value(settings["dtype"])), "grid": List(Value("int32"))}
-    features |= {name: Value("int32") for name in ("width", "height")}
+    features = {"kind": Value("string"), "text": Value("string"), "codes": List(Value(dtype))}
+    features |= {"grid": List(Value("int32")), "width": Value("int32"), "height": Value("int32")}
     schema = Features(features).arrow_schema
     schema = schema.with_metadata(schema.metadata | {SKIPPED_KEY: json.dumps(skipped)})
-    records = [
-        record | {"kind": settings["kind"], "codes": record["codes"].astype(settings["dtype"])} for record in records
-    ]
     with whole(path) as unfinished, pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
         if records:  # a row group without rows is one that `datasets` cannot read
             writer.write_table(pyarrow.Table.from_pylist(records, schema))

@@ -112,14 +112,12 @@ def _trainable_rows(model: LiquidForCausalLM) -> list[int]:
     from peft.utils import AuxiliaryTrainingWrapper
 
     require_version("peft>=0.18.1", "Older ones train the embeddings of a tied model without its head.")
-    adapters = [
-        name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-    ]
-    if adapters or not isinstance(model, LiquidForCausalLM):
+    is_adapted = any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules())
+    if is_adapted or not isinstance(model, LiquidForCausalLM):
         raise ValueError(
-            f"The model must be a LiquidForCausalLM without adapters, got {type(model).__name__} with {len(adapters)} of "
-            "them. Load it with `LiquidForCausalLM.from_pretrained`, make one with `expand_vocabulary`, or "
-            "`merge_and_unload()` the adapters that it has."
+            f"The model must be a LiquidForCausalLM without adapters, got {type(model).__name__}"
+            f"{' with adapters' if is_adapted else ''}. Load it with `LiquidForCausalLM.from_pretrained`, make one with "
+            "`expand_vocabulary`, or `merge_and_unload()` the adapters that it has."
         )
     if model.get_output_embeddings().bias is not None:
         raise ValueError(
@@ -132,7 +130,8 @@ def _trainable_rows(model: LiquidForCausalLM) -> list[int]:
             "nothing without this very model. Save the model, and train what `from_pretrained` loads.",
             stacklevel=3,
         )
-    return sorted({*model.config.special_image_token_ids, *model.config.image_token_range})
+    layout = model.config.image_layout
+    return sorted({*layout.special_image_token_ids, *layout.image_token_range})
 
 
 def _row_modules(model: LiquidForCausalLM) -> list[str]:

@@ -72,9 +72,8 @@ class LiquidTrainer(Trainer):
             )
         if data_collator.packing:
             use_packed_attention(liquid_model(self.model))
-        self.eval_data_collator = dataclasses.replace(
-            data_collator, unconditional_probability=0.0, caption_probability=0.0
-        )
+        no_draws = {"unconditional_probability": 0.0, "caption_probability": 0.0}
+        self.eval_data_collator = dataclasses.replace(data_collator, **no_draws)
         self.add_callback(_EpochCallback(data_collator))
         self._token_stats = {"train": 0.0, "eval": 0.0}
 
@@ -97,13 +96,7 @@ class LiquidTrainer(Trainer):
         finally:
             self.data_collator = train_collator
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As in the Trainer.
 
         Raises:
