@@ -198,12 +198,12 @@ def test_files_that_are_no_whole_picture_are_named(tmp_path):
     path, whole = tmp_path / "picture.png", io.BytesIO()
     noise = PIL.Image.effect_noise((64, 64), 50)
     noise.save(whole, format="PNG")
-    for content, message in [(b"", "Cannot read"), (b"no", "Cannot read"), (whole.getvalue()[:-2000], "Cannot decode")]:
+    for content, message in [(b"", "is corrupt"), (b"no", "is corrupt"), (whole.getvalue()[:-2000], "truncated")]:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{message} '.*picture.png'"):
+        with pytest.raises(ValueError, match=rf"Cannot read '.*picture.png' as a picture: .*{message}"):
             load_image(path)
     noise.save(path.with_suffix(".gif"), save_all=True, append_images=[PIL.Image.effect_noise((64, 64), 50)])
-    with pytest.raises(ValueError, match=r"picture.gif': it has 2 frames"):
+    with pytest.raises(ValueError, match=r"picture.gif' as a picture: it has 2 frames"):
         load_image(path.with_suffix(".gif"))
 
 

@@ -368,7 +368,7 @@ def test_placeholders_and_pictures_that_do_not_match_are_named():
         model(_placeholder_prompt(1), pixel_values=tiny_pictures(2))
     ids = torch.cat([_placeholder_prompt(2), _placeholder_prompt(2)])
     ids[1, 20] = 99
-    with pytest.raises(ValueError, match=r"Image 3 has 16 codes.*row 1 from position 21 on has 15 placeholders"):
+    with pytest.raises(ValueError, match=r"Image 3 has 16 codes.*sequence 1 from position 21 on has 15 placeholders"):
         model(ids, pixel_values=tiny_pictures(4))
     with pytest.raises(ValueError, match="no pixel_values were given"):
         model.generate(_placeholder_prompt(), max_new_tokens=1)

@@ -15,16 +15,7 @@ from ..codecs.vq_model import LiquidVQModel, code_grid
 from ..models.liquid.configuration_liquid import LiquidConfig
 from ..models.liquid.modeling_liquid import LiquidForCausalLM, LiquidPreTrainedModel, assemble
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
-from ..models.liquid.vocabulary import free_tokens, is_one_token
-
-
-# The argument of LiquidProcessor -> the name that its token gets when the base has reserved none for it.
-_TOKEN_NAMES = {
-    "image_token": "<image>",
-    "boi_token": "<boi>",
-    "eoi_token": "<eoi>",
-    "uncond_token": "<unconditional>",
-}
+from ..models.liquid.vocabulary import IMAGE_TOKENS, free_tokens, is_one_token
 
 
 def expand_vocabulary(
@@ -87,7 +78,7 @@ def expand_vocabulary(
     eos = base_model.generation_config.eos_token_id
     stops = tokenizer.convert_ids_to_tokens(eos if isinstance(eos, list) else [] if eos is None else [eos])
     reserved = (token for token in free_tokens(tokenizer) if token not in stops)
-    tokens = {name: token if token in vocabulary else next(reserved, token) for name, token in _TOKEN_NAMES.items()}
+    tokens = {name: token if token in vocabulary else next(reserved, token) for name, token in IMAGE_TOKENS.items()}
     # One that is in the vocabulary, but that texts are split within, keeps its id and becomes whole.
     new_tokens = [token for token in tokens.values() if not is_one_token(tokenizer, token)]
     tokenizer.add_tokens(

@@ -87,15 +87,8 @@ def packed_sdpa_mask(
     is_packed = not allow_is_causal_skip and not use_vmap and attention_mask is None and q_length == kv_length > 1
     if is_packed and local_size is None:
         return None
-    return sdpa_mask(
-        q_length=q_length,
-        kv_length=kv_length,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=allow_is_causal_skip,
-        use_vmap=use_vmap,
-        **kwargs,
-    )
+    kwargs |= {"allow_is_causal_skip": allow_is_causal_skip, "use_vmap": use_vmap, "local_size": local_size}
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
 
 
 @torch.no_grad()

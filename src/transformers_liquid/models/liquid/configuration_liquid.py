@@ -80,9 +80,7 @@ class LiquidConfig(PreTrainedConfig):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(self, name, None) is None:
                 setattr(self, name, getattr(self.text_config, name, None))
-        self._check_layout()
 
-    def _check_layout(self) -> None:
         vocab_size = self.text_config.vocab_size
         if self.image_token_offset < 0 or self.image_token_offset + self.codebook_size > vocab_size:
             raise ValueError(

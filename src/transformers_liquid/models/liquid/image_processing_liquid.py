@@ -100,8 +100,7 @@ class LiquidImageProcessor(BaseImageProcessor):
         width = self.size if width is None else width
         code_grid(height, width, self.downsample_factor)
         _check_framing(framing)
-        frame = _crop if framing == "crop" else _pad
-        pictures = [frame(_to_rgb(image), height, width) for image in flatten_images(images)]
+        pictures = [_frame(_to_rgb(image), framing, height, width) for image in flatten_images(images)]
         if not pictures:
             raise ValueError("Got no images: expected at least one.")
         # float64 until the end, as the reference computes it.
@@ -171,52 +170,42 @@ def load_image(image: "str | Path | bytes | PIL.Image.Image") -> PIL.Image.Image
         TypeError: If `image` is nothing of the above.
     """
     name = "the picture" if isinstance(image, (bytes, PIL.Image.Image)) else f"{str(image)[:200]!r}"
-    if not isinstance(image, PIL.Image.Image):
-        data = _read(image)
-        try:
-            image = PIL.Image.open(io.BytesIO(data))
-        except PIL.Image.DecompressionBombError as error:
-            raise ValueError(f"Refusing to open {name}: {error} Downscale it first.") from error
-        except PIL.UnidentifiedImageError as error:
-            raise ValueError(f"Cannot read {name} as a picture: it is corrupt or of no known format.") from error
-        except Exception as error:  # decoders raise anything from OSError to struct.error on broken files
-            raise ValueError(f"Cannot read {name} as a picture ({error}): it is corrupt.") from error
-    if 0 in image.size:
-        raise ValueError(f"Cannot use {name}: it has no pixels ({image.width} x {image.height}).")
+    data = image
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        data = get_session().get(image, follow_redirects=True).raise_for_status().content
+    elif isinstance(image, str) and image.startswith("data:image/"):
+        data = base64.b64decode(image.partition(",")[2])
+    elif isinstance(image, (str, Path)):
+        data = Path(image).read_bytes()
+    elif not isinstance(image, (bytes, PIL.Image.Image)):
+        raise TypeError(f"Expected a path, a URL, bytes, a Pillow picture, an array or a tensor, got {type(image)}.")
+    cause = None
     try:
+        image = PIL.Image.open(io.BytesIO(data)) if isinstance(data, bytes) else image
+        # 16 bits of grey; other pictures of these modes have no known range.
+        is_deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
         frames = getattr(image, "n_frames", 1)  # Pillow defines it only for formats that can hold several
-        if frames == 1 or image.format == "MPO":  # cameras' MPO: the picture, then thumbnails or depth
-            return _blend_on_white(_to_8_bit(PIL.ImageOps.exif_transpose(image), image.format))
-    except Exception as error:
-        raise ValueError(f"Cannot decode {name} ({error}). It may be truncated: re-save it as an RGB PNG.") from error
-    raise ValueError(f"Cannot use {name}: it has {frames} frames. Choose one and save it as a PNG.")
-
-
-def _read(source: str | Path | bytes) -> bytes:
-    if isinstance(source, bytes):
-        return source
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        return get_session().get(source, follow_redirects=True).raise_for_status().content
-    if isinstance(source, str) and source.startswith("data:image/"):
-        return base64.b64decode(source.partition(",")[2])
-    if isinstance(source, (str, Path)):
-        return Path(source).read_bytes()
-    raise TypeError(f"Expected a path, a URL, bytes, a Pillow picture, an array or a tensor, got {type(source)}.")
-
-
-def _to_8_bit(image: PIL.Image.Image, file_format: str | None) -> PIL.Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
-        return PIL.Image.fromarray((np.asarray(image) / 257.0).round().astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode!r} have no known range; scale them to 8 bits")
-    return image
-
-
-def _blend_on_white(image: PIL.Image.Image) -> PIL.Image.Image:
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        if 0 in image.size:
+            problem = f"it has no pixels ({image.width} x {image.height})"
+        elif frames > 1 and image.format != "MPO":  # cameras' MPO: the picture, then thumbnails or depth
+            problem = f"it has {frames} frames: choose one and save it as a PNG"
+        elif image.mode in ("I", "F") and not is_deep:
+            problem = f"pixels of mode {image.mode!r} have no known range: scale them to 8 bits"
+        else:
+            image = PIL.ImageOps.exif_transpose(image)
+            if is_deep:
+                image = PIL.Image.fromarray((np.asarray(image) / 257.0).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except PIL.Image.DecompressionBombError as error:
+        problem, cause = f"{error} Downscale it first", error
+    except PIL.UnidentifiedImageError as error:
+        problem, cause = "it is corrupt or of no known format", error
+    except Exception as error:  # decoders raise anything from OSError to struct.error on broken files
+        problem, cause = f"{error}. It may be corrupt or truncated: re-save it as an RGB PNG", error
+    raise ValueError(f"Cannot read {name} as a picture: {problem}.") from cause
 
 
 def flatten_images(images: Any) -> Iterator[Any]:
@@ -233,27 +222,26 @@ def _to_rgb(image: Any) -> PIL.Image.Image:
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
-    return load_image(_array_to_pil(image) if isinstance(image, np.ndarray) else image)
-
-
-def _array_to_pil(array: np.ndarray) -> PIL.Image.Image:
+    if not isinstance(image, np.ndarray):
+        return load_image(image)
+    array, problem = image, None
+    # From the range of its type to 0 ... 255.
+    scale = {np.dtype(np.uint8): 1.0, np.dtype(np.uint16): 1 / 257.0}.get(array.dtype)
     if array.ndim not in (2, 3) or 0 in array.shape:
-        raise ValueError(f"A picture must have shape (H, W), (H, W, C) or (C, H, W), got {array.shape}.")
+        problem = f"have shape (H, W), (H, W, C) or (C, H, W), got {array.shape}"
+    elif np.issubdtype(array.dtype, np.floating):
+        scale = 255.0
+        if not (array.min() >= 0 and array.max() <= 1):  # NaN fails too
+            problem = f"lie in [0, 1] if of floats, got {array.min()} to {array.max()}: rescale it, or pass uint8"
+    elif scale is None:
+        problem = f"be uint8, uint16 or floats in [0, 1], got {array.dtype}: convert it first"
+    if problem is not None:
+        raise ValueError(f"A picture must {problem}.")
     if array.ndim == 3:
         if infer_channel_dimension_format(array, num_channels=(1, 2, 3, 4)) == ChannelDimension.FIRST:
             array = array.transpose(1, 2, 0)
         array = array[..., 0] if array.shape[-1] == 1 else array
-    if np.issubdtype(array.dtype, np.floating):
-        if not (array.min() >= 0 and array.max() <= 1):  # NaN fails too
-            raise ValueError(
-                f"A picture of floats must lie in [0, 1], got {array.min()} to {array.max()}: rescale it, or pass uint8."
-            )
-        array = array * 255.0
-    elif array.dtype == np.uint16:
-        array = array / 257.0
-    elif array.dtype != np.uint8:
-        raise ValueError(f"A picture must be uint8, uint16 or floats in [0, 1], got {array.dtype}: convert it first.")
-    return PIL.Image.fromarray(np.ascontiguousarray(array.round().astype(np.uint8)))
+    return load_image(PIL.Image.fromarray(np.ascontiguousarray((array * scale).round().astype(np.uint8))))
 
 
 def _check_framing(framing: str) -> None:
@@ -261,29 +249,23 @@ def _check_framing(framing: str) -> None:
         raise ValueError(f"framing must be one of {FRAMINGS}, got {framing!r}.")
 
 
-def _crop(image: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
-    scale = max(height / image.height, width / image.width)
-    size = (round(image.width * scale), round(image.height * scale))
-    _check_framed(image, *size)
-    image = image.resize(size, PIL.Image.Resampling.LANCZOS)
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def _pad(image: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
-    size = (
-        max(image.width, round(image.height * width / height)),
-        max(image.height, round(image.width * height / width)),
-    )
-    _check_framed(image, *size)
-    canvas = PIL.Image.new("RGB", size, PAD_COLOR)
-    canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
-    return canvas.resize((width, height), PIL.Image.Resampling.LANCZOS)
-
-
-def _check_framed(image: PIL.Image.Image, width: int, height: int) -> None:
-    if width * height > MAX_FRAMED_PIXELS:
+def _frame(image: PIL.Image.Image, framing: str, height: int, width: int) -> PIL.Image.Image:
+    """A picture of the target's size: resized and cut (`"crop"`), or put on a canvas and resized (`"pad"`)."""
+    if framing == "crop":
+        scale = max(height / image.height, width / image.width)
+        full_width, full_height = round(image.width * scale), round(image.height * scale)
+    else:
+        full_width = max(image.width, round(image.height * width / height))
+        full_height = max(image.height, round(image.width * height / width))
+    if full_width * full_height > MAX_FRAMED_PIXELS:
         raise ValueError(
-            f"A picture of {image.width} x {image.height} is too elongated: framing it would need {width} x {height} "
-            "pixels. Crop or downscale it first."
+            f"A picture of {image.width} x {image.height} is too elongated: framing it would need {full_width} x "
+            f"{full_height} pixels. Crop or downscale it first."
         )
+    if framing == "crop":
+        image = image.resize((full_width, full_height), PIL.Image.Resampling.LANCZOS)
+        left, top = (full_width - width) // 2, (full_height - height) // 2
+        return image.crop((left, top, left + width, top + height))
+    canvas = PIL.Image.new("RGB", (full_width, full_height), PAD_COLOR)
+    canvas.paste(image, ((full_width - image.width) // 2, (full_height - image.height) // 2))
+    return canvas.resize((width, height), PIL.Image.Resampling.LANCZOS)

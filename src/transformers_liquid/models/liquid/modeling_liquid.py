@@ -19,10 +19,8 @@ from transformers import (
     GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,
-    StoppingCriteriaList,
 )
 from transformers.cache_utils import Cache
-from transformers.generation.streamers import BaseStreamer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
@@ -189,16 +187,19 @@ class LiquidModel(LiquidPreTrainedModel):
         Raises:
             ValueError: If the runs and the pictures do not match, saying which and where.
         """
+        if input_ids is None:
+            raise ValueError("pixel_values need input_ids: their placeholders say where the images go.")
         pictures = self.encode_images(pixel_values)
         is_placeholder = input_ids == self.config.image_token_id
-        runs = _placeholder_runs(is_placeholder)
-        if len(runs) != len(pictures):
-            raise ValueError(f"The prompts have room for {len(runs)} images, but {len(pictures)} were given.")
-        for index, ((row, start, length), picture) in enumerate(zip(runs, pictures, strict=True)):
-            if length != len(picture):
+        edges = nn.functional.pad(is_placeholder.int(), (1, 1)).diff(dim=1)
+        starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
+        if len(starts) != len(pictures):
+            raise ValueError(f"The prompts have room for {len(starts)} images, but {len(pictures)} were given.")
+        for index, ((sequence, start), (_, end), picture) in enumerate(zip(starts, ends, pictures, strict=True)):
+            if end - start != len(picture):
                 raise ValueError(
-                    f"Image {index} has {len(picture)} codes, but its place in row {row} from position {start} on "
-                    f"has {length} placeholders. Prepare text and images with one call of the processor."
+                    f"Image {index} has {len(picture)} codes, but its place in sequence {sequence} from position {start} "
+                    f"on has {end - start} placeholders. Prepare text and images with one call of the processor."
                 )
         if not pictures:
             return input_ids
@@ -233,8 +234,6 @@ class LiquidModel(LiquidPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if pixel_values is not None:
-            if input_ids is None:
-                raise ValueError("pixel_values need input_ids: their placeholders say where the images go.")
             input_ids = self.fill_image_placeholders(input_ids, pixel_values)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         if past_key_values is not None:
@@ -343,33 +342,19 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         has_labels = labels is not None or kwargs.get("shift_labels") is not None
         if has_labels and use_cache is None:
             use_cache = False
-        if has_labels and (self.training if skip_logits is None else skip_logits) and self._can_skip_logits():
-            return self._loss_alone(labels, use_cache=use_cache, **inputs)
-        return self.model.text_model(labels=labels, logits_to_keep=logits_to_keep, use_cache=use_cache, **inputs)
-
-    def _can_skip_logits(self) -> bool:
+        skip_logits = has_labels and (self.training if skip_logits is None else skip_logits)
         # A base's router loss is part of its own loss, and ZeRO-3 gathers a head's weight for its own forward only.
         routes = getattr(self.config.get_text_config(), "output_router_logits", False)
-        return not routes and not is_deepspeed_zero3_enabled()
-
-    def _loss_alone(
-        self,
-        labels: torch.LongTensor | None,
-        shift_labels: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **inputs: Any,
-    ) -> LiquidCausalLMOutputWithPast:
         text_model = self.model.text_model
-        outputs = text_model.base_model(**inputs)
-        targets = next_labels(labels) if shift_labels is None else shift_labels
-        targets = targets.to(outputs.last_hidden_state.device)
+        if not skip_logits or routes or is_deepspeed_zero3_enabled():
+            return text_model(labels=labels, logits_to_keep=logits_to_keep, use_cache=use_cache, **inputs)
+
+        targets, num_items = inputs.pop("shift_labels", None), inputs.pop("num_items_in_batch", None)
+        outputs = text_model.base_model(use_cache=use_cache, **inputs)
+        targets = (next_labels(labels) if targets is None else targets).to(outputs.last_hidden_state.device)
+        is_image = image_targets(self.config, targets)
         loss, token_stats = chunked_causal_lm_loss(
-            text_model,
-            outputs,
-            targets,
-            image_targets(self.config, targets),
-            max_z_loss_coef=self.config.max_z_loss_coef,
-            num_items_in_batch=num_items_in_batch,
+            text_model, outputs, targets, is_image, self.config.max_z_loss_coef, num_items
         )
         return LiquidCausalLMOutputWithPast(
             loss=loss,
@@ -438,14 +423,9 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         inputs: torch.LongTensor | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        streamer: BaseStreamer | None = None,
+        *,
         generation_mode: str = "text",
         pixel_values: torch.Tensor | list[torch.Tensor] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        guidance_min_p: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
         suppress_image_tokens: bool = True,
         **kwargs: Any,
     ) -> ModelOutput | torch.LongTensor:
@@ -457,24 +437,24 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
                 `image_generation_config`.
             logits_processor (`LogitsProcessorList`, *optional*): Yours. In image mode they see scores of shape
                 `(B, codebook_size)`, one for each code, after guidance.
-            stopping_criteria (`StoppingCriteriaList`, *optional*): Yours.
-            streamer (`BaseStreamer`, *optional*): Receives ids as they are drawn.
             generation_mode (`"text"` or `"image"`, defaults to `"text"`): What to generate.
             pixel_values (`torch.Tensor` of shape `(N, 3, H, W)` or a list of N tensors, *optional*): Pictures for
                 the placeholders in the prompts.
-            height (`int`, *optional*): Image mode: in pixels, a multiple of the codec's factor.
-            width (`int`, *optional*): Image mode: likewise.
-            guidance_min_p (`float`, *optional*): Image mode: guidance chooses only among codes that the prompt alone
-                gives at least this fraction of the best code's probability. Off in the reference.
-            generator (`torch.Generator` or a list of B * num_return_sequences of them, *optional*): Image mode: where
-                the draws come from. With one for each picture, a picture does not depend on its batch.
             suppress_image_tokens (`bool`, defaults to `True`): Text mode: never emit an image id or one of the four
                 image specials.
-            kwargs: As in transformers' `generate`: `input_ids`, `attention_mask`, `negative_prompt_ids`,
-                `negative_prompt_attention_mask`, `guidance_scale`, `temperature`, `top_k`, ... Image mode knows one
-                more. `speculative` (`bool` or `int`): draws several codes per forward; the pictures are the same
-                ([`generation.speculative`]). `True`, or the number of codes in a forward. All settings of a picture
-                are those of [`generation.settings.ImageGenerationConfig`].
+            kwargs: As in transformers' `generate`: `input_ids`, `attention_mask`, `stopping_criteria`, `streamer`,
+                `negative_prompt_ids`, `negative_prompt_attention_mask`, `guidance_scale`, `temperature`, `top_k`, ...
+                Image mode knows more:
+
+                - `height`, `width` (`int`): In pixels, multiples of the codec's factor.
+                - `generator` (`torch.Generator` or a list of B * num_return_sequences of them): Where the draws come
+                  from. With one for each picture, a picture does not depend on its batch.
+                - `guidance_min_p` (`float`): Guidance chooses only among codes that the prompt alone gives at least this
+                  fraction of the best code's probability. Off in the reference.
+                - `speculative` (`bool` or `int`): Draws several codes per forward; the pictures are the same
+                  ([`generation.speculative`]). `True`, or the number of codes in a forward.
+
+                All settings of a picture are those of [`generation.settings.ImageGenerationConfig`].
 
         Returns:
             Text mode: as in transformers (prompts and continuations). Image mode: `torch.LongTensor` of shape
@@ -489,38 +469,21 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             raise ValueError(f"generation_mode must be one of {self.output_modalities}, got {generation_mode!r}.")
         input_ids = kwargs.pop("input_ids", inputs)
         if pixel_values is not None:
-            if input_ids is None:
-                raise ValueError("pixel_values need input_ids: their placeholders say where the images go.")
             input_ids = self.model.fill_image_placeholders(input_ids, pixel_values)
         elif input_ids is not None and (input_ids == self.config.image_token_id).any():
             raise ValueError("The prompts hold image placeholders, but no pixel_values were given.")
 
-        image_only = {"height": height, "width": width, "guidance_min_p": guidance_min_p, "generator": generator}
+        image_only = {name: kwargs.pop(name, None) for name in ("height", "width", "generator", "guidance_min_p")}
         given = {name: value for name, value in image_only.items() if value is not None}
+        settings = {"generation_config": generation_config, "logits_processor": logits_processor}
         if generation_mode == "image":
-            return generate_image_tokens(
-                self,
-                input_ids,
-                generation_config=generation_config,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                streamer=streamer,
-                **given,
-                **kwargs,
-            )
+            return generate_image_tokens(self, input_ids, **settings, **given, **kwargs)
         if given:
             raise ValueError(f'{", ".join(given)} only make sense with generation_mode="image".')
         if suppress_image_tokens:
             suppress = SuppressImageTokensLogitsProcessor(self.config)
-            logits_processor = LogitsProcessorList([*(logits_processor or []), suppress])
-        return super().generate(
-            input_ids,
-            generation_config=generation_config,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            streamer=streamer,
-            **kwargs,
-        )
+            settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), suppress])
+        return super().generate(input_ids, **settings, **kwargs)
 
     def image_head_view(self) -> LiquidForCausalLM:
         """This model with only the image rows in its head: logits have `codebook_size` columns, column c is code c.
@@ -530,29 +493,18 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         """
         view, view.model = shallow_copy(self), shallow_copy(self.model)
         view.model.text_model = shallow_copy(self.model.text_model)
-        view.set_output_embeddings(_sliced_head(self.get_output_embeddings(), self.config.image_slice))
+        head, rows = self.get_output_embeddings(), self.config.image_slice
+        if is_plain_linear(head):
+            sliced = nn.Linear(head.in_features, rows.stop - rows.start, bias=head.bias is not None, device="meta")
+            for name, parameter in head.named_parameters():
+                setattr(sliced, name, nn.Parameter(parameter[rows], requires_grad=False))
+        else:  # with hooks, adapters or quantized weights, it runs whole
+            sliced = StandIn(head, lambda hidden_states: head(hidden_states)[..., rows])
+        view.set_output_embeddings(sliced)
         if self.device.type == "cpu":
             view.model.text_model = few_rows_view(view.model.text_model)
         view.generation_config = GenerationConfig()
         return view
-
-
-def _placeholder_runs(is_placeholder: torch.Tensor) -> list[tuple[int, int, int]]:
-    """(row, start, length) of every run of True in a 2-D mask, in reading order."""
-    edges = nn.functional.pad(is_placeholder.int(), (1, 1)).diff(dim=1)
-    starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
-    return [(row, start, end - start) for (row, start), (_, end) in zip(starts, ends, strict=True)]
-
-
-def _sliced_head(head: nn.Module, rows: slice) -> nn.Module:
-    """A linear layer over views of a head's rows; heads with hooks, adapters or quantized weights run whole."""
-    if not is_plain_linear(head):
-        return StandIn(head, lambda hidden_states: head(hidden_states)[..., rows])
-    sliced = nn.Linear(head.in_features, rows.stop - rows.start, bias=head.bias is not None, device="meta")
-    sliced.weight = nn.Parameter(head.weight[rows], requires_grad=False)
-    if head.bias is not None:
-        sliced.bias = nn.Parameter(head.bias[rows], requires_grad=False)
-    return sliced
 
 
 def assemble(config: LiquidConfig, base_model: PreTrainedModel, codec: LiquidVQModel) -> LiquidForCausalLM:

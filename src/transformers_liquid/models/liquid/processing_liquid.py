@@ -22,7 +22,7 @@ from transformers.utils import PROCESSOR_NAME, cached_file
 from .configuration_liquid import LiquidConfig
 from .image_processing_liquid import LiquidImageProcessor, flatten_images
 from .reference import ReferenceCheckpoint, hub_arguments
-from .vocabulary import IMAGE_MARK, ImageLayout, is_one_token
+from .vocabulary import IMAGE_MARK, IMAGE_TOKENS, ImageLayout, is_one_token
 
 
 # The first one is the reference's sentence at inference; the others vary the wording in training.
@@ -410,10 +410,6 @@ class LiquidProcessor(ProcessorMixin):
             downsample_factor=self.image_processor.downsample_factor,
         )
 
-    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """Height and width in codes of a picture of `height` x `width` pixels: see [`ImageLayout.grid`]."""
-        return self.image_layout.grid(height, width)
-
     def codes_to_ids(self, codes) -> list[int]:
         """Token ids of codes in reading order.
 
@@ -639,8 +635,7 @@ def build_processor(config: LiquidConfig, tokenizer: PreTrainedTokenizerBase) ->
     Raises:
         ValueError: If the tokenizer does not fit the configuration.
     """
-    names = ("image_token", "boi_token", "eoi_token", "uncond_token")
-    tokens = {name: tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_id")) for name in names}
+    tokens = {name: tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_id")) for name in IMAGE_TOKENS}
     for name, token in tokens.items():
         # A piece of ordinary text would pass every later check.
         if token is None or not (token.startswith(("<", "[")) and token.endswith((">", "]"))):

@@ -18,8 +18,16 @@ from ...codecs.vq_model import check_codes, code_grid
 # What users write in a text for an image, whatever the placeholder token of the tokenizer is called.
 IMAGE_MARK = "<image>"
 
-# What the reference's tokenizer calls the tokens of [`LiquidConfig`].
-REFERENCE_TOKENS = {"boi_token_id": "<boi>", "eoi_token_id": "<eoi>", "uncond_token_id": "<unconditional>"}
+# The tokens around images: the argument of [`LiquidProcessor`], and what a token that is new to a base is called.
+IMAGE_TOKENS = {
+    "image_token": IMAGE_MARK,
+    "boi_token": "<boi>",
+    "eoi_token": "<eoi>",
+    "uncond_token": "<unconditional>",
+}
+
+# What the reference's tokenizer calls the tokens of [`LiquidConfig`]; it has no placeholder.
+REFERENCE_TOKENS = {f"{name}_id": token for name, token in IMAGE_TOKENS.items() if name != "image_token"}
 
 # <unused0> (Gemma), <|reserved_special_token_0|> (Llama 3), <|extra_0|> (Qwen), <SPECIAL_20> (Mistral), ...
 RESERVED_TOKEN = re.compile(
