@@ -663,7 +663,7 @@ def test_top_p_that_is_no_fraction_is_refused(llama, top_p):
 
 
 def test_an_unknown_mode_and_image_settings_for_text_are_refused(llama):
-    with pytest.raises(ValueError, match=r"generation_mode must be one of .* got 'picture'"):
+    with pytest.raises(ValueError, match=r"generation_mode must be 'text' or 'image', got 'picture'"):
         llama.generate(torch.tensor([[BOS]]), generation_mode="picture")
     with pytest.raises(ValueError, match='height, guidance_min_p only make sense with generation_mode="image"'):
         llama.generate(torch.tensor([[BOS]]), height=8, guidance_min_p=0.1)

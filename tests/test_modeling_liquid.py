@@ -421,7 +421,7 @@ def test_settings_of_images_are_refused_for_text_and_unknown_modes_are_named():
     model = tiny_model()
     with pytest.raises(ValueError, match="height, guidance_min_p only make sense"):
         model.generate(_ids(), height=8, guidance_min_p=0.1)
-    with pytest.raises(ValueError, match=r"generation_mode must be one of .*'video'"):
+    with pytest.raises(ValueError, match=r"generation_mode must be 'text' or 'image', got .*'video'"):
         model.generate(_ids(), generation_mode="video")
 
 

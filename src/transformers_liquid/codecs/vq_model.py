@@ -111,17 +111,15 @@ class LiquidVQModel(VQModel):
             )
         if codes.ndim != 3 or not codes.numel():
             raise ValueError(
-                f"codes must have shape (batch, rows, columns) and not be empty, got {tuple(codes.shape)}."
+                f"codes must have shape (batch, height, width) and not be empty, got {tuple(codes.shape)}."
             )
         check_codes(codes, self.codebook_size)
         # No cache: it would hold the weights a second time.
         with maybe_autocast(codes.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
-            return torch.cat([self._decode(piece) for piece in codes.split(1 if self.use_slicing else len(codes))])
-
-    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
-        # (B, h, w, C) seen as (B, C, h, w) is channels-last already, in which CPUs convolve faster.
-        quantized = self.quantize.embedding(codes).permute(0, 3, 1, 2)
-        return self.decode(quantized, force_not_quantize=True).sample.to(self.dtype)
+            # (B, h, w, C) seen as (B, C, h, w) is channels-last already, in which CPUs convolve faster.
+            quantized = self.quantize.embedding(codes).permute(0, 3, 1, 2)
+            pieces = quantized.split(1 if self.use_slicing else len(quantized))
+            return torch.cat([self.decode(piece, force_not_quantize=True).sample.to(self.dtype) for piece in pieces])
 
     def nearest_codes(self, latents: torch.Tensor) -> torch.Tensor:
         """Indices `(B, h, w)` of the codebook vectors nearest to `latents` `(B, C, h, w)`, searched in fp32.

@@ -64,10 +64,8 @@ def expand_vocabulary(
     >>> model.save_pretrained(out), processor.save_pretrained(out)
     ```
     """
-    if (problem := _obstacle(base_model, tokenizer, codec)) is not None:
+    if (problem := _obstacle(base_model, tokenizer, codec, init)) is not None:
         raise ValueError(problem)
-    if init not in ("mean", "normal"):
-        raise ValueError(f"init must be 'mean' or 'normal', got {init!r}.")
     image_size = codec.config.sample_size if image_size is None else image_size
     code_grid(image_size, image_size, codec.downsample_factor)
 
@@ -108,7 +106,9 @@ def expand_vocabulary(
     return assemble(config, base_model, codec), processor
 
 
-def _obstacle(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: LiquidVQModel) -> str | None:
+def _obstacle(
+    base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: LiquidVQModel, init: str
+) -> str | None:
     """Why these cannot become a Liquid model."""
     name = type(base_model).__name__
     if isinstance(base_model, LiquidPreTrainedModel):
@@ -140,7 +140,7 @@ def _obstacle(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, c
             f"codec must be a LiquidVQModel (one code per position), got {type(codec).__name__}. Load diffusers' VQModel "
             "repositories with `LiquidVQModel.from_pretrained`; codecs with several codes per position do not fit."
         )
-    return None
+    return None if init in ("mean", "normal") else f"init must be 'mean' or 'normal', got {init!r}."
 
 
 def _is_unpacked_gguf(base_model: PreTrainedModel) -> bool:

@@ -22,7 +22,7 @@ def model_card(model: LiquidPreTrainedModel, name: str) -> str:
     """
     config, vq_config = model.config, model.config.vq_config
     text_config = config.get_text_config()
-    rows, columns = config.grid()
+    grid_height, grid_width = config.grid()
     base = text_config.name_or_path
     settings = getattr(model.generation_config, "image_generation_config", None) if model.can_generate() else None
     image_ids = config.image_token_range
@@ -37,7 +37,7 @@ def model_card(model: LiquidPreTrainedModel, name: str) -> str:
             f"{config.downsample_factor} × {config.downsample_factor} pixels per code"
         ),
         image_size=config.image_size,
-        grid=f"{rows} × {columns} = {rows * columns}",
+        grid=f"{grid_height} × {grid_width} = {grid_height * grid_width}",
         vocab_size=f"{text_config.vocab_size:,}",
         image_ids=f"{image_ids.start} … {image_ids.stop - 1}",
         boi=config.boi_token_id,

@@ -35,6 +35,7 @@ from ...ops.views import StandIn, is_plain_linear, shallow_copy
 from .configuration_liquid import LiquidConfig
 from .model_card import write_model_card
 from .reference import ReferenceCheckpoint, check_loading_info
+from .vocabulary import check_generation_mode
 
 
 class LiquidPreTrainedModel(PreTrainedModel):
@@ -168,7 +169,7 @@ class LiquidModel(LiquidPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(N, 3, H, W)` or a list of N tensors `(3, H, W)`): In [-1, 1].
 
         Returns:
-            N tensors of `rows * columns` ids, row by row.
+            N tensors of ids, one for each code, row by row.
         """
         if isinstance(pixel_values, torch.Tensor):
             codes = self.vq_model.encode_codes(pixel_values.to(self.vq_model.device))
@@ -284,12 +285,6 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             config._from_model_config = False
         self.__dict__["_generation_config"] = config
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
     def get_output_embeddings(self) -> nn.Module:
         return self.model.text_model.get_output_embeddings()
 
@@ -390,7 +385,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         """Turns image token ids into pictures.
 
         Args:
-            image_tokens (`torch.LongTensor` of shape `(B, rows * columns)` or `(rows * columns,)`): Image ids, row by
+            image_tokens (`torch.LongTensor` of shape `(B, n)` or `(n,)`): Image ids, row by
                 row, as returned by `generate(generation_mode="image")`.
             height (`int`, *optional*): Of the picture in pixels; defaults to `config.image_size`.
             width (`int`, *optional*): Of the picture in pixels; defaults to `config.image_size`.
@@ -400,21 +395,21 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             `torch.Tensor` of shape `(B, 3, height, width)` in [-1, 1].
 
         Raises:
-            ValueError: If an id is no image id, if there are not `rows * columns` of them, or `dtype` is no half
+            ValueError: If an id is no image id, if there are not as many as the picture has codes, or `dtype` is no half
                 precision.
         """
-        rows, columns = self.config.grid(height, width)
+        grid_height, grid_width = self.config.grid(height, width)
         image_tokens = image_tokens[None] if image_tokens.ndim == 1 else image_tokens
-        if image_tokens.shape[-1] != rows * columns:
+        if image_tokens.shape[-1] != grid_height * grid_width:
             raise ValueError(
-                f"A picture of {rows} x {columns} codes needs {rows * columns} image ids, got "
+                f"A picture of {grid_height} x {grid_width} codes needs {grid_height * grid_width} image ids, got "
                 f"{image_tokens.shape[-1]}. Pass the height and width that the ids were generated with."
             )
-        return self.decode_codes(self.config.ids_to_codes(image_tokens).view(-1, rows, columns), dtype=dtype)
+        return self.decode_codes(self.config.ids_to_codes(image_tokens).view(-1, grid_height, grid_width), dtype=dtype)
 
     @torch.no_grad()
     def decode_codes(self, codes: torch.LongTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Turns codes `(B, rows, columns)` into pictures `(B, 3, H, W)` in [-1, 1]."""
+        """Turns codes `(B, grid_height, grid_width)` into pictures `(B, 3, H, W)` in [-1, 1]."""
         return self.model.vq_model.decode_codes(codes.to(self.model.vq_model.device), dtype=dtype).clamp(-1, 1)
 
     @torch.no_grad()
@@ -458,15 +453,14 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
 
         Returns:
             Text mode: as in transformers (prompts and continuations). Image mode: `torch.LongTensor` of shape
-            `(B * num_return_sequences, rows * columns)`, the image ids alone, for
+            `(B * num_return_sequences, number of codes)`, the image ids alone, for
             [`~LiquidForCausalLM.decode_image_tokens`]; or an output with these as `sequences` if
             `return_dict_in_generate`.
 
         Raises:
             ValueError: On settings that cannot be met, before any work.
         """
-        if generation_mode not in self.output_modalities:
-            raise ValueError(f"generation_mode must be one of {self.output_modalities}, got {generation_mode!r}.")
+        check_generation_mode(generation_mode)
         input_ids = kwargs.pop("input_ids", inputs)
         if pixel_values is not None:
             input_ids = self.model.fill_image_placeholders(input_ids, pixel_values)

@@ -22,7 +22,7 @@ from transformers.utils import PROCESSOR_NAME, cached_file
 from .configuration_liquid import LiquidConfig
 from .image_processing_liquid import LiquidImageProcessor, flatten_images
 from .reference import ReferenceCheckpoint, hub_arguments
-from .vocabulary import IMAGE_MARK, IMAGE_TOKENS, ImageLayout, is_one_token
+from .vocabulary import IMAGE_MARK, IMAGE_TOKENS, ImageLayout, check_generation_mode, is_one_token
 
 
 # The first one is the reference's sentence at inference; the others vary the wording in training.
@@ -198,7 +198,7 @@ class LiquidProcessor(ProcessorMixin):
                 number of `<image>` marks differs from the number of images, or a size is not a positive multiple
                 of the codec's factor.
         """
-        _check_mode(generation_mode)
+        check_generation_mode(generation_mode)
         if generation_mode == "image":
             if images is not None:
                 raise ValueError("generation_mode='image' draws from text alone: leave out images.")
@@ -236,11 +236,13 @@ class LiquidProcessor(ProcessorMixin):
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
+        name: str = "text",
     ) -> tuple[list[list[int]], list[list[int]]]:
         """The prompts of a batch of pictures and what guidance leads away from, before they are padded.
 
         Args:
             text, negative_prompt, height, width: As in a call with `generation_mode="image"`.
+            name (`str`, defaults to `"text"`): What an error calls `text`.
 
         Returns:
             Ids of the prompts as in `image_prompt_ids`; and, one for each, of the negative or unconditional prompts.
@@ -248,7 +250,7 @@ class LiquidProcessor(ProcessorMixin):
         Raises:
             ValueError: As in a call.
         """
-        texts = self._check_prompts(text, "text")
+        texts = self._check_prompts(text, name)
         ending = self._size_sentence(height, width) + TEXT_TO_IMAGE_INSTRUCTIONS[0]
         prompts = [self._image_prompt(prompt, ending) for prompt in texts]
         if negative_prompt is None:
@@ -603,7 +605,7 @@ class LiquidProcessor(ProcessorMixin):
             A list of `str`; or the images as the image processor's `postprocess` returns them.
         """
         if generation_mode is not None:
-            _check_mode(generation_mode)
+            check_generation_mode(generation_mode)
         if generation_mode == "image":
             return self.image_processor.postprocess(generated_outputs, output_type=output_type)
         return self.post_process_image_text_to_text(
@@ -672,11 +674,6 @@ def default_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | dict[str,
     if template is None:
         template = gemma if "<start_of_turn>" in tokenizer.get_vocab() else plain
     return parts_to_text + template
-
-
-def _check_mode(generation_mode: str) -> None:
-    if generation_mode not in ("text", "image"):
-        raise ValueError(f"generation_mode must be 'text' or 'image', got {generation_mode!r}.")
 
 
 __all__ = [

@@ -36,6 +36,12 @@ RESERVED_TOKEN = re.compile(
 )
 
 
+def check_generation_mode(mode: str) -> None:
+    """Text or pictures: what can be asked for."""
+    if mode not in ("text", "image"):
+        raise ValueError(f"generation_mode must be 'text' or 'image', got {mode!r}.")
+
+
 @dataclass(frozen=True)
 class ImageLayout:
     """How pictures, their codes and token ids correspond: what a configuration and a processor must agree on.
