@@ -131,12 +131,14 @@ def tokenize_dataset(
         shard = number // records_per_shard
         return shard % processes.num_processes == processes.process_index and shard_name(shard) not in done
 
-    reader = PictureReader(**columns, folder=folder, grids=settings["grids"], image_processor=image_processor)
+    reader = PictureReader(
+        **columns, folder=folder, grids=settings["grids"], kind=kind, image_processor=image_processor
+    )
     pictures = read_pictures(records, reader, is_left, num_workers, processes)
     codec = codec.to(processes.device)
     for shard, of_shard in itertools.groupby(pictures, lambda picture: picture.number // records_per_shard):
         # 3. Encode, and 4. write a shard
-        encoded, skipped = encode_pictures(of_shard, codec, batch_size, settings)
+        encoded, skipped = encode_pictures(of_shard, codec, batch_size, settings["dtype"])
         write_shard(output / "data" / shard_name(shard), encoded, skipped, settings["dtype"])
     return finish(output, settings, processes)
 
@@ -252,14 +254,11 @@ def begin(output: Path, settings: dict[str, Any], processes: PartialState) -> No
 
 @dataclass
 class Picture:
-    """A record on its way to the codec, or the reason why it is left out."""
+    """A picture on its way to the codec, and what will be its record; without pixels: which one is left out, and why."""
 
     number: int
-    path: str | None = None
-    text: str | None = None
-    grid: list[int] | None = None
+    record: dict[str, Any]
     pixels: np.ndarray | None = None
-    reason: str | None = None
 
 
 @dataclass
@@ -270,29 +269,29 @@ class PictureReader(torch.utils.data.Dataset):
     text_column: str
     folder: Path
     grids: list[list[int]]
+    kind: str
     image_processor: LiquidImageProcessor
 
     def __getitem__(self, numbered: tuple[int, Mapping[str, Any] | Exception]) -> Picture | Exception:
-        number, record = numbered
-        if isinstance(record, Exception):
-            return record
-        cells = _cells(record)
+        number, source = numbered
+        if isinstance(source, Exception):
+            return source
+        cells = _cells(source)
         image, text = cells.get(self.image_column), cells.get(self.text_column)
         path = image.get("path") if isinstance(image, Mapping) else image if isinstance(image, str) else None
-        picture = Picture(number, path, text)
+        skipped = {"record": number, "path": path}
         if not isinstance(text, str) or not text.strip():
-            picture.reason = "Its text is empty."
-            return picture
+            return Picture(number, skipped | {"reason": "Its text is empty."})
         try:
             image = load_image(self._file_or_bytes(image))
-            picture.grid = self._closest_grid(image.height, image.width)
-            height, width = (side * self.image_processor.downsample_factor for side in picture.grid)
-            framed = self.image_processor(image, height=height, width=width, return_tensors="np")
+            grid = self._closest_grid(image.height, image.width)
+            height, width = (side * self.image_processor.downsample_factor for side in grid)
             # No tensor, which would take a file handle and shared memory on its way out of the worker.
-            [picture.pixels] = framed["pixel_values"]
+            framed = self.image_processor(image, height=height, width=width, return_tensors="np")
         except Exception as error:  # decoders and file systems raise anything
-            picture.reason = str(error)
-        return picture
+            return Picture(number, skipped | {"reason": str(error)})
+        record = {"kind": self.kind, "text": text, "grid": grid, "width": width, "height": height}
+        return Picture(number, record, framed["pixel_values"][0])
 
     def _closest_grid(self, height: int, width: int) -> list[int]:
         """The grid whose proportions differ from the picture's by the smallest factor; the first of equals."""
@@ -347,32 +346,29 @@ def number_stream(records: Iterable, is_left: Callable[[int], bool]) -> Iterator
 
 
 def encode_pictures(
-    pictures: Iterable[Picture], codec: LiquidVQModel, batch_size: int, settings: Mapping[str, Any]
+    pictures: Iterable[Picture], codec: LiquidVQModel, batch_size: int, dtype: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The records of one shard in the order of the source, and what was left out of it."""
-    records, skipped = [], []
-    waiting = defaultdict(list)  # records and pixels of each size that make no batch yet
+    records, skipped, waiting = [], [], defaultdict(list)  # by sizes, until they make a batch
 
-    def encode(batch: list[tuple[dict[str, Any], np.ndarray]]) -> None:
-        pixel_values = torch.from_numpy(np.stack([pixels for _, pixels in batch]))
+    def encode(batch: list[Picture]) -> None:
+        pixel_values = torch.from_numpy(np.stack([picture.pixels for picture in batch]))
         codes = codec.encode_codes(pixel_values.to(codec.device)).flatten(1)
-        for (record, _), flat in zip(batch, codes, strict=True):
-            record["codes"] = flat  # an accelerator may still be at work on it, so that it is fetched later
+        for picture, flat in zip(batch, codes, strict=True):
+            picture.record["codes"] = flat  # an accelerator may still be at work on it, so that it is fetched later
 
     for picture in pictures:
-        if picture.reason is not None:
-            skipped.append({"record": picture.number, "path": picture.path, "reason": picture.reason})
+        if picture.pixels is None:
+            skipped.append(picture.record)
             continue
-        record = {"kind": settings["kind"], "text": picture.text, "grid": picture.grid}
-        record["height"], record["width"] = size = picture.pixels.shape[-2:]
-        records.append(record)
-        waiting[size].append((record, picture.pixels))
-        if len(waiting[size]) == batch_size:
-            encode(waiting.pop(size))
+        records.append(picture.record)
+        waiting[picture.pixels.shape].append(picture)
+        if len(waiting[picture.pixels.shape]) == batch_size:
+            encode(waiting.pop(picture.pixels.shape))
     for batch in waiting.values():
         encode(batch)
     for record in records:
-        record["codes"] = record["codes"].numpy(force=True).astype(settings["dtype"])
+        record["codes"] = record["codes"].numpy(force=True).astype(dtype)
     return records, skipped
 
 
