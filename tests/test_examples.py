@@ -1,0 +1,111 @@
+"""The recipes of examples/ run from end to end on data that is made up and small."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import emoji_data
+import numpy as np
+import pytest
+from PIL import Image
+
+from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, tokenize_dataset
+from transformers_liquid_cli import main
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TONES = ["1F3FB", "1F3FF"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs a script of examples/ as from a command line, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script: str, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+    return run
+
+
+def picture(index: int) -> Image.Image:
+    """Noise in patches: no two latents of a codec are the same."""
+    noise = np.random.default_rng(index).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((64, 64), Image.Resampling.BICUBIC)
+
+
+def test_the_emoji_recipe_builds_a_checkpoint_that_draws(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(emoji_data, "NUM_UNSEEN_COMPOSITIONS", 2)
+    monkeypatch.setattr(emoji_data, "NUM_UNSEEN_FLAGS", 1)
+    folder = tmp_path / "emoji-data" / "package" / "img" / "google" / "64"
+    folder.mkdir(parents=True)
+    entries = []
+    for index, name in enumerate(
+        ["RED APPLE", "DOG FACE", "PIZZA SLICE", "WOMAN TEACHER", "MAN COOK", "ONE FLAG", "BEE"]
+    ):
+        is_person = "MAN" in name
+        variations = {tone: {"image": f"{index}-{tone}.png", "has_img_google": True} for tone in TONES if is_person}
+        entry = {"name": name, "unified": f"{index}", "category": "Things", "image": f"{index}.png"}
+        entry |= {"subcategory": "country-flag" if "FLAG" in name else "other", "has_img_google": True}
+        entries.append(entry | {"skin_variations": variations})
+        for file in (entry["image"], *(variation["image"] for variation in variations.values())):
+            picture(len(list(folder.iterdir()))).save(folder / file)
+    for index in range(7, 50):
+        entries.append(entries[0] | {"name": f"BLUE THING NUMBER {index}", "image": f"{index}.png"})
+        picture(100 + index).save(folder / f"{index}.png")
+    (folder.parents[2] / "emoji.json").write_text(json.dumps(entries))
+
+    run("emoji/train_codec.py", "--epochs", "1", "1", "1")
+    run("emoji/train_lm.py", "--epochs", "1", "--text_tokens", "330", "--use_cpu", "--no-bf16")
+    settings = {"guidance_scale": 1.5, "do_sample": True, "top_k": 50}
+    run("emoji/build_checkpoint.py", "--image_generation_config", json.dumps(settings))
+    run("emoji/evaluate.py", "--num_seen", "4", "--batch_size", "8")
+    results = json.loads((tmp_path / "emoji-evaluation.json").read_text())
+    assert "unseen_flag" in json.dumps(results)
+    run("emoji/draw_sheet.py", "--model", "emoji-checkpoint", "--output", "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").width > 900
+    model = LiquidForCausalLM.from_pretrained("emoji-checkpoint")
+    assert model.generation_config.image_generation_config == settings
+
+
+def test_the_figure_of_guidance_is_drawn(run, tmp_path):
+    run("emoji/draw_guidance.py", "--output", "guidance.png")
+    assert Image.open(tmp_path / "guidance.png").size > (600, 800)
+
+
+def test_the_three_runs_train_are_measured_and_plotted(run, tmp_path):
+    data = tmp_path / "smollm2-emoji"
+    data.mkdir()
+    (data / "base").symlink_to(EMOJI_CHECKPOINT, target_is_directory=True)
+    for name, number in (("emoji", 6), ("emoji-validation", 4)):
+        photos = tmp_path / f"{name}-pictures"
+        photos.mkdir()
+        lines = [{"file_name": f"{index}.png", "text": f"{name} {index}"} for index in range(number)]
+        (photos / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for index in range(number):
+            picture(index).save(photos / f"{index}.png")
+        tokenize_dataset(EMOJI_CHECKPOINT, data / name, "imagefolder", data_dir=str(photos))
+    for name in ("text", "heldout-sotu", "heldout-moby-dick"):
+        (data / f"{name}.jsonl").write_text(json.dumps({"text": "a red apple and a blue heart"}) + "\n")
+
+    short = (
+        "--max_steps=2",
+        "--logging_steps=1",
+        "--eval_steps=1",
+        "--save_steps=2",
+        "--preview_steps=2",
+        "--bf16=false",
+    )
+    for name in ("full", "lora", "rows"):
+        config = EXAMPLES / "smollm2_emoji" / f"{name}.yaml"
+        assert main(["train", "--config", str(config), *short, "--warmup_steps=1"]) == 0
+    for name in ("base", "full", "lora", "rows"):
+        arguments = ("--model", f"smollm2-emoji/{name}", "--output", f"smollm2-emoji/evaluation-{name}")
+        run("smollm2_emoji/evaluate.py", *arguments, "--num_shown", "4")
+    run("smollm2_emoji/plot.py", "--output", "plot", "--results", "results.json")
+    assert {*json.loads((tmp_path / "results.json").read_text())["evaluations"]} == {"base", "full", "lora", "rows"}
+    assert (tmp_path / "plot_losses.png").exists() and (tmp_path / "plot_drawings.png").exists()
