@@ -110,12 +110,7 @@ def tiny_base(model_type: str = "llama", tied: bool = True, seed: int = 0, **kwa
 
 def tiny_codec(seed: int = 0, **kwargs: Any) -> LiquidVQModel:
     """A codec of 16 codes, 2 pixels per code; its pictures use many of its codes."""
-    codec = LiquidVQModel(**{**TINY_VQ_CONFIG, **kwargs})
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for parameter in codec.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-    return codec.eval()
+    return _randomize_codec(LiquidVQModel(**{**TINY_VQ_CONFIG, **kwargs}), seed).eval()
 
 
 def tiny_config(text_config: PreTrainedConfig | None = None, **kwargs: Any) -> LiquidConfig:
@@ -138,7 +133,7 @@ def tiny_model(model_type: str = "llama", tied: bool = True, seed: int = 0, **kw
     """A Liquid model of about 20,000 parameters, in eval mode."""
     model = LiquidForCausalLM(tiny_config(tiny_text_config(model_type, tied, **kwargs)))
     _randomize(model.model.text_model, seed)
-    model.model.vq_model.load_state_dict(tiny_codec(seed).state_dict())
+    _randomize_codec(model.model.vq_model, seed)
     return model.eval()
 
 
@@ -184,3 +179,11 @@ def _randomize(model: PreTrainedModel, seed: int) -> PreTrainedModel:
         elif not name.endswith(("A_log", "D", "dt_proj.bias")):
             parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model
+
+
+def _randomize_codec(codec: LiquidVQModel, seed: int) -> LiquidVQModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for parameter in codec.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return codec
