@@ -22,7 +22,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from transformers import LlamaConfig
 
 sys.path.append(str(Path(__file__).parents[1]))
 import decode
+import harness
 import training
 
 from transformers_liquid import LiquidConfig, LiquidDataCollator, LiquidForCausalLM
@@ -41,20 +42,17 @@ from transformers_liquid.ops.packed_attention import use_packed_attention
 def main(args: argparse.Namespace) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     started = time.perf_counter()
-    name = torch.cuda.get_device_name() if args.device == "cuda" else decode.cpu_name()
-    result: dict[str, Any] = {"device": name, "torch": torch.__version__}
+    args.output.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
-        if part.startswith("gemma"):
-            result |= drawing(args, int(part.split("-")[1]))
-        else:
-            result |= {"emoji": trained_drawing, "training": training_speed}[part](args)
-        result["seconds_in_all"] = time.perf_counter() - started
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(json.dumps(result), flush=True)
+        measure = {"emoji": trained_drawing, "training": training_speed}.get(part, drawing)
+        # After each measurement: what is stopped half-way has its numbers too.
+        for result in measure(args, part):
+            result = harness.machine(args.device) | {"seconds_so_far": time.perf_counter() - started} | result
+            (args.output / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def drawing(args: argparse.Namespace, batch: int) -> dict[str, Any]:
+def drawing(args: argparse.Namespace, part: str) -> Iterator[dict[str, Any]]:
+    batch = int(part.removeprefix("gemma-"))
     dtype = "bfloat16" if args.device == "cuda" else "float32"
     subject = decode.Subject(args.shape, args.device, dtype, args.codes)
     bandwidth = max(decode.read_bandwidth(subject.device) for _ in range(3))
@@ -87,6 +85,7 @@ def drawing(args: argparse.Namespace, batch: int) -> dict[str, Any]:
         except Exception as error:  # one way that fails leaves the others
             result["ways"][name] = {"error": f"{type(error).__name__}: {error}"[:2000]}
             print(name, result["ways"][name], flush=True)
+            yield result
             continue
         per_code = [1000 * one / subject.codes for one in taken]
         result["ways"][name] = {
@@ -96,22 +95,22 @@ def drawing(args: argparse.Namespace, batch: int) -> dict[str, Any]:
             "per_floor": statistics.median(per_code[1:]) / (1000 * floor),
             "pictures_per_minute": 60 * batch / (statistics.median(taken[1:]) / subject.codes * args.codes),
         }
+        if args.device == "cuda":
+            result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         print(name, result["ways"][name], flush=True)
-    if args.device == "cuda":
-        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return result
+        yield result
 
 
 def timed(subject: decode.Subject, way: Callable[..., Any], batch: int, round_: int) -> float:
     prompts = subject.prompts(batch, round_)
-    decode.synchronize(subject.device)
+    harness.synchronize(subject.device)
     start = time.perf_counter()
     way(subject, prompts, round_)
-    decode.synchronize(subject.device)
+    harness.synchronize(subject.device)
     return time.perf_counter() - start
 
 
-def trained_drawing(args: argparse.Namespace) -> dict[str, Any]:
+def trained_drawing(args: argparse.Namespace, part: str) -> Iterator[dict[str, Any]]:
     """One picture after another, by each way: seconds, and codes per forward of the speculative ones."""
     result: dict[str, Any] = {"ways": {}}
     for dtype in ("float32", "bfloat16"):
@@ -141,10 +140,10 @@ def trained_drawing(args: argparse.Namespace) -> dict[str, Any]:
                 entry["codes_per_forward"] = statistics.mean(steps)
             result["ways"][f"{dtype}, {name}"] = entry
             print(dtype, name, entry, flush=True)
-    return result
+            yield result
 
 
-def training_speed(args: argparse.Namespace) -> dict[str, Any]:
+def training_speed(args: argparse.Namespace, part: str) -> Iterator[dict[str, Any]]:
     import numpy as np
 
     processor = training.benchmark_processor(text_rows=1600)
@@ -171,22 +170,22 @@ def training_speed(args: argparse.Namespace) -> dict[str, Any]:
             for batch in batches:
                 useful = int(pad(batch)["attention_mask"].sum())
                 tensors = {key: value.to(args.device) for key, value in collator(batch).items()}
-                decode.synchronize(torch.device(args.device))
+                harness.synchronize(torch.device(args.device))
                 start = time.perf_counter()
                 with torch.autocast(args.device, dtype=torch.bfloat16):
                     model(**tensors, **options).loss.backward()
                 model.zero_grad()
-                decode.synchronize(torch.device(args.device))
+                harness.synchronize(torch.device(args.device))
                 rates.append(useful / (time.perf_counter() - start))
             result["tokens_per_second"][name] = rates[1:]
         except Exception as error:
             result["tokens_per_second"][name] = f"{type(error).__name__}: {error}"[:500]
         print(name, result["tokens_per_second"][name], flush=True)
+        yield result
         model = None
         gc.collect()
     if args.device == "cuda":
-        result["loss"] = loss_speed(args)
-    return result
+        yield result | {"loss": loss_speed(args)}
 
 
 def loss_speed(args: argparse.Namespace, hidden: int = 3072, positions: int = 8192) -> dict[str, Any]:
@@ -229,7 +228,7 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cuda"))
     parser.add_argument("--shape", default="gemma-7b", choices=decode.SHAPES)
     parser.add_argument("--codes", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--ways", nargs="+", default=["compiled", "plain", "reference", "body", "janus"])
     parser.add_argument("--pictures", type=int, default=24)
     parser.add_argument("--layers", type=int, default=30)

@@ -159,7 +159,9 @@ def draw(model, processor: LiquidProcessor, wanted: list[Any], settings: dict[st
                 ids[row, length - len(prompt) :], mask[row, length - len(prompt) :] = torch.tensor(prompt), 1
             inputs = {"input_ids": ids.to(args.device), "attention_mask": mask.long().to(args.device)}
         generators = [torch.Generator().manual_seed(start + row) for row in range(len(part))]
-        ids = model.generate(**inputs, generation_mode="image", generator=generators, **settings)
+        # Each size of a batch would be compiled.
+        options = {"generation_mode": "image", "generator": generators, "disable_compile": True}
+        ids = model.generate(**inputs, **options, **settings)
         pictures.append(model.decode_image_tokens(ids).float())
     return torch.cat(pictures)
 
