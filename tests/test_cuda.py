@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from transformers_liquid import EMOJI_CHECKPOINT, LiquidDataCollator, LiquidForCausalLM, LiquidProcessor
 from transformers_liquid.ops.packed_attention import use_packed_attention
@@ -32,6 +33,13 @@ DTYPES = ["float32", "bfloat16", "float16"]
 @pytest.fixture(scope="module", autouse=True)
 def exact_products():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew():
+    """After eight compilations of one function torch runs it uncompiled, and tests of compiled steps would say nothing."""
+    torch._dynamo.reset()
+    counters.clear()
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +88,9 @@ def same(one, other):
 def test_every_way_draws_the_picture_of_its_seed(model, processor, way, batch, fact):
     plain = draw(model, processor, PROMPTS[:batch], **WAYS["plain"])
     shares = same(draw(model, processor, PROMPTS[:batch], **WAYS[way]), plain)
-    fact(dtype=str(model.dtype), way=way, batch=batch, **shares)
+    graphs = counters["stats"]["unique_graphs"]
+    fact(dtype=str(model.dtype), way=way, batch=batch, graphs=graphs, **shares)
+    assert graphs == ("compiled" in way)
     assert model.config.image_token_range.start <= plain.min() <= plain.max() < model.config.image_token_range.stop
     # In half precision other kernels round otherwise, and a draw that is nearly a tie falls to the other side.
     assert shares["pictures"] == 1 or model.dtype != torch.float32
@@ -104,7 +114,6 @@ def test_the_cpu_draws_the_same_pictures(exact_model, processor, fact):
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_nothing_is_compiled_or_recorded_after_the_first_picture(exact_model, processor, batch, fact, monkeypatch):
-    from torch._dynamo.utils import counters
     from torch._inductor import cudagraph_trees
 
     recorded = []
@@ -115,8 +124,6 @@ def test_nothing_is_compiled_or_recorded_after_the_first_picture(exact_model, pr
         return record(self, *args, **kwargs)
 
     monkeypatch.setattr(cudagraph_trees.CUDAGraphNode, "__init__", counting)
-    torch._dynamo.reset()
-    counters.clear()
     seen = []
     for seed in range(6):
         ids = draw(exact_model, processor, PROMPTS[:batch], seed=seed)
