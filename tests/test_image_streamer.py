@@ -210,7 +210,7 @@ def test_a_second_use_after_a_failure_needs_a_reset(model, inputs):
 
 
 def test_more_codes_than_the_picture_has_are_refused(model, inputs):
-    with pytest.raises(ValueError, match="More codes were drawn than the 4 of the streamer's pictures"):
+    with pytest.raises(ValueError, match=r"A picture of 2 x 2 codes needs image ids of shape .*, got \(2, 6\)"):
         model.generate(**inputs, generation_mode="image", streamer=Keeper(model, height=4, width=4))
 
 

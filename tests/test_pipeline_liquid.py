@@ -368,7 +368,7 @@ def test_a_bar_counts_codes_and_can_be_switched_off(checkpoint, capsys):
         ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale must be a finite number >= 1 .* got nan"),
         ({"prompt": "a", "guidance_min_p": 2.0}, r"guidance_min_p must be in \(0, 1\], got 2.0"),
         ({"prompt": "a", "top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
-        ({"prompt": "a", "output_type": "jpg"}, "output_type must be one of .* got 'jpg'"),
+        ({"prompt": "a", "output_type": "jpg"}, "output_type must be .* got 'jpg'"),
         ({"prompt": "a", "seed": 0, "generator": torch.Generator()}, "seed or generator, not both"),
         ({"prompt": ["a", "b"], "seed": [1]}, "Got 1 seeds for 2 pictures"),
         ({"prompt": "a", "seed": -1}, r"in 0 ... 2\*\*63 - 1, got -1"),

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from test_generation_liquid import BOI, BOS, PROMPTS, build, draw, generators
+from test_generation_liquid import BOI, BOS, PROMPTS, Recorder, build, draw, generators
 from torch import nn
 from transformers.generation import CompileConfig
 
@@ -76,6 +76,22 @@ def test_without_a_working_compiler_pictures_are_drawn_all_the_same_and_it_is_sa
     warnings = [record.getMessage() for record in caplog.records if "did not compile" in record.getMessage()]
     assert len(warnings) == 1 and "disable_compile=True" in warnings[0] and "llama" in warnings[0]
     assert len(attempts) == 1
+
+
+def test_a_step_that_returns_the_same_memory_every_time_draws_the_same_pictures(monkeypatch):
+    model, memory, streamer = build(), torch.zeros(3, 1, dtype=torch.long), Recorder()
+    plain = draw(model, **SETTINGS, generator=generators(1, 2, 3))
+    plain_step = sampling_liquid.image_step
+
+    def as_cuda_graphs_do(*args):
+        codes, *others = plain_step(*args)
+        return memory.copy_(codes), *others
+
+    monkeypatch.setattr(torch, "compile", lambda step, **kwargs: as_cuda_graphs_do)
+    streamer.put_codes = streamer.put
+    ids = draw(model, **SETTINGS, **compiling(), generator=generators(1, 2, 3), streamer=streamer)
+    assert torch.equal(ids, plain)
+    assert torch.equal(model.config.codes_to_ids(torch.cat(streamer.received[1:], dim=1)), plain)
 
 
 def test_a_users_processor_or_recorded_output_is_not_compiled():

@@ -47,19 +47,20 @@ def generate_image_tokens(
     settings, model_kwargs = ImageGenerationConfig.from_call(model.generation_config, generation_config, kwargs)
     num_codes = settings.num_codes(model.config)
     window = settings.window(num_codes)
-    _check_prompts(model.config, input_ids, generator, settings.of_transformers.get("num_return_sequences", 1))
-
-    prompts = input_ids
-    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    copies = settings.of_transformers.get("num_return_sequences", 1)
+    if isinstance(generator, list) and input_ids is not None and len(generator) != len(input_ids) * copies:
+        raise ValueError(
+            f"A list of generators needs one for each of the {len(input_ids) * copies} pictures, got {len(generator)}."
+        )
     guidance = None
     if settings.guidance_scale > 1:
         guidance = GuidanceLogitsProcessor(settings.guidance_scale, settings.guidance_min_p)
-        input_ids, attention_mask = _with_unconditional(
-            model.config, (input_ids, attention_mask), negative_prompt_ids, negative_prompt_attention_mask
-        )
+    conditional, unconditional = (input_ids, attention_mask), (negative_prompt_ids, negative_prompt_attention_mask)
+    input_ids, attention_mask = _sequences(model.config, conditional, unconditional, is_guided=guidance is not None)
     check_context(model.config, input_ids.shape[1], num_codes)
     if streamer is not None:
-        streamer.put(input_ids[: len(prompts)].cpu())
+        prompts = input_ids if guidance is None else input_ids.chunk(2)[0]
+        streamer.put(prompts.cpu())
 
     has_own_processors = bool(logits_processor)
     # Room for drafts beyond the last code.
@@ -119,24 +120,47 @@ def _cache_settings(
     return {"cache_implementation": implementation, "max_cache_len": room}
 
 
-def _check_prompts(
+def _sequences(
     config: LiquidConfig,
-    input_ids: torch.LongTensor | None,
-    generator: torch.Generator | list[torch.Generator] | None,
-    num_return_sequences: int,
-) -> None:
-    if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
-        shape = None if input_ids is None else tuple(input_ids.shape)
+    conditional: tuple[torch.LongTensor | None, torch.Tensor | None],
+    unconditional: tuple[torch.LongTensor | None, torch.Tensor | None],
+    is_guided: bool,
+) -> tuple[torch.LongTensor, torch.Tensor]:
+    """Ids and masks of the prompts and, for guidance, of as many unconditional ones behind them, padded together.
+
+    Every sequence keeps its own mask, so none attends to a pad. One unconditional prompt serves all; without any it is
+    `bos <unconditional> <boi>`, with bos where the prompts have one.
+    """
+    ids, mask = conditional
+    if ids is None or ids.ndim != 2 or not ids.numel():
+        shape = None if ids is None else tuple(ids.shape)
         raise ValueError(f'generation_mode="image" needs input_ids of shape (batch, length), got {shape}.')
-    wrong = (input_ids[:, -1] != config.boi_token_id).nonzero().flatten().tolist()
+    wrong = (ids[:, -1] != config.boi_token_id).nonzero().flatten().tolist()
     if wrong:
         raise ValueError(
             f"Every prompt must end with the begin-of-image token ({config.boi_token_id}); prompt {wrong[0]} ends with "
-            f'{int(input_ids[wrong[0], -1])}. Use the processor with generation_mode="image" (it pads on the left).'
+            f'{int(ids[wrong[0], -1])}. Use the processor with generation_mode="image" (it pads on the left).'
         )
-    number = len(input_ids) * num_return_sequences
-    if isinstance(generator, list) and len(generator) != number:
-        raise ValueError(f"A list of generators needs one for each of the {number} pictures, got {len(generator)}.")
+    mask = torch.ones_like(ids) if mask is None else mask
+    if not is_guided:
+        return ids, mask
+    other_ids, other_mask = unconditional
+    if other_ids is None:
+        bos = getattr(config, "bos_token_id", None)
+        has_bos = bos is not None and bool((ids == bos).any())
+        other_ids = ids.new_tensor([[bos] * has_bos + [config.uncond_token_id, config.boi_token_id]])
+    if len(other_ids) not in (1, len(ids)):
+        raise ValueError(
+            f"negative_prompt_ids must have 1 or {len(ids)} sequences (the prompts), got {len(other_ids)}."
+        )
+    other_mask = torch.ones_like(other_ids) if other_mask is None else other_mask
+    length = max(ids.shape[1], other_ids.shape[1])
+
+    def stacked(ours: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        both = ours, others.to(ours.device).expand(len(ours), -1)
+        return torch.cat([torch.nn.functional.pad(part, (length - part.shape[1], 0)) for part in both])
+
+    return stacked(ids, other_ids), stacked(mask, other_mask)
 
 
 def check_context(config: LiquidConfig, length: int, num_codes: int) -> None:
@@ -147,30 +171,3 @@ def check_context(config: LiquidConfig, length: int, num_codes: int) -> None:
             f"The prompt has {length} tokens and the picture {num_codes} codes, together more than the "
             f"model's {limit} positions. Shorten the prompt or draw a smaller picture."
         )
-
-
-def _with_unconditional(
-    config: LiquidConfig,
-    conditional: tuple[torch.LongTensor, torch.Tensor],
-    ids: torch.LongTensor | None,
-    mask: torch.Tensor | None,
-) -> tuple[torch.LongTensor, torch.Tensor]:
-    """Ids and masks of the prompts, then of as many unconditional ones, padded on the left to one length.
-
-    Every sequence keeps its own mask, so none attends to a pad. One unconditional prompt serves all; without any it is
-    `bos <unconditional> <boi>`, with bos where the prompts have one.
-    """
-    number, length = conditional[0].shape
-    if ids is None:
-        bos = getattr(config, "bos_token_id", None)
-        has_bos = bos is not None and bool((conditional[0] == bos).any())
-        ids = conditional[0].new_tensor([[bos] * has_bos + [config.uncond_token_id, config.boi_token_id]])
-    if len(ids) not in (1, number):
-        raise ValueError(f"negative_prompt_ids must have 1 or {number} sequences (the prompts), got {len(ids)}.")
-    unconditional = (part.expand(number, -1) for part in (ids, torch.ones_like(ids) if mask is None else mask))
-    length = max(length, ids.shape[1])
-    both = [
-        [torch.nn.functional.pad(part.to(conditional[0].device), (length - part.shape[1], 0)) for part in pair]
-        for pair in zip(conditional, unconditional, strict=True)
-    ]
-    return torch.cat(both[0]), torch.cat(both[1])

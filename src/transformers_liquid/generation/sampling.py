@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -99,18 +98,24 @@ class ImageSequences:
         Sequences with equal ids and masks are read once and get copies of their cache. `prepare` is called with the
         cache before.
         """
-        cache = self.cache
+        cache, mask, settings = self.cache, self.kwargs.get("attention_mask"), self.generation_config
         if prepare is not None:
             prepare(cache)
-        if getattr(cache, "_is_user_defined", False) and cache.get_seq_length():
-            self._join(cache)
-        mask = self.kwargs.get("attention_mask")
+        is_users = getattr(cache, "_is_user_defined", False)
+        if is_users and cache.get_seq_length():
+            # It holds the beginning of each prompt once. Unconditional sequences have no past: theirs is a copy of the
+            # conditional one that their masks hide, but for the few tokens of their own, which all then read once more.
+            of_prompts = torch.arange(self.num_pictures, device=self.ids.device) // (settings.num_return_sequences or 1)
+            cache.reorder_cache(of_prompts.repeat(len(self.ids) // self.num_pictures))
+            if self.guidance is not None:
+                own = self.prompt_length if mask is None else int(mask[self.num_pictures :].sum(1).max())
+                cache.crop(min(0, self.prompt_length - own - cache.get_seq_length()))
+
         sequences = torch.cat([self.ids, torch.ones_like(self.ids) if mask is None else mask], dim=1).tolist()
         distinct = {tuple(one): index for index, one in reversed(list(enumerate(sequences)))}
         firsts = sorted(distinct.values())
-        settings = self.generation_config
         records_all = settings.return_dict_in_generate and (settings.output_attentions or settings.output_hidden_states)
-        if len(firsts) == len(sequences) or cache is None or getattr(cache, "_is_user_defined", False) or records_all:
+        if len(firsts) == len(sequences) or cache is None or is_users or records_all:
             return self.model._prefill(self.ids, settings, self.kwargs)
 
         first_kwargs = {
@@ -128,20 +133,6 @@ class ImageSequences:
         outputs.logits = outputs.logits[copies.to(outputs.logits.device)]
         return outputs
 
-    def _join(self, cache: Cache) -> None:
-        """Gives every sequence a part in a cache that holds the beginning of each prompt, once.
-
-        Unconditional sequences have no past: theirs is a copy of the conditional one that their masks hide, but for the
-        few tokens of their own, which then all sequences read once more.
-        """
-        copies = self.generation_config.num_return_sequences or 1
-        sources = torch.arange(self.num_pictures, device=self.ids.device) // copies
-        cache.reorder_cache(sources.repeat(len(self.ids) // self.num_pictures))
-        if self.guidance is not None:
-            mask = self.kwargs.get("attention_mask")
-            own = self.prompt_length if mask is None else int(mask[self.num_pictures :].sum(1).max())
-            cache.crop(min(0, self.prompt_length - own - cache.get_seq_length()))
-
     def inputs(self) -> dict[str, Any]:
         """The arguments of the forward of one more code."""
         length = 1 if self.kwargs["use_cache"] else None
@@ -153,11 +144,6 @@ class ImageSequences:
         new_ids = self.to_ids(codes).repeat(len(self.ids) // self.num_pictures, 1)
         self.ids = torch.cat([self.ids, new_ids], dim=1)
 
-    def show(self, codes: torch.LongTensor) -> None:
-        """Hands the codes of further positions, `(B, n)`, to the streamer."""
-        if self.streamer is not None:
-            put_codes(self.streamer, codes, self.layout)
-
     def step_function(self, may_compile: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor, ModelOutput]]:
         """[`image_step`], compiled where transformers would compile a forward."""
         base = self.model.config.get_text_config().model_type
@@ -166,7 +152,23 @@ class ImageSequences:
         if not self.model._valid_auto_compile_criteria(self.kwargs, self.generation_config):
             return image_step
         config = self.generation_config.compile_config or self.model._default_compile_config()
-        return functools.partial(_compiled_or_plain_step, torch.compile(image_step, **config.to_dict()), base)
+        compiled = torch.compile(image_step, **config.to_dict())
+
+        def compiled_or_plain_step(*args: Any) -> tuple[torch.Tensor, torch.Tensor, ModelOutput]:
+            if base not in _NOT_COMPILABLE:
+                try:
+                    codes, scores, outputs = compiled(*args)
+                    return codes.clone(), scores, outputs  # a CUDA graph writes each run's results to the same place
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    _NOT_COMPILABLE.add(base)
+                    reason = str(error).strip().splitlines()[0]
+                    logger.warning(
+                        f"The decoding step of {base} did not compile, pictures are drawn without "
+                        f"({type(error).__name__}: {reason}). Pass `disable_compile=True` to leave the attempt out."
+                    )
+            return image_step(*args)
+
+        return compiled_or_plain_step
 
 
 def sample_codes(sequences: ImageSequences) -> GenerateDecoderOnlyOutput | torch.LongTensor:
@@ -199,7 +201,7 @@ def sample_codes(sequences: ImageSequences) -> GenerateDecoderOnlyOutput | torch
             codes, scores, outputs = step(sequences.model, sequences.inputs(), seen_ids, *guided, noise)
         drawn.append(codes)
         sequences.append(codes, outputs)
-        sequences.show(codes)
+        put_codes(sequences.streamer, codes, sequences.layout)
         for name, values in recorded.items():
             values.append(scores[:, 0] if name == "scores" else outputs[name])
         # Freed before the next forward, or two sets of outputs would be alive at once.
@@ -285,27 +287,12 @@ def gumbel_noise(
     return -torch.log(-torch.log(uniform))
 
 
-def put_codes(streamer: BaseStreamer, codes: torch.LongTensor, layout: ImageLayout) -> None:
+def put_codes(streamer: BaseStreamer | None, codes: torch.LongTensor, layout: ImageLayout) -> None:
     """Hands new codes `(B, n)` to a streamer: one of codes has a `put_codes`, to others they are ids `(B,)` by position."""
+    if streamer is None or not codes.numel():
+        return
     if hasattr(streamer, "put_codes"):
         streamer.put_codes(codes)
     else:
         for ids in layout.codes_to_ids(codes.cpu(), trusted=True).T:
             streamer.put(ids)
-
-
-def _compiled_or_plain_step(
-    compiled: Callable, base: str, *args: Any
-) -> tuple[torch.Tensor, torch.Tensor, ModelOutput]:
-    if base not in _NOT_COMPILABLE:
-        try:
-            codes, scores, outputs = compiled(*args)
-            return codes.clone(), scores, outputs  # a CUDA graph writes each run's results to the same place
-        except torch._dynamo.exc.TorchDynamoException as error:
-            _NOT_COMPILABLE.add(base)
-            reason = str(error).strip().splitlines()[0]
-            logger.warning(
-                f"The decoding step of {base} did not compile, pictures are drawn without ({type(error).__name__}: "
-                f"{reason}). Pass `disable_compile=True` to leave the attempt out."
-            )
-    return image_step(*args)

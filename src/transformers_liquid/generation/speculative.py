@@ -30,7 +30,7 @@ from transformers.cache_utils import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .sampling import ImageSequences, draw_codes
+from .sampling import ImageSequences, draw_codes, put_codes
 
 
 @dataclass
@@ -104,8 +104,7 @@ def speculative_sample_codes(sequences: ImageSequences, window: int) -> Speculat
 
         # 3. What all pictures have
         final = codes[:, : min(done)]
-        if min(done) > shown:
-            sequences.show(final[:, shown:])
+        put_codes(sequences.streamer, final[:, shown:], sequences.layout)
         ids = torch.cat([prompts, sequences.to_ids(final)], dim=1) if sequences.criteria else None
         if sequences.criteria and sequences.criteria(ids, scores[:, 0]).all():
             break

@@ -42,19 +42,18 @@ def partial_pictures(
     >>> pipe("red apple", callback_on_step_end=on_step_end)
     ```
     """
-    rows, columns = model.config.grid(height, width)
-    number = image_tokens.shape[1] if image_tokens.ndim == 2 else 0
+    return _partial_pictures(model, model.config.ids_to_codes(image_tokens), model.config.grid(height, width))
+
+
+def _partial_pictures(model: LiquidForCausalLM, codes: torch.LongTensor, grid: tuple[int, int]) -> list[Image.Image]:
+    """Of the first n codes `(B, n)` of pictures of a grid."""
+    rows, columns = grid
+    number = codes.shape[1] if codes.ndim == 2 else 0
     if not 1 <= number <= rows * columns:
         raise ValueError(
             f"A picture of {rows} x {columns} codes needs image ids of shape (batch, 1 ... {rows * columns}), got "
-            f"{tuple(image_tokens.shape)}. Pass the height and width that it is drawn with."
+            f"{tuple(codes.shape)}. Pass the height and width that it is drawn with."
         )
-    return _partial_pictures(model, model.config.ids_to_codes(image_tokens), rows, columns)
-
-
-def _partial_pictures(model: LiquidForCausalLM, codes: torch.LongTensor, rows: int, columns: int) -> list[Image.Image]:
-    """Of the first n codes `(B, n)` of grids of `rows` x `columns`."""
-    number = codes.shape[1]
     position = torch.arange(rows * columns, device=codes.device)
     last_above = number - 1 - (number - 1 - position) % columns
     last_above = last_above.where(last_above >= 0, number - 1)
@@ -93,7 +92,6 @@ class ImageStreamer(BaseStreamer):
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number of codes, at least 1, got {every!r}.")
         self.model, self.every = model, every
-        self.num_codes = self.grid[0] * self.grid[1]
         self.reset()
 
     def reset(self) -> None:
@@ -115,19 +113,13 @@ class ImageStreamer(BaseStreamer):
         """Receives the codes of one or more further positions, `(B, n)`."""
         for one in codes.split(1, dim=1):
             self.codes.append(one)
-            number = len(self.codes)
-            if number > self.num_codes:
-                raise ValueError(
-                    f"More codes were drawn than the {self.num_codes} of the streamer's pictures: give it the height "
-                    "and width that generate has."
-                )
-            if number % self.every == 0 and number < self.num_codes:
-                self.on_finalized_images(self._pictures(), number)
+            if len(self.codes) % self.every == 0 and len(self.codes) != self.grid[0] * self.grid[1]:
+                self._show()
 
     def end(self) -> None:
         """Hands out the finished pictures."""
         self.has_ended = True
-        self.on_finalized_images(self._pictures(), len(self.codes), stream_end=True)
+        self._show(stream_end=True)
 
     def on_finalized_images(self, images: list[Image.Image], num_codes: int, stream_end: bool = False) -> None:
         """Yours to write.
@@ -139,8 +131,9 @@ class ImageStreamer(BaseStreamer):
         """
         raise NotImplementedError
 
-    def _pictures(self) -> list[Image.Image]:
-        return _partial_pictures(self.model, torch.cat(self.codes, dim=1), *self.grid)
+    def _show(self, **kwargs: bool) -> None:
+        pictures = _partial_pictures(self.model, torch.cat(self.codes, dim=1), self.grid)
+        self.on_finalized_images(pictures, len(self.codes), **kwargs)
 
 
 class ImageIteratorStreamer(ImageStreamer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,6 @@ from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
 
 # Pictures that are drawn side by side unless the caller says otherwise.
 DEFAULT_BATCH_SIZE = 8
-
-OUTPUT_TYPES = ("pil", "np", "pt")
 
 
 class LiquidImageGenerationPipeline(Pipeline):
@@ -177,31 +176,28 @@ class LiquidImageGenerationPipeline(Pipeline):
         """
         if kwargs.get("batch_size") is None:
             kwargs["batch_size"] = self._batch_size
-        preprocess_params, forward_params, postprocess_params = self._sanitize_parameters(**kwargs)
-        # All settings in full, and the other arguments of `generate`
-        forward_params = {**self._forward_params, **forward_params}
-        settings, forward_params = ImageGenerationConfig.from_call(
-            self.model.generation_config, forward_params.pop("generation_config", None), forward_params
-        )
-        num_codes = settings.num_codes(self.model.config)
-        settings.window(num_codes)
-        size = {"height": settings.height, "width": settings.width}
-        batches = self.preprocess(prompt, **{**self._preprocess_params, **preprocess_params, **size})
-        if "streamer" in forward_params and len(batches) > 1:
+        before, during, after = self._sanitize_parameters(**kwargs)
+        after = {**self._postprocess_params, **after}
+        during = {**self._forward_params, **during}
+        stored, config = self.model.generation_config, during.pop("generation_config", None)
+        # What these raise is raised now.
+        settings, others = ImageGenerationConfig.from_call(stored, config, during)
+        settings.window(settings.num_codes(self.model.config))
+        self.postprocess(torch.zeros(1, 3, 1, 1), **after)
+        before = {**self._preprocess_params, **before, "height": settings.height, "width": settings.width}
+        batches = self.preprocess(prompt, **before)
+        if "streamer" in others and len(batches) > 1:
             raise ValueError(
                 f"A streamer follows one batch, but these are {len(batches)}: pass a batch_size of at least the number "
                 "of pictures, or draw them in several calls."
             )
-        postprocess_params = {**self._postprocess_params, **postprocess_params}
-        return self._draw(batches, num_codes, forward_params | settings.to_dict(), postprocess_params)
+        return self._draw(batches, settings, after, **others)
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         for name, instead in _NOT_HERE.items():
             if name in kwargs:
                 raise ValueError(f"The pipeline takes no {name}: {instead}.")
-        if kwargs.get("output_type", "pil") not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {kwargs['output_type']!r}.")
         postprocess = {"output_type": kwargs.pop("output_type")} if "output_type" in kwargs else {}
         only_before = ("negative_prompt", "num_images_per_prompt", "seed", "generator", "batch_size")
         preprocess = {name: kwargs.pop(name) for name in only_before if name in kwargs}
@@ -212,41 +208,31 @@ class LiquidImageGenerationPipeline(Pipeline):
         prompt: str | list[str],
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
-        height: int | None = None,
-        width: int | None = None,
         seed: int | list[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
+        **size: int | None,
     ) -> list[dict[str, Any]]:
         """Checks everything and makes the inputs of `generate` for each batch of pictures, and their `indices`."""
         # 1. Checks
-        prompts = self.processor.check_texts(prompt, "prompt")
+        self.processor.check_texts(prompt, "prompt")
         for name, value in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        num_codes = self.model.config.image_layout.num_codes(height, width)
+        num_codes = self.model.config.image_layout.num_codes(**size)
+        prompts, negatives = self.processor.image_prompts(prompt, negative_prompt, **size)
+        lengths = [max(map(len, pair)) for pair in zip(prompts, negatives, strict=True)]
+        check_context(self.model.config, max(lengths), num_codes)
 
         # 2. One source of randomness per picture
         number = len(prompts) * num_images_per_prompt
         generators = _generators(seed, generator, number)
 
-        # 3. Inputs of all prompts
-        inputs = self.processor(
-            text=prompts,
-            negative_prompt=negative_prompt,
-            generation_mode="image",
-            height=height,
-            width=width,
-            return_tensors="pt",
-        )
-        pairs = ("input_ids", "attention_mask"), ("negative_prompt_ids", "negative_prompt_attention_mask")
-        lengths = torch.stack([inputs[mask].sum(1) for _, mask in pairs]).amax(0).tolist()
-        check_context(self.model.config, max(lengths), num_codes)
-
-        # 4. Batches: the longest prompts first, since what does not fit into memory should fail at once
+        # 3. Batches: the longest prompts first, since what does not fit into memory should fail at once
         order = list(range(number))
         if not isinstance(generators, torch.Generator):
             order.sort(key=lambda index: -lengths[index // num_images_per_prompt])
+        names = ("input_ids", "negative_prompt_ids"), ("attention_mask", "negative_prompt_attention_mask")
         batches = []
         for start in range(0, number, batch_size):
             indices = order[start : start + batch_size]
@@ -254,28 +240,29 @@ class LiquidImageGenerationPipeline(Pipeline):
             batch = {"indices": indices, "generator": generators}
             if isinstance(generators, list):
                 batch["generator"] = [generators[index] for index in indices]
-            for ids, mask in pairs:
-                # Without the pads that only longer prompts need.
-                length = int(inputs[mask][chosen].sum(1).max())
-                batch |= {name: inputs[name][chosen, -length:] for name in (ids, mask)}
+            padded = self.processor.pad_left([both[index] for both in (prompts, negatives) for index in chosen])
+            for pair, part in zip(names, padded, strict=True):
+                batch |= zip(pair, torch.tensor(part).chunk(2), strict=True)
             batches.append(batch)
         return batches
 
     def _draw(
         self,
         batches: list[dict[str, Any]],
-        num_codes: int,
-        forward_params: dict[str, Any],
-        postprocess_params: dict[str, Any],
+        settings: ImageGenerationConfig,
+        after: dict[str, Any],
+        progress_bar: bool = True,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        streamer: BaseStreamer | None = None,
+        **others: Any,
     ) -> Iterator[tuple[int, Any]]:
-        show = forward_params.pop("progress_bar", True)
+        num_codes = settings.num_codes(self.model.config)
         total = num_codes * sum(len(batch["indices"]) for batch in batches)
-        with self.progress_bar(total=total, disable=not show) as bar:
-            watched = {"pipe": self, "bar": bar, "num_codes": num_codes}
-            watched |= {name: forward_params.pop(name, None) for name in ("callback_on_step_end", "streamer")}
+        with self.progress_bar(total=total, disable=not progress_bar) as bar:
             for batch in batches:
-                pixel_values = self.forward(batch, streamer=_Watcher(**watched), **forward_params)
-                yield from zip(batch["indices"], self.postprocess(pixel_values, **postprocess_params), strict=True)
+                watcher = _Watcher(self, bar, num_codes, callback_on_step_end, streamer)
+                pixel_values = self.forward(batch, streamer=watcher, **settings.to_dict(), **others)
+                yield from zip(batch["indices"], self.postprocess(pixel_values, **after), strict=True)
 
     def _forward(self, batch: dict[str, Any], **generate_kwargs: Any) -> torch.Tensor:
         """Draws a batch; pixel values (B, 3, H, W) in [-1, 1]."""
@@ -308,35 +295,30 @@ class LiquidImageGenerationPipeline(Pipeline):
         self.processor.save_pretrained(save_directory)
 
 
+@dataclass
 class _Watcher(BaseStreamer):
     """Moves the bar, calls the callback and feeds the user's streamer. A step can add several codes."""
 
-    def __init__(
-        self,
-        pipe: LiquidImageGenerationPipeline,
-        bar: Any,
-        num_codes: int,
-        callback_on_step_end: Callable[..., Any] | None = None,
-        streamer: BaseStreamer | None = None,
-    ) -> None:
-        self.pipe, self.bar, self.num_codes = pipe, bar, num_codes
-        self.callback, self.streamer = callback_on_step_end, streamer
-        self.codes: list[torch.LongTensor] = []
+    pipe: LiquidImageGenerationPipeline
+    bar: Any
+    num_codes: int
+    callback: Callable[..., Any] | None = None
+    streamer: BaseStreamer | None = None
+    codes: list[torch.LongTensor] = field(default_factory=list)
 
     def put(self, value: torch.LongTensor) -> None:
         if self.streamer is not None:
             self.streamer.put(value)
 
     def put_codes(self, codes: torch.LongTensor) -> None:
-        self.bar.update(codes.numel())
         layout = self.pipe.model.config.image_layout
-        if self.streamer is not None:
-            put_codes(self.streamer, codes, layout)
+        self.bar.update(codes.numel())
+        put_codes(self.streamer, codes, layout)
         if self.callback is not None:
             self.codes.append(codes)
             ids = layout.codes_to_ids(torch.cat(self.codes, dim=1), trusted=True)
-            left = self.num_codes - ids.shape[1]
-            self.callback(self.pipe, ids.shape[1] - 1, left, {"image_tokens": ids})
+            number = ids.shape[1]
+            self.callback(self.pipe, number - 1, self.num_codes - number, {"image_tokens": ids})
 
     def end(self) -> None:
         if self.streamer is not None:
@@ -357,17 +339,18 @@ def _generators(
     """The source of randomness of each picture. Generators of the CPU give the same picture on every device."""
     if seed is not None and generator is not None:
         raise ValueError("Give seed or generator, not both.")
-    if seed is None:
-        if isinstance(generator, (list, tuple)) and len(generator) != number:
-            raise ValueError(f"Got {len(generator)} generators for {number} pictures: give one each, or a single one.")
-        return list(generator) if isinstance(generator, (list, tuple)) else generator
-    seeds = [seed + index for index in range(number)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != number:
-        raise ValueError(f"Got {len(seeds)} seeds for {number} pictures: give one each, or a single number.")
-    for one in seeds:
+    if isinstance(seed, int):
+        seed = range(seed, seed + number)
+    sources = generator if seed is None else seed
+    if sources is None or isinstance(sources, torch.Generator):
+        return sources
+    if len(sources) != number:
+        name = "generators" if seed is None else "seeds"
+        raise ValueError(f"Got {len(sources)} {name} for {number} pictures: give one each, or a single one.")
+    for one in sources if seed is not None else ():
         if not isinstance(one, int) or not 0 <= one < 2**63:
             raise ValueError(f"A seed must be a whole number in 0 ... 2**63 - 1, got {one!r}.")
-    return [torch.Generator().manual_seed(one) for one in seeds]
+    return [torch.Generator().manual_seed(one) if isinstance(one, int) else one for one in sources]
 
 
 PIPELINE_REGISTRY.register_pipeline(
