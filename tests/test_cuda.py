@@ -90,7 +90,7 @@ def test_every_way_draws_the_picture_of_its_seed(model, processor, way, batch, f
     shares = same(draw(model, processor, PROMPTS[:batch], **WAYS[way]), plain)
     graphs = counters["stats"]["unique_graphs"]
     fact(dtype=str(model.dtype), way=way, batch=batch, graphs=graphs, **shares)
-    assert graphs == ("compiled" in way)
+    assert (graphs > 0) == ("compiled" in way)
     assert model.config.image_token_range.start <= plain.min() <= plain.max() < model.config.image_token_range.stop
     # In half precision other kernels round otherwise, and a draw that is nearly a tie falls to the other side.
     assert shares["pictures"] == 1 or model.dtype != torch.float32
