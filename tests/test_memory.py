@@ -23,7 +23,10 @@ TEXT_CONFIG = LlamaConfig(
     tie_word_embeddings=True,
 )
 
-pytestmark = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks are read from Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks are read from Linux"),
+]
 
 
 @pytest.fixture(scope="module")
