@@ -73,7 +73,7 @@ def generate_image_tokens(
         sequences = ImageSequences(view, *prepared_by_generate, *drawing)
         return sample_codes(sequences) if window is None else speculative_sample_codes(sequences, window)
 
-    # The view has logits of the image rows only, so processors and scores are `codebook_size` wide.
+    # The view has logits of the codes only, so processors and scores are `codebook_size` wide.
     drawn = GenerationMixin.generate(
         model.image_head_view(),
         input_ids,

@@ -104,7 +104,7 @@ class ImageGenerationConfig:
         for name, value in settings.items():
             if name not in _SETTINGS and value is not None:
                 raise ValueError(
-                    f"{name}={value} has no meaning for images: a picture is exactly rows x columns codes, drawn "
+                    f"{name}={value} has no meaning for images: a picture is a whole grid of codes, drawn "
                     f"greedily or by sampling. Settings for images: {', '.join((*_TRANSFORMERS_SETTINGS, *_OUR_SETTINGS))}."
                 )
         if not settings["do_sample"]:

@@ -17,9 +17,9 @@ def partial_pictures(
 ) -> list[Image.Image]:
     """The pictures that the first codes show; what is still to be drawn is grey.
 
-    The codec normalizes over the whole picture and needs a complete grid: each column goes on with its last code, since
-    of all ways to fill up the grid this one changes the drawn part least. A call costs one decoding of the codec, and
-    with all codes gives the finished pictures.
+    The codec normalizes over the whole picture and needs a complete grid: what is missing is like the last code above
+    it, since of all ways to fill up the grid this one changes the drawn part least. A call costs one decoding of the
+    codec, and with all codes gives the finished pictures.
 
     Args:
         model ([`LiquidForCausalLM`]): The model that draws.
@@ -47,22 +47,22 @@ def partial_pictures(
 
 def _partial_pictures(model: LiquidForCausalLM, codes: torch.LongTensor, grid: tuple[int, int]) -> list[Image.Image]:
     """Of the first n codes `(B, n)` of pictures of a grid."""
-    rows, columns = grid
-    number = codes.shape[1] if codes.ndim == 2 else 0
-    if not 1 <= number <= rows * columns:
+    grid_height, grid_width = grid
+    number, num_codes = codes.shape[1] if codes.ndim == 2 else 0, grid_height * grid_width
+    if not 1 <= number <= num_codes:
         raise ValueError(
-            f"A picture of {rows} x {columns} codes needs image ids of shape (batch, 1 ... {rows * columns}), got "
+            f"A picture of {grid_height} x {grid_width} codes needs image ids of shape (batch, 1 ... {num_codes}), got "
             f"{tuple(codes.shape)}. Pass the height and width that it is drawn with."
         )
-    position = torch.arange(rows * columns, device=codes.device)
-    last_above = number - 1 - (number - 1 - position) % columns
+    position = torch.arange(num_codes, device=codes.device)
+    last_above = number - 1 - (number - 1 - position) % grid_width
     last_above = last_above.where(last_above >= 0, number - 1)
     is_drawn = position < number
     filled = codes[:, position.where(is_drawn, last_above)]
-    pixel_values = model.decode_codes(filled.view(-1, rows, columns)).float().cpu()
+    pixel_values = model.decode_codes(filled.view(-1, grid_height, grid_width)).float().cpu()
 
     factor = model.config.downsample_factor
-    is_blank = ~is_drawn.cpu().view(rows, columns).repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+    is_blank = ~is_drawn.cpu().view(grid_height, grid_width).repeat_interleave(factor, 0).repeat_interleave(factor, 1)
     image_processor = LiquidImageProcessor(model.config.image_size, factor)
     return image_processor.postprocess(pixel_values.masked_fill(is_blank, 0.0))
 
