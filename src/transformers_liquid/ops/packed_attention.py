@@ -74,20 +74,14 @@ def packed_sdpa_attention_forward(
 
 
 def packed_sdpa_mask(
-    q_length: int,
-    kv_length: int,
-    attention_mask: torch.Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    use_vmap: bool = False,
-    **kwargs: Any,
+    q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any
 ) -> torch.Tensor | None:
     """The mask of `sdpa`, but none for a packed row of causal attention without a window: its records need none."""
     # transformers forbids the skip for packed rows, for masks of a base's own (by vmap) and for steps with a cache.
-    is_packed = not allow_is_causal_skip and not use_vmap and attention_mask is None and q_length == kv_length > 1
-    if is_packed and local_size is None:
+    is_packed = not kwargs.get("allow_is_causal_skip", True) and not kwargs.get("use_vmap", False)
+    is_whole = attention_mask is None and kwargs.get("local_size") is None and q_length == kv_length > 1
+    if is_packed and is_whole:
         return None
-    kwargs |= {"allow_is_causal_skip": allow_is_causal_skip, "use_vmap": use_vmap, "local_size": local_size}
     return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
 
 

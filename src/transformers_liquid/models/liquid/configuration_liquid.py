@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import json
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -64,12 +64,9 @@ class LiquidConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self.vq_config = copy.deepcopy(CHAMELEON_VQ_CONFIG if self.vq_config is None else dict(self.vq_config))
-        self.vq_config = {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in self.vq_config.items()
-            if not key.startswith("_")
-        }
+        # As JSON has it, and without what diffusers notes in a codec's own configuration.
+        vq_config = json.loads(json.dumps(CHAMELEON_VQ_CONFIG if self.vq_config is None else dict(self.vq_config)))
+        self.vq_config = {key: value for key, value in vq_config.items() if not key.startswith("_")}
         if self.image_token_offset is None:
             self.image_token_offset = self.text_config.vocab_size - self.codebook_size
         if self.image_size is None:

@@ -131,11 +131,7 @@ class LiquidImageProcessor(BaseImageProcessor):
             )
         if not pixel_values.isfinite().all():
             raise ValueError("pixel_values contain NaN or infinity: decode in float32 or bfloat16 instead of float16.")
-        pixels = VaeImageProcessor.denormalize(pixel_values.detach())
-        if output_type == "pt":
-            return pixels
-        array = VaeImageProcessor.pt_to_numpy(pixels)
-        return array if output_type == "np" else VaeImageProcessor.numpy_to_pil(array)
+        return VaeImageProcessor().postprocess(pixel_values.detach(), output_type=output_type)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Loads what `ProcessorMixin` is given, nested as it came; arrays and tensors pass through."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
@@ -36,14 +37,10 @@ def model_card(model: LiquidPreTrainedModel, name: str) -> str:
             f"a VQ codec with {config.codebook_size:,} codes of {vq_config.get('vq_embed_dim')} channels, "
             f"{config.downsample_factor} × {config.downsample_factor} pixels per code"
         ),
-        image_size=config.image_size,
         grid=f"{grid_height} × {grid_width} = {grid_height * grid_width}",
         vocab_size=f"{text_config.vocab_size:,}",
         image_ids=f"{image_ids.start} … {image_ids.stop - 1}",
-        boi=config.boi_token_id,
-        eoi=config.eoi_token_id,
-        uncond=config.uncond_token_id,
-        placeholder=config.image_token_id,
+        **dataclasses.asdict(config.image_layout),
         settings=", ".join(f"`{key}={value}`" for key, value in (settings or DEFAULT_IMAGE_GENERATION_CONFIG).items()),
     )
 

@@ -71,14 +71,22 @@ class LiquidPreTrainedModel(PreTrainedModel):
             ValueError: If the checkpoint is neither of the two, or holds no codec.
         """
         reference = ReferenceCheckpoint.find(pretrained_model_name_or_path, vq_checkpoint=vq_checkpoint, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
         if reference is not None:
-            return cls._from_reference(reference, **kwargs)
+            kwargs.pop("image_token_offset", None)
+            config, codec = reference.config, reference.codec
+            # The class itself: AutoModelForCausalLM asks the network for an adapter even if told `local_files_only`.
+            base_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(reference.text_config)]
+            base, info = base_class.from_pretrained(reference.name_or_path, output_loading_info=True, **kwargs)
+            check_loading_info(f"The language model {reference.name_or_path}", info)
+            model = assemble(config, base, codec)
+            model = model.model if issubclass(cls, LiquidModel) else model
+            return (model, info) if wants_info else model
         if vq_checkpoint is not None:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is a Liquid repository and holds its own codec: `vq_checkpoint` is "
                 "for reference checkpoints."
             )
-        wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
@@ -92,24 +100,6 @@ class LiquidPreTrainedModel(PreTrainedModel):
             if isinstance(module, LiquidVQModel):
                 module.requires_grad_(False)
         return (model, info) if wants_info else model
-
-    @classmethod
-    def _from_reference(
-        cls,
-        reference: ReferenceCheckpoint,
-        image_token_offset: int | None = None,
-        output_loading_info: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """The weights of the language model are not copied; `kwargs` are for its `from_pretrained`."""
-        # The class itself: AutoModelForCausalLM asks the network for an adapter even if told `local_files_only`.
-        base_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(reference.text_config)]
-        config, codec = reference.config, reference.codec
-        base, info = base_class.from_pretrained(reference.name_or_path, output_loading_info=True, **kwargs)
-        check_loading_info(f"The language model {reference.name_or_path}", info)
-        model = assemble(config, base, codec)
-        model = model.model if issubclass(cls, LiquidModel) else model
-        return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As in transformers, and writes a model card (`README.md`) unless there is one; so does `push_to_hub`."""

@@ -92,11 +92,7 @@ class ReferenceCheckpoint:
         except ValueError as error:
             problem, cause = f"its config.json is of no model that transformers knows. {error}", error
         if problem is None:
-            try:
-                self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **self.hub)
-            except (OSError, ValueError, KeyError) as error:
-                problem, cause = f"{kind} and has no tokenizer ({error})", error
-        if problem is None:
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **self.hub)
             vocabulary = self.tokenizer.get_vocab()
             num_tokens = max(vocabulary.values()) + 1
             num_rows = getattr(config.get_text_config(), "vocab_size", 0)
