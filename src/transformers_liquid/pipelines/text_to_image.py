@@ -215,12 +215,11 @@ class LiquidImageGenerationPipeline(Pipeline):
     ) -> list[dict[str, Any]]:
         """Checks everything and makes the inputs of `generate` for each batch of pictures, and their `indices`."""
         # 1. Checks
-        self.processor.check_texts(prompt, "prompt")
         for name, value in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
         num_codes = self.model.config.image_layout.num_codes(**size)
-        prompts, negatives = self.processor.image_prompts(prompt, negative_prompt, **size)
+        prompts, negatives = self.processor.image_prompts(prompt, negative_prompt, **size, name="prompt")
         lengths = [max(map(len, pair)) for pair in zip(prompts, negatives, strict=True)]
         check_context(self.model.config, max(lengths), num_codes)
 
