@@ -91,12 +91,27 @@ class LiquidDataCollator:
         )
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        sequences = [self._draw(record) for record in records]
-        batch = self._pack(sequences) if self.packing else self._pad(sequences)
+        ids, labels = zip(*map(self._draw, records), strict=True)
+        if self.packing:
+            positions = [np.arange(len(sequence)) for sequence in ids]
+            parts = {"input_ids": ids, "position_ids": positions, "labels": labels}
+            batch = {name: torch.from_numpy(np.concatenate(arrays))[None] for name, arrays in parts.items()}
+        else:
+            batch = {
+                "input_ids": self._stack(ids, self.processor.pad_token_id),
+                "attention_mask": self._stack([np.ones_like(sequence) for sequence in ids], 0),
+                "labels": self._stack(labels, IGNORE_INDEX),
+            }
         if self.return_indices:
             indices = [record.get("index") for record in records]
             batch["record_indices"] = torch.tensor([-1 if index is None else index for index in indices])
         return batch
+
+    def _stack(self, sequences: Sequence[np.ndarray], filler: int) -> torch.Tensor:
+        multiple = self.pad_to_multiple_of or 1
+        length = math.ceil(max(map(len, sequences)) / multiple) * multiple
+        padded = [np.pad(sequence, (0, length - len(sequence)), constant_values=filler) for sequence in sequences]
+        return torch.from_numpy(np.stack(padded))
 
     @property
     def epoch(self) -> int:
@@ -228,28 +243,6 @@ class LiquidDataCollator:
                 "Raise max_length, use smaller images (an image is never cut) or leave out such records with "
                 "`drop_too_long`."
             )
-
-    def _pad(self, sequences: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
-        length, multiple = max(len(ids) for ids, _ in sequences), self.pad_to_multiple_of or 1
-        length = math.ceil(length / multiple) * multiple
-
-        def stack(arrays: list[np.ndarray], filler: int) -> torch.Tensor:
-            padded = [np.pad(array, (0, length - len(array)), constant_values=filler) for array in arrays]
-            return torch.from_numpy(np.stack(padded))
-
-        return {
-            "input_ids": stack([ids for ids, _ in sequences], self.processor.pad_token_id),
-            "attention_mask": stack([np.ones_like(ids) for ids, _ in sequences], 0),
-            "labels": stack([labels for _, labels in sequences], IGNORE_INDEX),
-        }
-
-    def _pack(self, sequences: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
-        arrays = {
-            "input_ids": [ids for ids, _ in sequences],
-            "position_ids": [np.arange(len(ids)) for ids, _ in sequences],
-            "labels": [labels for _, labels in sequences],
-        }
-        return {name: torch.from_numpy(np.concatenate(parts))[None] for name, parts in arrays.items()}
 
 
 __all__ = ["IGNORE_INDEX", "LiquidDataCollator"]

@@ -131,9 +131,7 @@ def tokenize_dataset(
         shard = number // records_per_shard
         return shard % processes.num_processes == processes.process_index and shard_name(shard) not in done
 
-    reader = PictureReader(
-        **columns, folder=folder, grids=settings["grids"], kind=kind, image_processor=image_processor
-    )
+    reader = PictureReader(**columns, folder=folder, grids=settings["grids"], kind=kind, frame=image_processor)
     pictures = read_pictures(records, reader, is_left, num_workers, processes)
     codec = codec.to(processes.device)
     for shard, of_shard in itertools.groupby(pictures, lambda picture: picture.number // records_per_shard):
@@ -204,20 +202,24 @@ def open_source(
 
 
 def check_settings(settings: Mapping[str, Any], batch_size: int, num_workers: int) -> None:
-    counts = {"batch_size": batch_size, "num_workers": num_workers, "records_per_shard": settings["records_per_shard"]}
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    if settings["kind"] not in IMAGE_KINDS:
-        raise ValueError(f"kind must be one of {', '.join(IMAGE_KINDS)}, got {settings['kind']!r}.")
-    grids = settings["grids"]
-    are_sides = all(side > 0 for grid in grids for side in grid)
-    # Of two with the same proportions, no picture could choose one.
-    if not grids or not are_sides or len({height / width for height, width in grids}) < len(grids):
-        raise ValueError(
-            "`grids` must be (height, width) in codes, at least one, all positive, and no two with the same proportions, "
-            f"got {grids}."
-        )
+    kind, grids, records_per_shard = (settings[name] for name in ("kind", "grids", "records_per_shard"))
+    # Of two grids with the same proportions, no picture could choose one.
+    are_grids = grids and all(side > 0 for grid in grids for side in grid)
+    are_grids = are_grids and len({height / width for height, width in grids}) == len(grids)
+    for name, value, is_right, expected in (
+        ("batch_size", batch_size, batch_size >= 1, "at least 1"),
+        ("num_workers", num_workers, num_workers >= 1, "at least 1"),
+        ("records_per_shard", records_per_shard, records_per_shard >= 1, "at least 1"),
+        ("kind", kind, kind in IMAGE_KINDS, f"one of {', '.join(IMAGE_KINDS)}"),
+        (
+            "grids",
+            grids,
+            are_grids,
+            "(height, width) in codes, at least one, all positive, not of the same proportions",
+        ),
+    ):
+        if not is_right:
+            raise ValueError(f"{name} must be {expected}, got {value!r}.")
 
 
 def image_folder(source: Mapping[str, Any]) -> Path:
@@ -270,7 +272,7 @@ class PictureReader(torch.utils.data.Dataset):
     folder: Path
     grids: list[list[int]]
     kind: str
-    image_processor: LiquidImageProcessor
+    frame: LiquidImageProcessor
 
     def __getitem__(self, numbered: tuple[int, Mapping[str, Any] | Exception]) -> Picture | Exception:
         number, source = numbered
@@ -284,20 +286,17 @@ class PictureReader(torch.utils.data.Dataset):
             return Picture(number, skipped | {"reason": "Its text is empty."})
         try:
             image = load_image(self._file_or_bytes(image))
-            grid = self._closest_grid(image.height, image.width)
-            height, width = (side * self.image_processor.downsample_factor for side in grid)
+            # The grid whose proportions differ from the picture's by the smallest factor; the first of equals.
+            sides = [(image.width * grid_height, image.height * grid_width) for grid_height, grid_width in self.grids]
+            factors = [max(pair) / min(pair) for pair in sides]
+            grid = self.grids[factors.index(min(factors))]
+            height, width = (side * self.frame.downsample_factor for side in grid)
             # No tensor, which would take a file handle and shared memory on its way out of the worker.
-            framed = self.image_processor(image, height=height, width=width, return_tensors="np")
+            framed = self.frame(image, height=height, width=width, return_tensors="np")
         except Exception as error:  # decoders and file systems raise anything
             return Picture(number, skipped | {"reason": str(error)})
         record = {"kind": self.kind, "text": text, "grid": grid, "width": width, "height": height}
         return Picture(number, record, framed["pixel_values"][0])
-
-    def _closest_grid(self, height: int, width: int) -> list[int]:
-        """The grid whose proportions differ from the picture's by the smallest factor; the first of equals."""
-        products = [(width * grid_height, height * grid_width) for grid_height, grid_width in self.grids]
-        factors = [max(pair) / min(pair) for pair in products]
-        return self.grids[factors.index(min(factors))]
 
     def _file_or_bytes(self, image: Any) -> Any:
         """What [`load_image`] takes, from a cell of the image column."""
