@@ -388,6 +388,7 @@ def run_command(output, source, checkpoint, tmp_path, launcher=("-m",)):
 IN_THIS_PROCESS = {"batch_size": 3, "records_per_shard": 2, "grids": [(4, 4), (4, 2)]}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_the_result_is_identical(checkpoint, photos, tmp_path):
     source = as_json(photos, tmp_path)
     tokenize_dataset(checkpoint, tmp_path / "whole", **source, **IN_THIS_PROCESS)
@@ -420,6 +421,7 @@ def test_a_killed_run_goes_on_and_the_result_is_identical(checkpoint, photos, tm
     assert gone_on == whole
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(checkpoint, photos, tmp_path):
     source = {"dataset": "imagefolder", "data_dir": str(photos)}
     tokenize_dataset(checkpoint, tmp_path / "one" / "codes", **source, **IN_THIS_PROCESS)
