@@ -1,9 +1,17 @@
 import pytest
 import torch
-from tiny import CODEBOOK_SIZE, IMAGE_TOKEN_OFFSET, TINY_VQ_CONFIG, VOCAB_SIZE, tiny_config, tiny_text_config
+from tiny import (
+    CODEBOOK_SIZE,
+    IMAGE_TOKEN_OFFSET,
+    TINY_VQ_CONFIG,
+    VOCAB_SIZE,
+    tiny_codec,
+    tiny_config,
+    tiny_text_config,
+)
 from transformers import AutoConfig
 
-from transformers_liquid import CHAMELEON_VQ_CONFIG, LiquidConfig
+from transformers_liquid import CHAMELEON_VQ_CONFIG, LiquidConfig, LiquidVQModel
 
 
 @pytest.fixture
@@ -25,6 +33,15 @@ def test_saving_and_loading_keeps_every_field(config, tmp_path):
     assert type(loaded) is LiquidConfig
     assert loaded.to_dict() == config.to_dict() | {"_name_or_path": loaded.name_or_path}
     assert loaded.text_config.to_dict() == config.text_config.to_dict()
+
+
+def test_a_codec_loaded_from_a_path_gives_its_configuration(tmp_path):
+    tiny_codec().save_pretrained(tmp_path)
+    codec = LiquidVQModel.from_pretrained(tmp_path)
+    assert (
+        tiny_config(vq_config=dict(codec.config)).vq_config
+        == tiny_config(vq_config=dict(tiny_codec().config)).vq_config
+    )
 
 
 def test_codes_and_ids_are_each_others_inverse(config):

@@ -65,8 +65,9 @@ class LiquidConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         # As JSON has it, and without what diffusers notes in a codec's own configuration.
-        vq_config = json.loads(json.dumps(CHAMELEON_VQ_CONFIG if self.vq_config is None else dict(self.vq_config)))
-        self.vq_config = {key: value for key, value in vq_config.items() if not key.startswith("_")}
+        vq_config = CHAMELEON_VQ_CONFIG if self.vq_config is None else self.vq_config
+        vq_config = {key: value for key, value in vq_config.items() if not key.startswith("_")}
+        self.vq_config = json.loads(json.dumps(vq_config))
         if self.image_token_offset is None:
             self.image_token_offset = self.text_config.vocab_size - self.codebook_size
         if self.image_size is None:
