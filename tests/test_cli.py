@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 import transformers_liquid
 from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidProcessor, load_taming_codec
 from transformers_liquid.training.train import DataArguments, ModelArguments
-from transformers_liquid_cli import app, main, pictures
+from transformers_liquid_cli import app, main
 from transformers_liquid_cli.pictures import read_metadata
 
 
@@ -174,22 +174,6 @@ def test_pictures_of_finished_batches_are_kept_when_a_later_one_fails(checkpoint
     monkeypatch.setattr(LiquidForCausalLM, "generate", draw_then_fail)
     assert run(f"generate {options} --batch-size 2", checkpoint) == 130
     assert sorted(path.name.split("-")[1] for path in (tmp_path / "drawn").iterdir()) == ["a.png", "b.png"]
-
-
-def test_a_preview_is_written_where_the_picture_goes(checkpoint, monkeypatch):
-    seen = []
-    write = pictures.save_png
-
-    def write_and_look(image, path, record=None):
-        write(image, path, record)
-        seen.append(pixels(path))
-
-    monkeypatch.setattr(pictures, "save_png", write_and_look)
-    assert run("generate apple --output apple.png --seed 3 --preview-every 6", checkpoint) == 0
-    assert len(seen) == 3  # after 6, 12 and 16 codes
-    assert (seen[0][4:] == 128).all() and not (seen[1][4:] == 128).all()
-    run("generate apple --output whole.png --seed 3", checkpoint)
-    np.testing.assert_array_equal(seen[2], pixels("whole.png"))
 
 
 # generate --prompts-file --output-dir
@@ -641,9 +625,6 @@ def test_the_embedded_checkpoint_is_the_default(monkeypatch, capsys):
             "generate --prompts-file good.txt --output-dir new --output a.png",
             "give --prompts-file, and neither PROMPT nor",
         ),
-        ("generate a b --preview-every 3", "--preview-every is for a single picture"),
-        ("generate a --output new --preview-every 3", "--preview-every is for a single picture"),
-        ("generate a --preview-every 0", "Invalid value for '--preview-every'"),
         ("generate a --speculative x", "Invalid value for '--speculative'"),
         ("generate a --seed=-1", "Invalid value for '--seed'"),
         ("generate a --dtype int8", "Invalid value for '--dtype'"),

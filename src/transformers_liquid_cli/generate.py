@@ -34,7 +34,6 @@ def generate(
     sheet: Annotated[Path | None, Option(writable=True, help="Also write all pictures on one sheet, a .png.")] = None,
     num_images: Annotated[int, Option(min=1, help="Pictures of each prompt.")] = 1,
     batch_size: Annotated[int, Option(min=1, help="Pictures drawn side by side.")] = 8,
-    preview_every: Annotated[int | None, Option(min=1, help="Write a single picture after each so many codes.")] = None,
     negative_prompt: options.NegativePrompt = None,
     height: options.Height = None,
     width: options.Width = None,
@@ -82,7 +81,7 @@ def generate(
     drawing.pipe.set_progress_bar_config(
         desc=f"{len(share)} of {len(left)} pictures", disable=None if processes.is_main_process else True
     )
-    for picture in drawing.draw(share, batch_size, preview_every):
+    for picture in drawing.draw(share, batch_size):
         if output_dir is None:
             print(picture.path)
     processes.wait_for_everyone()
@@ -110,23 +109,16 @@ def _read_lines(prompts_file: Path | None) -> list[str]:
 
 def _check(given: dict[str, Any], lines: list[str]) -> None:
     """Raises what is wrong with the options by themselves, or a place that cannot be written to."""
-    output = given["output_dir"] or given["output"] or DEFAULT_OUTPUT
-    to_folder = given["output_dir"] is not None or options.is_folder(output)
-    if fault := _find_fault(given, lines, to_folder):
+    fault = None
+    if not given["prompts"] and not any(lines):
+        fault = "Nothing to draw: give a PROMPT, or --prompts-file with one prompt in a line."
+    elif given["output_dir"] is not None and (given["prompts"] or given["output"] is not None):
+        fault = "--output-dir names pictures after lines: give --prompts-file, and neither PROMPT nor --output."
+    elif given["greedy"] and any(given[name] is not None for name in ("temperature", "top_k", "top_p")):
+        fault = "--greedy draws nothing by chance: leave out --temperature, --top-k and --top-p."
+    if fault:
         raise ValueError(fault)
-    options.check_writable(output, to_folder)
+    output = given["output_dir"] or given["output"] or DEFAULT_OUTPUT
+    options.check_writable(output, folder=given["output_dir"] is not None or options.is_folder(output))
     if given["sheet"] is not None:
         options.check_writable(given["sheet"], folder=False)
-
-
-def _find_fault(given: dict[str, Any], lines: list[str], to_folder: bool) -> str | None:
-    prompts = given["prompts"]
-    if not prompts and not any(lines):
-        return "Nothing to draw: give a PROMPT, or --prompts-file with one prompt in a line."
-    if given["output_dir"] is not None and (prompts or given["output"] is not None):
-        return "--output-dir names pictures after lines: give --prompts-file, and neither PROMPT nor --output."
-    if given["preview_every"] is not None and (lines or len(prompts) * given["num_images"] != 1 or to_folder):
-        return "--preview-every is for a single picture: give one PROMPT, and a .png as --output."
-    if given["greedy"] and any(given[name] is not None for name in ("temperature", "top_k", "top_p")):
-        return "--greedy draws nothing by chance: leave out --temperature, --top-k and --top-p."
-    return None

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, PngImagePlugin
 
-from transformers_liquid import EMOJI_CHECKPOINT, ImageStreamer, LiquidImageGenerationPipeline
+from transformers_liquid import EMOJI_CHECKPOINT, LiquidImageGenerationPipeline
 from transformers_liquid.generation.settings import ImageGenerationConfig
 from transformers_liquid.models.liquid.image_processing_liquid import contact_sheet, load_image
 from transformers_liquid.utils.files import differences, whole
@@ -72,18 +72,14 @@ class Drawing:
                 bad[number] = " ".join(str(error).split())
         return good, bad
 
-    def draw(
-        self, pictures: Sequence[Picture], batch_size: int = 1, preview_every: int | None = None
-    ) -> Iterator[Picture]:
+    def draw(self, pictures: Sequence[Picture], batch_size: int = 1) -> Iterator[Picture]:
         """Draws and writes pictures; each is handed out as soon as it is there."""
         if not pictures:
             return
-        streamer = None if preview_every is None else _PreviewWriter(self, preview_every, pictures[0].path)
         prompts, seeds, paths = map(list, zip(*pictures, strict=True))
-        drawn = self.pipe.stream(
-            prompts, seed=seeds, batch_size=batch_size, streamer=streamer, **self.shared, **self.settings
-        )
-        for index, image in drawn:
+        for index, image in self.pipe.stream(
+            prompts, seed=seeds, batch_size=batch_size, **self.shared, **self.settings
+        ):
             save_png(image, paths[index], self.record(pictures[index]))
             yield pictures[index]
 
@@ -111,18 +107,6 @@ class Drawing:
             "version": version("transformers-liquid"),
             "command": shlex.join([PROG, "generate", *words, picture.prompt]),
         }
-
-
-class _PreviewWriter(ImageStreamer):
-    """Writes the partly drawn picture where the finished one goes."""
-
-    def __init__(self, drawing: Drawing, every: int, path: Path) -> None:
-        super().__init__(drawing.pipe.model, every, drawing.shared["height"], drawing.shared["width"])
-        self.path = path
-
-    def on_finalized_images(self, images: list[Image.Image], num_codes: int, stream_end: bool = False) -> None:
-        if not stream_end:
-            save_png(images[0], self.path)
 
 
 def of_lines(lines: dict[int, str], num_images: int, seed: int, folder: Path) -> list[Picture]:
@@ -177,11 +161,10 @@ def _identity(record: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(same))
 
 
-def save_png(image: Image.Image, path: Path, record: Any = None) -> None:
+def save_png(image: Image.Image, path: Path, record: Any) -> None:
     """Writes a picture, whole or not at all, with its record, or with a list of them for a sheet."""
     metadata = PngImagePlugin.PngInfo()
-    if record is not None:
-        metadata.add_itxt(METADATA_KEY, json.dumps(record, ensure_ascii=False))
+    metadata.add_itxt(METADATA_KEY, json.dumps(record, ensure_ascii=False))
     with whole(path) as unfinished:
         image.save(unfinished, format="PNG", pnginfo=metadata)
 
