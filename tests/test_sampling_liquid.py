@@ -33,6 +33,7 @@ SETTINGS = {"guidance_scale": 2.0, "temperature": 1.5, "top_k": 10, "top_p": 0.9
 # --- the compiled step ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("speculative", [{}, {"speculative": 3}])
 def test_the_compiled_step_draws_the_same_pictures(base, speculative):

@@ -118,6 +118,7 @@ def test_streaming_trains(folder, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_where_it_stopped(folder, tmp_path):
     whole = config(folder, tmp_path / "whole", max_steps=4, save_steps=2)
     main(whole)
