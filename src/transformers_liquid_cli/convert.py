@@ -31,7 +31,8 @@ def convert(
 
     from .models import load
 
-    loaded, processor = load(model, device, dtype, vq_checkpoint=vq_checkpoint)
+    codec = {} if vq_checkpoint is None else {"vq_checkpoint": vq_checkpoint}  # a tokenizer would keep None
+    loaded, processor = load(model, device, dtype, **codec)
     if to_base:
         export_base_model(loaded, processor, output)
         print(f"{output}: a plain {loaded.config.text_config.model_type}, its codec beside it.")
