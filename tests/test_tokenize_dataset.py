@@ -483,9 +483,9 @@ def test_other_settings_are_refused_and_nothing_is_changed(checkpoint, photos, t
         ({"image_column": "text", "text_column": "image"}, r"no column image of texts, only image \(dict\)"),
         ({"split": "validation"}, "cannot be read: Unknown split"),
         ({"data_dir": "nowhere"}, "cannot be read: .*nowhere"),
-        ({"grids": []}, "at least one"),
+        ({"grids": []}, "grids must be"),
         ({"grids": [(4, 0)]}, "all positive"),
-        ({"grids": [(4, 4), (2, 2)]}, "same proportions"),
+        ({"grids": [(4, 4), (2, 2)]}, "different proportions"),
         ({"framing": "stretch"}, r"framing must be one of \('crop', 'pad'\), got 'stretch'"),
         ({"kind": "text"}, "kind must be one of text_to_image, caption, got 'text'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
@@ -531,7 +531,9 @@ def test_a_stream_that_breaks_off_raises_and_finished_shards_are_kept(checkpoint
     (photos / "m.jsonl").write_text('{"image_path": "a.png", "te')
     files = [str(photos / "l.jsonl"), str(photos / "m.jsonl")]
     with pytest.raises(ValueError, match=r"cannot be read after record 10 .*Finished shards are kept"):
-        tokenize_dataset(checkpoint, tmp_path / "codes", "json", data_files=files, streaming=True, **IN_THIS_PROCESS)
+        # What a worker has read ahead of the codec is lost, here four records.
+        settings = IN_THIS_PROCESS | {"streaming": True, "num_workers": 1}
+        tokenize_dataset(checkpoint, tmp_path / "codes", "json", data_files=files, **settings)
     assert (tmp_path / "codes" / "data" / "train-00001.parquet").exists()
 
 

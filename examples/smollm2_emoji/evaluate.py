@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from transformers_liquid import LiquidForCausalLM, LiquidProcessor
-from transformers_liquid.data.collator import IGNORE_INDEX
+from transformers_liquid.ops.chunked_loss import IGNORE_INDEX
 
 
 TEXTS = ("sotu", "moby-dick")

@@ -39,10 +39,10 @@ def chat(
 
     from transformers_liquid.models.liquid.image_processing_liquid import load_image
 
-    from .models import load_pipeline, write_answer
+    from .models import load, write_answer
     from .pictures import Drawing, in_order
 
-    pipe = load_pipeline(model, device, dtype)
+    pipe = load(model, device, dtype)
     pipe.set_progress_bar_config(disable=None, leave=False)
     drawing = Drawing(pipe, given)
     streamer = TextStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -69,8 +69,8 @@ def chat(
                 asked = [*messages, {"role": "user", "content": [*images, {"type": "text", "text": line}]}]
                 inputs = pipe.processor.apply_chat_template(
                     asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-                ).to(pipe.device)
-                answer = write_answer(pipe.model, pipe.processor, max_new_tokens, seed, streamer=streamer, **inputs)
+                )
+                answer = write_answer(pipe, max_new_tokens, seed, streamer=streamer, **inputs)
                 messages = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
                 images = []
         except EOFError:

@@ -32,14 +32,13 @@ def convert(
     from .models import load
 
     codec = {} if vq_checkpoint is None else {"vq_checkpoint": vq_checkpoint}  # a tokenizer would keep None
-    loaded, processor = load(model, device, dtype, **codec)
+    pipe = load(model, device, dtype, **codec)
     if to_base:
-        export_base_model(loaded, processor, output)
-        print(f"{output}: a plain {loaded.config.text_config.model_type}, its codec beside it.")
+        export_base_model(pipe.model, pipe.processor, output)
+        print(f"{output}: a plain {pipe.model.config.text_config.model_type}, its codec beside it.")
     elif to_taming:
-        save_taming_codec(loaded.model.vq_model, output)
+        save_taming_codec(pipe.model.model.vq_model, output)
         print(f"{output}: the codec as taming-transformers keeps it.")
     else:
-        loaded.save_pretrained(output)
-        processor.save_pretrained(output)
+        pipe.save_pretrained(output)
         print(f"{output}: a complete Liquid repository.")

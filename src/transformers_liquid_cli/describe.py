@@ -30,8 +30,7 @@ def describe(
     from .models import load, write_answer
 
     picture = load_image(image)
-    loaded, processor = load(model, device, dtype)
-    ids = torch.tensor([processor.caption_ids() if question is None else processor.question_ids(question)])
-    pixel_values = processor.image_processor(picture, framing=framing)["pixel_values"]
-    inputs = {"input_ids": ids.to(loaded.device), "pixel_values": pixel_values.to(loaded.device)}
-    print(write_answer(loaded, processor, max_new_tokens, seed, **inputs).strip())
+    pipe = load(model, device, dtype)
+    ids = pipe.processor.caption_ids() if question is None else pipe.processor.question_ids(question)
+    inputs = pipe.processor.image_processor(picture, framing=framing)
+    print(write_answer(pipe, max_new_tokens, seed, input_ids=torch.tensor([ids]), **inputs).strip())

@@ -59,12 +59,12 @@ def generate(
     given = dict(locals())
     lines = _read_lines(prompts_file)
     _check(given, lines)
-    from .models import find_processes, load_pipeline
+    from .models import find_processes, load
     from .pictures import Drawing, in_order, of_lines, without_file
 
     # 2. What needs it: what is wrong with a prompt is raised, what is wrong with a line is reported
     processes, device = find_processes(device, output_dir)
-    drawing = Drawing(load_pipeline(model, device, dtype), given)
+    drawing = Drawing(load(model, device, dtype), given)
     drawing.check(prompts or "a")
     good, bad = drawing.sort_out(lines)
     for number, reason in bad.items() if processes.is_main_process else ():

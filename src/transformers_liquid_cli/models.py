@@ -43,26 +43,18 @@ def find_processes(device: str | None, output_dir: Path | None) -> tuple[Partial
     return processes, str(processes.device)
 
 
-def load(name: str | None, device: str | None, dtype: str, **kwargs: Any) -> tuple[LiquidForCausalLM, LiquidProcessor]:
+def load(name: str | None, device: str | None, dtype: str, **kwargs: Any) -> LiquidImageGenerationPipeline:
     """Model and processor of a checkpoint in either layout, on the device."""
     silence_libraries()
     name, place = name or EMOJI_CHECKPOINT, find_device(device)
     model = LiquidForCausalLM.from_pretrained(name, dtype=dtype, **kwargs).to(place)
     processor = LiquidProcessor.from_pretrained(name, **kwargs)
-    processor.check_fits(model.config)
-    return model, processor
-
-
-def load_pipeline(name: str | None, device: str | None, dtype: str) -> LiquidImageGenerationPipeline:
-    model, processor = load(name, device, dtype)
     return LiquidImageGenerationPipeline(model=model, processor=processor, device=model.device)
 
 
-def write_answer(
-    model: LiquidForCausalLM, processor: LiquidProcessor, max_new_tokens: int, seed: int | None, **inputs: Any
-) -> str:
+def write_answer(pipe: LiquidImageGenerationPipeline, max_new_tokens: int, seed: int | None, **inputs: Any) -> str:
     """The text that follows one prompt, `input_ids` of shape `(1, L)`, no longer than the context has room for."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(pipe.model.config.get_text_config(), "max_position_embeddings", None)
     length = inputs["input_ids"].shape[1]
     if limit is not None and length >= limit:
         raise ValueError(
@@ -71,5 +63,5 @@ def write_answer(
     if seed is not None:
         transformers.set_seed(seed)
     max_new_tokens = max_new_tokens if limit is None else min(max_new_tokens, limit - length)
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens)
-    return processor.decode(ids[0, length:], skip_special_tokens=True)
+    ids = pipe.model.generate(**pipe.ensure_tensor_on_device(**inputs), max_new_tokens=max_new_tokens)
+    return pipe.processor.decode(ids[0, length:], skip_special_tokens=True)

@@ -1,7 +1,6 @@
 """How the pictures of a command are drawn, and PNGs that say how they were."""
 
 import json
-import math
 import random
 import re
 import shlex
@@ -84,9 +83,8 @@ class Drawing:
             yield pictures[index]
 
     def save_sheet(self, pictures: Sequence[Picture], path: Path, columns: int | None = None) -> None:
-        """Writes pictures that are drawn on one sheet, nearly square unless told otherwise."""
-        images = [load_image(picture.path) for picture in pictures]
-        sheet = contact_sheet(images, columns or math.ceil(math.sqrt(len(images))))
+        """Writes pictures that are drawn on one sheet."""
+        sheet = contact_sheet([load_image(picture.path) for picture in pictures], columns)
         save_png(sheet, path, [self.record(picture) for picture in pictures])
 
     def record(self, picture: Picture) -> dict[str, Any]:

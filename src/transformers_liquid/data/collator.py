@@ -75,7 +75,7 @@ class LiquidDataCollator:
     # Shared memory, so that an epoch announced here reaches the workers that a data loader keeps.
     _epoch: torch.Tensor = field(init=False, repr=False)
     _longest_instruction: str = field(init=False, repr=False)
-    _generators: dict[int | None, np.random.Generator] = field(default_factory=dict, init=False, repr=False)
+    _generators: dict[int | tuple[int, int], np.random.Generator] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         for name in ("unconditional_probability", "caption_probability"):
@@ -91,10 +91,9 @@ class LiquidDataCollator:
         )
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        ids, labels = zip(*map(self._draw, records), strict=True)
+        ids, labels = zip(*map(self.encode, records), strict=True)
         if self.packing:
-            positions = [np.arange(len(sequence)) for sequence in ids]
-            parts = {"input_ids": ids, "position_ids": positions, "labels": labels}
+            parts = {"input_ids": ids, "position_ids": [range(len(sequence)) for sequence in ids], "labels": labels}
             batch = {name: torch.from_numpy(np.concatenate(arrays))[None] for name, arrays in parts.items()}
         else:
             batch = {
@@ -103,11 +102,10 @@ class LiquidDataCollator:
                 "labels": self._stack(labels, IGNORE_INDEX),
             }
         if self.return_indices:
-            indices = [record.get("index") for record in records]
-            batch["record_indices"] = torch.tensor([-1 if index is None else index for index in indices])
+            batch["record_indices"] = torch.tensor([_index(record) for record in records])
         return batch
 
-    def _stack(self, sequences: Sequence[np.ndarray], filler: int) -> torch.Tensor:
+    def _stack(self, sequences: Sequence[list[int]], filler: int) -> torch.Tensor:
         multiple = self.pad_to_multiple_of or 1
         length = math.ceil(max(map(len, sequences)) / multiple) * multiple
         padded = [np.pad(sequence, (0, length - len(sequence)), constant_values=filler) for sequence in sequences]
@@ -128,15 +126,9 @@ class LiquidDataCollator:
         Raises:
             ValueError: As `encode`, but for the length.
         """
-        kind = record.get("kind")
-        forms = [(kind, self._longest_instruction)]
-        if kind == "text_to_image" and self.unconditional_probability > 0:
-            forms.append((kind, None))
-        if kind == "text_to_image" and self.caption_probability > 0:
-            forms.append(("caption", None))
         try:
-            for form in forms:
-                self._encode(record, *form)
+            # No form is longer: neither another instruction, nor no text, nor a caption.
+            self._encode(record, record.get("kind"), self._longest_instruction)
         except TooLongError:
             return False
         return True
@@ -148,32 +140,22 @@ class LiquidDataCollator:
             ValueError: If the record's kind or fields are not as the class says, or no id of it has a label.
             TooLongError: If what may not be cut does not fit into `max_length`; a `ValueError` too.
         """
-        ids, labels = self._draw(record)
-        return ids.tolist(), labels.tolist()
-
-    def _draw(self, record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and labels of a record, in the form that chance gives it."""
-        kind = record.get("kind")
+        if (index := _index(record)) >= 0:
+            generator = np.random.default_rng([self.seed, self.epoch, index])
+        else:
+            # Each worker has a copy of the collator: the loader's seed for it makes their draws differ, in each epoch.
+            worker = get_worker_info()
+            seed = self.seed if worker is None else (self.seed, worker.seed)
+            generator = self._generators.setdefault(seed, np.random.default_rng(seed))
         # All are drawn in every case, so that changing one rate leaves the other draws as they are.
-        draws = self._generator(record).random(3)
+        draws = generator.random(3)
+        kind = record.get("kind")
         if kind == "text_to_image" and draws[0] < self.caption_probability:
             kind = "caption"
         instruction = TEXT_TO_IMAGE_INSTRUCTIONS[int(draws[2] * len(TEXT_TO_IMAGE_INSTRUCTIONS))]
         return self._encode(record, kind, None if draws[1] < self.unconditional_probability else instruction)
 
-    def _generator(self, record: Mapping[str, Any]) -> np.random.Generator:
-        if record.get("index") is not None:
-            return np.random.default_rng([self.seed, self.epoch, int(record["index"])])
-        # Each worker has a copy of the collator: the loader's seed for it makes their draws differ, in each epoch.
-        worker = get_worker_info()
-        worker_seed = None if worker is None else worker.seed
-        if worker_seed not in self._generators:
-            self._generators[worker_seed] = np.random.default_rng(
-                self.seed if worker_seed is None else [self.seed, worker_seed]
-            )
-        return self._generators[worker_seed]
-
-    def _encode(self, record: Mapping[str, Any], kind: str, instruction: str | None) -> tuple[np.ndarray, np.ndarray]:
+    def _encode(self, record: Mapping[str, Any], kind: str, instruction: str | None) -> tuple[list[int], list[int]]:
         """Ids and labels of a record as one of `kind`; of a picture to draw, after its text and this instruction, or
         after no text."""
         if kind not in RECORD_KINDS:
@@ -189,29 +171,25 @@ class LiquidDataCollator:
         if kind == "text_to_image":
             codes = self._codes(record)
             target = [*processor.codes_to_ids(codes), processor.eoi_token_id, eos_token_id]
-            return self._sequence([(self._drawing_prompt(text, codes, instruction, target), False), (target, True)])
+            size = processor.image_layout.size(codes.shape)
+            if instruction is None:
+                prompt = processor.unconditional_ids(*size)
+            else:  # the text is cut, so that all of `target` fits behind
+                self._check_room(len(processor.bos_ids) + 2 + len(target))
+                room = None if self.max_length is None else self.max_length - len(target)
+                prompt = processor.image_prompt_ids(text, *size, instruction=instruction, max_length=room)
+            self._check_room(len(prompt) + len(target))
+            return self._sequence([(prompt, False), (target, True)])
         processor.check_plain(text)
         prompt = processor.bos_ids if kind == "text" else processor.caption_ids(self._codes(record))
         return self._sequence([(prompt, False), ([*processor.encode(text), eos_token_id], True)])
-
-    def _drawing_prompt(self, text: str, codes: np.ndarray, instruction: str | None, target: list[int]) -> list[int]:
-        """What a picture is drawn from: its text is cut, so that all of `target` fits behind."""
-        height, width = self.processor.image_layout.size(codes.shape)
-        if instruction is None:
-            prompt = self.processor.unconditional_ids(height, width)
-        else:
-            self._check_room(len(self.processor.bos_ids) + 2 + len(target))
-            room = None if self.max_length is None else self.max_length - len(target)
-            prompt = self.processor.image_prompt_ids(text, height, width, instruction=instruction, max_length=room)
-        self._check_room(len(prompt) + len(target))
-        return prompt
 
     def _codes(self, image: Mapping[str, Any] | Sequence) -> np.ndarray:
         """The codes (grid_height, grid_width) of a record, or of an image in it."""
         codes, grid = image, None
         if isinstance(image, Mapping):
             codes, grid = required_field(image, "codes"), image.get("grid")
-        codes = codes.cpu().numpy() if isinstance(codes, torch.Tensor) else np.asarray(codes)
+        codes = np.asarray(codes)
         if grid is None and codes.ndim == 2:
             return codes
         grid = self.processor.image_layout.grid() if grid is None else tuple(int(side) for side in grid)
@@ -222,7 +200,7 @@ class LiquidDataCollator:
             )
         return codes.reshape(grid)
 
-    def _sequence(self, pieces: list[tuple[list[int], bool]]) -> tuple[np.ndarray, np.ndarray]:
+    def _sequence(self, pieces: list[tuple[list[int], bool]]) -> tuple[list[int], list[int]]:
         """Joins pieces of ids and whether they are learned; cuts the last one, but not through an image."""
         ids = np.array([index for piece, _ in pieces for index in piece], dtype=np.int64)
         learned = np.repeat([is_learned for _, is_learned in pieces], [len(piece) for piece, _ in pieces])
@@ -234,7 +212,7 @@ class LiquidDataCollator:
             ids, labels = ids[: self.max_length], labels[: self.max_length]
         if (labels == IGNORE_INDEX).all():
             raise ValueError(f"No id of the record has a label, so that nothing is learned from it: {ids.tolist()}.")
-        return ids, labels
+        return ids.tolist(), labels.tolist()
 
     def _check_room(self, length: int) -> None:
         if self.max_length is not None and length > self.max_length:
@@ -245,4 +223,6 @@ class LiquidDataCollator:
             )
 
 
-__all__ = ["IGNORE_INDEX", "LiquidDataCollator"]
+def _index(record: Mapping[str, Any]) -> int:
+    """Where in a mixture a record stands; -1 if it does not say."""
+    return -1 if record.get("index") is None else int(record["index"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,12 +156,12 @@ def drop_too_long(
     return kept
 
 
+@dataclass
 class _CountingFilter:
     """Whether a record of a stream fits; tells of 1, 2, 4, ... that do not."""
 
-    def __init__(self, collator: LiquidDataCollator) -> None:
-        self.collator = collator
-        self.dropped = 0
+    collator: LiquidDataCollator
+    dropped: int = 0
 
     def __call__(self, record: Mapping[str, Any]) -> bool:
         if self.collator.fits(record):
@@ -228,6 +229,7 @@ def mix_records(
     return MixedRecords(datasets, np.asarray(order["source"][:]), np.asarray(order["place"][:]))
 
 
+@dataclass(eq=False)
 class MixedRecords(torch.utils.data.Dataset):
     """Records of several data sets in one order, each with its position as `index`.
 
@@ -237,12 +239,9 @@ class MixedRecords(torch.utils.data.Dataset):
         places (`np.ndarray` of ints (N,)): ... and where.
     """
 
-    def __init__(
-        self, datasets: Sequence[Sequence[Mapping[str, Any]]], sources: np.ndarray, places: np.ndarray
-    ) -> None:
-        self.datasets = list(datasets)
-        self.sources = sources
-        self.places = places
+    datasets: Sequence[Sequence[Mapping[str, Any]]]
+    sources: np.ndarray
+    places: np.ndarray
 
     def __len__(self) -> int:
         return len(self.places)
@@ -250,6 +249,3 @@ class MixedRecords(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
         return {**self.datasets[self.sources[index]][int(self.places[index])], "index": index}
-
-
-__all__ = ["MixedRecords", "drop_too_long", "load_records", "mix_records"]

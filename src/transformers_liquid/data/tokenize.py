@@ -116,7 +116,7 @@ def tokenize_dataset(
         "kind": kind,
         "records_per_shard": records_per_shard,
     }
-    check_settings(settings, batch_size, num_workers)
+    check_settings(settings, batch_size=batch_size, num_workers=num_workers, records_per_shard=records_per_shard)
     image_processor = LiquidImageProcessor(config.image_size, config.downsample_factor, framing)
     folder = image_folder(source)
     records, columns = open_source(source, image_column, text_column)
@@ -201,25 +201,17 @@ def open_source(
     return records, columns | {"text_column": choose("text", text_column, TEXT_COLUMNS, (str,))}
 
 
-def check_settings(settings: Mapping[str, Any], batch_size: int, num_workers: int) -> None:
-    kind, grids, records_per_shard = (settings[name] for name in ("kind", "grids", "records_per_shard"))
+def check_settings(settings: Mapping[str, Any], **counts: int) -> None:
+    grids, kind = settings["grids"], settings["kind"]
+    wrong = [f"{name} must be at least 1, got {count}." for name, count in counts.items() if count < 1]
+    if kind not in IMAGE_KINDS:
+        wrong.append(f"kind must be one of {', '.join(IMAGE_KINDS)}, got {kind!r}.")
     # Of two grids with the same proportions, no picture could choose one.
-    are_grids = grids and all(side > 0 for grid in grids for side in grid)
-    are_grids = are_grids and len({height / width for height, width in grids}) == len(grids)
-    for name, value, is_right, expected in (
-        ("batch_size", batch_size, batch_size >= 1, "at least 1"),
-        ("num_workers", num_workers, num_workers >= 1, "at least 1"),
-        ("records_per_shard", records_per_shard, records_per_shard >= 1, "at least 1"),
-        ("kind", kind, kind in IMAGE_KINDS, f"one of {', '.join(IMAGE_KINDS)}"),
-        (
-            "grids",
-            grids,
-            are_grids,
-            "(height, width) in codes, at least one, all positive, not of the same proportions",
-        ),
-    ):
-        if not is_right:
-            raise ValueError(f"{name} must be {expected}, got {value!r}.")
+    proportions = {height / width for height, width in grids if height > 0 and width > 0}
+    if not grids or len(proportions) < len(grids):
+        wrong.append(f"grids must be (height, width) in codes, all positive, of different proportions, got {grids}.")
+    if wrong:
+        raise ValueError(" ".join(wrong))
 
 
 def image_folder(source: Mapping[str, Any]) -> Path:
@@ -274,10 +266,8 @@ class PictureReader(torch.utils.data.Dataset):
     kind: str
     frame: LiquidImageProcessor
 
-    def __getitem__(self, numbered: tuple[int, Mapping[str, Any] | Exception]) -> Picture | Exception:
+    def __getitem__(self, numbered: tuple[int, Mapping[str, Any]]) -> Picture:
         number, source = numbered
-        if isinstance(source, Exception):
-            return source
         cells = _cells(source)
         image, text = cells.get(self.image_column), cells.get(self.text_column)
         path = image.get("path") if isinstance(image, Mapping) else image if isinstance(image, str) else None
@@ -322,23 +312,20 @@ def read_pictures(
     loader = DataLoader(reader, sampler=numbered, batch_size=None, num_workers=num_workers, prefetch_factor=4)
     of_all = "" if processes.num_processes == 1 else f" (process 0 of {processes.num_processes})"
     disable = None if processes.is_main_process else True
-    for picture in tqdm(iter(loader), f"tokenizing{of_all}", total, unit=" images", disable=disable):
-        if isinstance(picture, Exception):
-            raise picture
-        yield picture
+    yield from tqdm(iter(loader), f"tokenizing{of_all}", total, unit=" images", disable=disable)
 
 
 def number_stream(records: Iterable, is_left: Callable[[int], bool]) -> Iterator[tuple[int, Any]]:
-    """The records that are left with their numbers. An error comes last and as a record: others are still on their way
-    when it occurs."""
+    """The records that are left with their numbers."""
     number = -1
     try:
         for number, record in enumerate(records):
             if is_left(number):
                 yield number, record
     except Exception as error:  # readers raise anything
-        message = f"The data set cannot be read after record {number} ({error}). Finished shards are kept: run the same again."
-        yield number + 1, ValueError(message)
+        raise ValueError(
+            f"The data set cannot be read after record {number} ({error}). Finished shards are kept: run the same again."
+        ) from error
 
 
 # Encode
@@ -425,6 +412,3 @@ def _cells(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a record has in each `column`, and in each `column.field`."""
     nested = {name: value for name, value in record.items() if isinstance(value, Mapping)}
     return {**record, **{f"{name}.{field}": cell for name, fields in nested.items() for field, cell in fields.items()}}
-
-
-__all__ = ["tokenize_dataset"]

@@ -151,6 +151,3 @@ def _linear_layers(model: LiquidForCausalLM) -> str:
         names |= {name for name in linear if name.startswith("in_proj")} if is_state_space_mixer else linear
     body = re.escape(f"model.text_model.{text_model.base_model_prefix}.")
     return rf"{body}(.*\.)?({'|'.join(sorted(names))})"
-
-
-__all__ = ["liquid_lora_config", "liquid_rows_config"]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,7 @@ class LiquidTrainingArguments(TrainingArguments):
     max_grad_norm: float | None = HfArg(
         default=None, help="Gradient clipping. Defaults to 1.0, for 7B parameters and more to 0.5."
     )
+    report_to: list[str] = HfArg(default_factory=lambda: ["none"], help="none, all, tensorboard, wandb, ...")
     preview_prompts: list[str] = HfArg(default_factory=list, help="What to draw while training.")
     preview_steps: int = HfArg(default=500, help="Steps between two sheets of previews.")
     remove_unused_columns: bool = HfArg(default=False, help="Must stay false: the collator chooses.")
@@ -92,31 +94,25 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     Raises:
         ValueError: On an unknown, missing or wrong option, naming it.
     """
-    prog = "transformers-liquid train"
-    finder = _Parser([], prog=prog, add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", type=Path)
-    file = finder.parse_known_args(args=list(argv))[0].config
-    config = None
-    try:
-        config = {} if file is None else yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        finder.error(f"{file} is no YAML: {error}")
-    if not isinstance(config, dict):
-        finder.error(f"{file} must hold options as `name: value` lines")
-
-    parser = _Parser((ModelArguments, DataArguments, LiquidTrainingArguments), prog=prog)
-    parser.add_argument("--config", type=Path, help="a YAML file with any of the options below")
-    options = {action.dest: action for action in parser._actions}
-    if unknown := sorted(set(config) - set(options)):
-        parser.error(f"the configuration has unknown options: {', '.join(unknown)}")
-    for name, value in config.items():
-        options[name].required = False
-        if options[name].nargs == "+" and not isinstance(value, list):
-            parser.error(f"the option {name} of the configuration must be a list, got {value!r}")
-        if options[name].choices is not None and value not in options[name].choices:
-            parser.error(f"the option {name} must be one of {', '.join(options[name].choices)}, got {value!r}")
-    parser.set_defaults(**config)
-    *arguments, _ = parser.parse_args_into_dataclasses(args=list(argv))
+    finder = _Parser([], prog="transformers-liquid train", add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path, help="a YAML file with any of the options below")
+    file, words = finder.parse_known_args(args=list(argv))[0].config, []
+    if file is not None:
+        try:
+            config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            finder.error(f"{file} is no YAML: {error}")
+        if not isinstance(config, dict):
+            finder.error(f"{file} must hold options as `name: value` lines")
+        # As if they stood on the command line before all that does.
+        for name, value in config.items():
+            if isinstance(value, list):
+                words += [f"--{name}", *map(str, value)]
+            elif value is not None:
+                words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    options = (ModelArguments, DataArguments, LiquidTrainingArguments)
+    parser = _Parser(options, prog=finder.prog, parents=[finder], allow_abbrev=False)
+    *arguments, _ = parser.parse_args_into_dataclasses(args=[*words, *argv])
     return tuple(arguments)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +17,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from ..data.collator import IGNORE_INDEX, LiquidDataCollator
+from ..data.collator import LiquidDataCollator
 from ..models.liquid.image_processing_liquid import contact_sheet
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
+from ..ops.chunked_loss import IGNORE_INDEX
 from ..ops.packed_attention import use_packed_attention
 from ..pipelines.text_to_image import LiquidImageGenerationPipeline
 
@@ -194,13 +194,12 @@ class PreviewCallback(TrainerCallback):
         trainer ([`LiquidTrainer`]): Its model, its processor and its TensorBoard.
         prompts (`Sequence[str]`): What to draw.
         steps (`int`): Between two contact sheets; one is drawn before the first step and after the last too.
-        seed (`int`, defaults to 0): Picture `i` has seed `seed + i` on each sheet.
 
     Raises:
         ValueError: If a prompt cannot be drawn, or the model's weights are spread over processes.
     """
 
-    def __init__(self, trainer: LiquidTrainer, prompts: Sequence[str], steps: int, seed: int = 0):
+    def __init__(self, trainer: LiquidTrainer, prompts: Sequence[str], steps: int):
         if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
                 "Previews need the whole model in one process: leave out preview_prompts with FSDP and DeepSpeed, and "
@@ -210,7 +209,7 @@ class PreviewCallback(TrainerCallback):
         self.pipe = LiquidImageGenerationPipeline(model=model, processor=trainer.processing_class, device=model.device)
         self.pipe.preprocess(list(prompts))
         self.pipe.set_progress_bar_config(disable=True)
-        self.trainer, self.prompts, self.steps, self.seed = trainer, list(prompts), steps, seed
+        self.trainer, self.prompts, self.steps = trainer, list(prompts), steps
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step == 0:
@@ -225,9 +224,8 @@ class PreviewCallback(TrainerCallback):
             return
         was_training = self.trainer.model.training
         self.trainer.model.eval()
-        images = self.pipe(self.prompts, seed=self.seed)
+        sheet = contact_sheet(self.pipe(self.prompts, seed=0))  # the same noise on each sheet
         self.trainer.model.train(was_training)
-        sheet = contact_sheet(images, math.ceil(math.sqrt(len(images))))
         folder = Path(args.output_dir) / "previews"
         folder.mkdir(parents=True, exist_ok=True)
         sheet.save(folder / f"step-{state.global_step:06d}.png")
@@ -247,6 +245,3 @@ class _EpochCallback(TrainerCallback):
 def liquid_model(model: torch.nn.Module) -> LiquidForCausalLM:
     """The [`LiquidForCausalLM`] itself, without PEFT around it; adapters inside it stay."""
     return model if isinstance(model, LiquidForCausalLM) else model.get_base_model()
-
-
-__all__ = ["LiquidTrainer", "PreviewCallback"]

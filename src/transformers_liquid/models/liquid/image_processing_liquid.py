@@ -142,8 +142,9 @@ class LiquidImageProcessor(BaseImageProcessor):
         return load_image(image_url_or_urls)
 
 
-def contact_sheet(images: "list[PIL.Image.Image]", columns: int) -> PIL.Image.Image:
-    """Pictures of one size side by side, row by row; the last row is filled up with white."""
+def contact_sheet(images: "list[PIL.Image.Image]", columns: int | None = None) -> PIL.Image.Image:
+    """Pictures of one size side by side, row by row; the last row is filled up with white. Nearly square by itself."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     blanks = [PIL.Image.new("RGB", images[0].size, "white")] * (rows * columns - len(images))
     return make_image_grid([*images, *blanks], rows=rows, cols=columns)
