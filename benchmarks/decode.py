@@ -331,7 +331,7 @@ def draw_reference(subject: Subject, prompts: dict[str, torch.Tensor], seed: int
     text_model, settings, image_slice = (
         subject.model.model.text_model,
         subject.settings,
-        subject.model.config.image_slice,
+        subject.model.config.image_layout.image_slice,
     )
     min_p = settings.get("guidance_min_p")
     torch.manual_seed(seed)

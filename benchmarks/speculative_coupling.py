@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     processor = LiquidProcessor.from_pretrained(EMOJI_CHECKPOINT)
     SETTINGS["the checkpoint's own"] = model.generation_config.image_generation_config
     prompts = PROMPTS[: args.prompts]
-    num_codes = model.config.image_seq_length
+    num_codes = model.config.image_layout.num_codes()
     print(f"{len(prompts)} pictures of {num_codes} codes")
     print("| settings | coupling | first guesses |" + "".join(f" window {window} |" for window in args.windows))
     print("|---|---|---|" + "---|" * len(args.windows))
@@ -109,7 +109,7 @@ def draw(
     seed: int,
 ) -> list[int]:
     """Draws one picture; how many codes became final with each forward."""
-    num_codes, codebook_size = model.config.image_seq_length, model.config.codebook_size
+    num_codes, codebook_size = model.config.image_layout.num_codes(), model.config.codebook_size
     generator = torch.Generator().manual_seed(seed)
     redraw = REDRAW[coupling](num_codes, codebook_size, generator)
     inputs = processor(text=[prompt], generation_mode="image", return_tensors="pt")

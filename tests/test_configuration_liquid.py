@@ -23,7 +23,7 @@ def test_the_default_is_chameleons_codec_at_the_end_of_the_vocabulary():
     config = LiquidConfig()
     assert config.vq_config == CHAMELEON_VQ_CONFIG
     assert (config.codebook_size, config.downsample_factor, config.image_size) == (8192, 16, 512)
-    assert config.grid() == (32, 32) and config.image_seq_length == 1024
+    assert config.grid() == (32, 32) and config.image_layout.num_codes() == 1024
     assert config.image_token_range.stop == config.text_config.vocab_size
 
 
@@ -46,11 +46,11 @@ def test_a_codec_loaded_from_a_path_gives_its_configuration(tmp_path):
 
 def test_codes_and_ids_are_each_others_inverse(config):
     codes = torch.arange(CODEBOOK_SIZE).view(4, -1)
-    ids = config.codes_to_ids(codes)
+    ids = config.image_layout.codes_to_ids(codes)
     assert ids[0, 0] == IMAGE_TOKEN_OFFSET and ids[-1, -1] == IMAGE_TOKEN_OFFSET + CODEBOOK_SIZE - 1
-    assert torch.equal(config.ids_to_codes(ids), codes)
+    assert torch.equal(config.image_layout.ids_to_codes(ids), codes)
     assert ids[1, 2] in config.image_token_range and torch.equal(
-        torch.arange(VOCAB_SIZE)[config.image_slice], ids.flatten()
+        torch.arange(VOCAB_SIZE)[config.image_layout.image_slice], ids.flatten()
     )
 
 
@@ -58,10 +58,10 @@ def test_an_id_that_is_no_code_is_named_with_its_position_and_the_valid_range(co
     ids = torch.full((2, 3), IMAGE_TOKEN_OFFSET)
     ids[1, 2] = 5
     valid = f"{IMAGE_TOKEN_OFFSET} ... {IMAGE_TOKEN_OFFSET + CODEBOOK_SIZE - 1}"
-    with pytest.raises(ValueError, match=rf"Id 5 at position 1, 2 is not an image id: those are {valid}"):
-        config.ids_to_codes(ids)
+    with pytest.raises(ValueError, match=rf"Id 5 at position 1, 2 is outside of the codebook {valid}"):
+        config.image_layout.ids_to_codes(ids)
     with pytest.raises(ValueError, match=rf"Code {CODEBOOK_SIZE} at position 0 is outside of the codebook 0 \.\.\."):
-        config.codes_to_ids(torch.tensor([CODEBOOK_SIZE]))
+        config.image_layout.codes_to_ids(torch.tensor([CODEBOOK_SIZE]))
 
 
 @pytest.mark.parametrize("size", [{"height": 0}, {"width": 3}, {"height": -2}, {"height": 4, "width": 5}])

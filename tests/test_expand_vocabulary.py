@@ -80,7 +80,7 @@ def test_specials_go_into_padded_rows_and_images_after_all_rows():
 def test_padded_rows_that_do_not_suffice_are_used_before_new_ones():
     rows = NUM_TOKENS + 2
     model, _ = expand_vocabulary(tiny_base(vocab_size=rows), tiny_tokenizer(BASE_TOKENS), tiny_codec())
-    assert sorted(model.config.special_image_token_ids) == list(range(NUM_TOKENS, NUM_TOKENS + 4))
+    assert sorted(model.config.image_layout.special_image_token_ids) == list(range(NUM_TOKENS, NUM_TOKENS + 4))
     assert model.config.image_token_offset == NUM_TOKENS + 4
 
 
@@ -132,7 +132,7 @@ def test_mean_rows_are_the_mean_of_the_tokenizers_rows(tied):
     model, _ = expand_vocabulary(base, tiny_tokenizer(BASE_TOKENS), tiny_codec())
     weights = [base.get_input_embeddings().weight, base.lm_head.weight, base.lm_head.bias]
     for weight, mean in zip(weights, means, strict=True):
-        new_rows = weight[model.config.image_slice]
+        new_rows = weight[model.config.image_layout.image_slice]
         assert len(new_rows) == CODEBOOK_SIZE
         torch.testing.assert_close(new_rows, mean.expand_as(new_rows))
 
@@ -143,7 +143,7 @@ def test_normal_rows_have_the_mean_and_covariance_of_the_tokenizers_rows_and_dep
         model, _ = expand_vocabulary(
             base, tiny_tokenizer(BASE_TOKENS), tiny_codec(num_vq_embeddings=20_000), init="normal", seed=seed
         )
-        return model.get_input_embeddings().weight.detach()[model.config.image_slice]
+        return model.get_input_embeddings().weight.detach()[model.config.image_layout.image_slice]
 
     old_rows = tiny_base(vocab_size=NUM_TOKENS).get_input_embeddings().weight.detach()
     rows = new_rows(1)

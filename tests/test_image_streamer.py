@@ -90,7 +90,9 @@ def test_each_column_goes_on_with_its_last_code(model, number, sources):
 def test_the_drawn_part_of_a_preview_is_close_to_the_finished_picture():
     model = LiquidForCausalLM.from_pretrained(EMOJI_CHECKPOINT)
     stored = json.loads((Path(__file__).parent / "emoji_codes.json").read_text(encoding="utf-8"))
-    ids = model.config.codes_to_ids(torch.tensor([*stored["seen"].values(), *stored["unseen_composition"].values()]))
+    ids = model.config.image_layout.codes_to_ids(
+        torch.tensor([*stored["seen"].values(), *stored["unseen_composition"].values()])
+    )
     whole = finished(model, ids).astype(float)
     for number, limit in ((16, 10), (32, 8), (48, 7)):
         previews = np.stack([np.asarray(image) for image in partial_pictures(model, ids[:, :number])])

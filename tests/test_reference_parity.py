@@ -56,7 +56,7 @@ def test_layout_of_the_published_checkpoint():
     assert config.image_token_range == range(OFFSET, OFFSET + 8192)
     assert (config.boi_token_id, config.eoi_token_id, config.uncond_token_id) == (BOI, EOI, UNCOND)
     assert config.grid() == (32, 32)
-    assert config.image_seq_length == 1024
+    assert config.image_layout.num_codes() == 1024
     assert config.image_size == 512
 
 

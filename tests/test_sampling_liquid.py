@@ -92,7 +92,7 @@ def test_a_step_that_returns_the_same_memory_every_time_draws_the_same_pictures(
     streamer.put_codes = streamer.put
     ids = draw(model, **SETTINGS, **compiling(), generator=generators(1, 2, 3), streamer=streamer)
     assert torch.equal(ids, plain)
-    assert torch.equal(model.config.codes_to_ids(torch.cat(streamer.received[1:], dim=1)), plain)
+    assert torch.equal(model.config.image_layout.codes_to_ids(torch.cat(streamer.received[1:], dim=1)), plain)
 
 
 def test_a_users_processor_or_recorded_output_is_not_compiled():

@@ -100,7 +100,7 @@ def test_rows_alone_move_where_only_rows_are_trained(folder, tmp_path):
     text = torch.randint(7, 250, (2, 9))
     base = LiquidForCausalLM.from_pretrained(folder / "base")
     offset = base.config.image_token_offset
-    others = [index for index in range(offset) if index not in base.config.special_image_token_ids]
+    others = [index for index in range(offset) if index not in base.config.image_layout.special_image_token_ids]
     with torch.no_grad():
         assert torch.equal(model(text).logits[..., others], base(text).logits[..., others])
         assert not torch.allclose(model(text).logits[..., offset:], base(text).logits[..., offset:], atol=1e-3)

@@ -197,7 +197,7 @@ def embed_codes_like_codebook(model: LiquidForCausalLM, codec: LiquidVQModel) ->
     projection = torch.nn.init.orthogonal_(torch.empty(codebook.shape[1], embeddings.shape[1]))
     projected = codebook @ projection
     std = model.config.text_config.initializer_range
-    rows = embeddings[model.config.image_slice]
+    rows = embeddings[model.config.image_layout.image_slice]
     rows.mul_(0.5).add_(projected, alpha=float(std / projected.square().mean().sqrt()))
 
 

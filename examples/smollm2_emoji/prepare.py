@@ -91,7 +91,7 @@ def build_base(output: Path) -> None:
 def arrange_like_codebook(model: LiquidForCausalLM) -> None:
     """Moves the new rows so that codes that look alike have rows that are alike; mean and covariance stay about the
     same. Half of each row's variance stays its own."""
-    rows = model.get_input_embeddings().weight[model.config.image_slice]
+    rows = model.get_input_embeddings().weight[model.config.image_layout.image_slice]
     mean = rows.mean(0)
     codebook = model.model.vq_model.quantize.embedding.weight
     codebook = (codebook - codebook.mean(0)) / codebook.std(0)

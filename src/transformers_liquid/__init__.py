@@ -23,11 +23,7 @@ from .conversion.export import export_base_model
 from .data.collator import LiquidDataCollator
 from .data.mixture import load_records, mix_records
 from .data.tokenize import tokenize_dataset
-from .generation.guidance import (
-    GuidanceLogitsProcessor,
-    ImageTokenLogitsProcessor,
-    SuppressImageTokensLogitsProcessor,
-)
+from .generation.guidance import GuidanceLogitsProcessor, ImageTokenLogitsProcessor, SuppressImageTokensLogitsProcessor
 from .generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 from .models.liquid.configuration_liquid import LiquidConfig
 from .models.liquid.image_processing_liquid import LiquidImageProcessor

@@ -113,7 +113,7 @@ class LiquidVQModel(VQModel):
             raise ValueError(
                 f"codes must have shape (batch, height, width) and not be empty, got {tuple(codes.shape)}."
             )
-        check_codes(codes, self.codebook_size)
+        check_codes(codes, range(self.codebook_size))
         # No cache: it would hold the weights a second time.
         with maybe_autocast(codes.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
             # (B, h, w, C) seen as (B, C, h, w) is channels-last already, in which CPUs convolve faster.
@@ -152,14 +152,14 @@ def code_grid(height: int, width: int, factor: int) -> tuple[int, int]:
     return height // factor, width // factor
 
 
-def check_codes(codes: torch.Tensor, codebook_size: int) -> None:
-    """Raises a `ValueError` that names the first code outside of the codebook and its position."""
-    wrong = (codes < 0) | (codes >= codebook_size)
+def check_codes(codes: torch.Tensor, codebook: range, name: str = "Code") -> None:
+    """Raises a `ValueError` that names the first code (or id of a code) outside of the codebook and its position."""
+    wrong = (codes < codebook.start) | (codes >= codebook.stop)
     if wrong.any():
         position = tuple(wrong.nonzero()[0].tolist())
         raise ValueError(
-            f"Code {int(codes[position])} at position {', '.join(map(str, position))} is outside of the codebook "
-            f"0 ... {codebook_size - 1}."
+            f"{name} {int(codes[position])} at position {', '.join(map(str, position))} is outside of the codebook "
+            f"{codebook.start} ... {codebook.stop - 1}."
         )
 
 

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AddedToken,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..codecs.vq_model import LiquidVQModel, code_grid
 from ..models.liquid.configuration_liquid import LiquidConfig
@@ -161,6 +156,3 @@ def _set_new_rows(text_rows: torch.Tensor, new_rows: torch.Tensor, init: str, ge
         variances, directions = torch.linalg.eigh(covariance)
         draws = torch.randn(new_rows.shape, generator=generator).to(new_rows.device)
         new_rows.copy_(mean + (draws * variances.clamp(min=0).sqrt()) @ directions.T)
-
-
-__all__ = ["expand_vocabulary"]

@@ -23,7 +23,7 @@ class ImageTokenLogitsProcessor(LogitsProcessor):
     """
 
     def __init__(self, config: LiquidConfig) -> None:
-        self.image_slice = config.image_slice
+        self.image_slice = config.image_layout.image_slice
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         restricted = torch.full_like(scores, -torch.inf)
@@ -39,8 +39,8 @@ class SuppressImageTokensLogitsProcessor(LogitsProcessor):
     """
 
     def __init__(self, config: LiquidConfig) -> None:
-        self.image_slice = config.image_slice
-        self.specials = config.special_image_token_ids
+        self.image_slice = config.image_layout.image_slice
+        self.specials = config.image_layout.special_image_token_ids
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         scores = scores.clone()

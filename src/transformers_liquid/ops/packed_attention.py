@@ -122,5 +122,3 @@ def check_packing(model: nn.Module) -> None:
 
 AttentionInterface.register(PACKED_SDPA, packed_sdpa_attention_forward)
 AttentionMaskInterface.register(PACKED_SDPA, packed_sdpa_mask)
-
-__all__ = ["use_packed_attention"]

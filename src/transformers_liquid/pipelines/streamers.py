@@ -187,6 +187,3 @@ class ImageIteratorStreamer(ImageStreamer):
             self.image_queue.put(None)  # for whoever asks again
             raise StopIteration
         return value
-
-
-__all__ = ["ImageIteratorStreamer", "ImageStreamer", "partial_pictures"]

@@ -359,6 +359,3 @@ PIPELINE_REGISTRY.register_pipeline(
     default={"model": (EMOJI_CHECKPOINT, None)},
     type="multimodal",
 )
-
-
-__all__ = ["LiquidImageGenerationPipeline"]

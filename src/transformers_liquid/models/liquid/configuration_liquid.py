@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -115,32 +114,6 @@ class LiquidConfig(PreTrainedConfig):
         """All image ids."""
         return self.image_layout.image_token_range
 
-    @property
-    def image_slice(self) -> slice:
-        """Where the image rows lie in the embeddings and the image columns in the logits."""
-        return self.image_layout.image_slice
-
-    @property
-    def image_seq_length(self) -> int:
-        """Number of codes of a picture of the default size."""
-        return self.image_layout.num_codes()
-
-    @property
-    def special_image_token_ids(self) -> list[int]:
-        """The ids of boi, eoi, the unconditional token and the placeholder."""
-        return self.image_layout.special_image_token_ids
-
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width in codes of a picture: see [`ImageLayout.grid`]."""
         return self.image_layout.grid(height, width)
-
-    def codes_to_ids(self, codes: torch.Tensor) -> torch.Tensor:
-        """Token ids of codes: see [`ImageLayout.codes_to_ids`]."""
-        return self.image_layout.codes_to_ids(codes)
-
-    def ids_to_codes(self, ids: torch.Tensor) -> torch.Tensor:
-        """Codes of image token ids: see [`ImageLayout.ids_to_codes`]."""
-        return self.image_layout.ids_to_codes(ids)
-
-
-__all__ = ["LiquidConfig"]

@@ -163,7 +163,7 @@ class LiquidModel(LiquidPreTrainedModel):
         """
         if isinstance(pixel_values, torch.Tensor):
             codes = self.vq_model.encode_codes(pixel_values.to(self.vq_model.device))
-            return list(self.config.codes_to_ids(codes).flatten(1))
+            return list(self.config.image_layout.codes_to_ids(codes, trusted=True).flatten(1))
         return [self.encode_images(picture[None])[0] for picture in pixel_values]
 
     def fill_image_placeholders(
@@ -222,8 +222,6 @@ class LiquidModel(LiquidPreTrainedModel):
 
     def _text_inputs(self, input_ids, pixel_values, inputs_embeds, past_key_values) -> dict[str, Any]:
         """What the base model is given in place of ids, pictures and a cache."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if pixel_values is not None:
             input_ids = self.fill_image_placeholders(input_ids, pixel_values)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
@@ -395,7 +393,9 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
                 f"A picture of {grid_height} x {grid_width} codes needs {grid_height * grid_width} image ids, got "
                 f"{image_tokens.shape[-1]}. Pass the height and width that the ids were generated with."
             )
-        return self.decode_codes(self.config.ids_to_codes(image_tokens).view(-1, grid_height, grid_width), dtype=dtype)
+        return self.decode_codes(
+            self.config.image_layout.ids_to_codes(image_tokens).view(-1, grid_height, grid_width), dtype=dtype
+        )
 
     @torch.no_grad()
     def decode_codes(self, codes: torch.LongTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -457,13 +457,9 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         elif input_ids is not None and (input_ids == self.config.image_token_id).any():
             raise ValueError("The prompts hold image placeholders, but no pixel_values were given.")
 
-        image_only = {name: kwargs.pop(name, None) for name in ("height", "width", "generator", "guidance_min_p")}
-        given = {name: value for name, value in image_only.items() if value is not None}
         settings = {"generation_config": generation_config, "logits_processor": logits_processor}
         if generation_mode == "image":
-            return generate_image_tokens(self, input_ids, **settings, **given, **kwargs)
-        if given:
-            raise ValueError(f'{", ".join(given)} only make sense with generation_mode="image".')
+            return generate_image_tokens(self, input_ids, **settings, **kwargs)
         if suppress_image_tokens:
             suppress = SuppressImageTokensLogitsProcessor(self.config)
             settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), suppress])
@@ -477,7 +473,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         """
         view, view.model = shallow_copy(self), shallow_copy(self.model)
         view.model.text_model = shallow_copy(self.model.text_model)
-        head, rows = self.get_output_embeddings(), self.config.image_slice
+        head, rows = self.get_output_embeddings(), self.config.image_layout.image_slice
         if is_plain_linear(head):
             sliced = nn.Linear(head.in_features, rows.stop - rows.start, bias=head.bias is not None, device="meta")
             for name, parameter in head.named_parameters():
@@ -513,6 +509,3 @@ def assemble(config: LiquidConfig, base_model: PreTrainedModel, codec: LiquidVQM
         model.hf_quantizer = quantizer
         model.config.quantization_config = base_model.config.quantization_config
     return model.train(base_model.training)
-
-
-__all__ = ["LiquidForCausalLM", "LiquidModel", "LiquidPreTrainedModel"]

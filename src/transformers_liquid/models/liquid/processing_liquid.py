@@ -674,13 +674,3 @@ def default_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | dict[str,
     if template is None:
         template = gemma if "<start_of_turn>" in tokenizer.get_vocab() else plain
     return parts_to_text + template
-
-
-__all__ = [
-    "CAPTION_INSTRUCTION",
-    "IMAGE_MARK",
-    "TEXT_TO_IMAGE_INSTRUCTIONS",
-    "LiquidProcessor",
-    "build_processor",
-    "default_chat_template",
-]

@@ -74,7 +74,7 @@ class ImageLayout:
     @property
     def image_slice(self) -> slice:
         """Where the vocabulary rows of codes lie in the embeddings, and their scores in the logits."""
-        return slice(self.image_token_offset, self.image_token_offset + self.codebook_size)
+        return slice(self.image_token_range.start, self.image_token_range.stop)
 
     @property
     def special_image_token_ids(self) -> list[int]:
@@ -116,7 +116,7 @@ class ImageLayout:
             ValueError: If a code is outside the codebook, naming it and its position.
         """
         if not trusted:
-            check_codes(codes, self.codebook_size)
+            check_codes(codes, range(self.codebook_size))
         return codes.long() + self.image_token_offset
 
     def ids_to_codes(self, ids: torch.Tensor) -> torch.Tensor:
@@ -125,13 +125,7 @@ class ImageLayout:
         Raises:
             ValueError: If an id is no image id, naming it and its position.
         """
-        is_other = ~self.is_image_token(ids)
-        if is_other.any():
-            position = tuple(is_other.nonzero()[0].tolist())
-            raise ValueError(
-                f"Id {int(ids[position])} at position {', '.join(map(str, position))} is not an image id: those are "
-                f"{self.image_token_range.start} ... {self.image_token_range.stop - 1}."
-            )
+        check_codes(ids, self.image_token_range, "Id")
         return ids - self.image_token_offset
 
     def is_image_token(self, ids: torch.Tensor) -> torch.BoolTensor:
