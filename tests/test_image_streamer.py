@@ -20,8 +20,8 @@ GREY = 128
 class Keeper(ImageStreamer):
     """Keeps everything it is given."""
 
-    def reset(self):
-        super().reset()
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.calls = []
 
     def on_finalized_images(self, images, num_codes, stream_end=False):
@@ -162,7 +162,6 @@ def test_another_thread_reads_the_pictures_as_they_come(model, inputs):
     thread.join()
     assert [number for _, number in read] == [6, 12, 16]
     assert same(read[-1][0], finished(model, drawn[0]))
-    assert next(streamer, None) is None
 
 
 def test_the_reader_of_a_failed_generate_does_not_wait_forever(model, inputs):
@@ -191,24 +190,19 @@ def test_pictures_that_end_early_are_handed_out_as_far_as_they_are(model, inputs
 
 
 @pytest.mark.parametrize("streamer_class", [Keeper, ImageIteratorStreamer])
-def test_a_second_use_needs_a_reset(model, inputs, streamer_class):
+def test_a_streamer_follows_one_drawing_after_another_and_after_one_that_failed(model, inputs, streamer_class):
     streamer = streamer_class(model, every=99)
-    model.generate(**inputs, generation_mode="image", streamer=streamer)
-    with pytest.raises(ValueError, match=r"follows one call of generate: call its reset\(\)"):
-        model.generate(**inputs, generation_mode="image", streamer=streamer)
-    streamer.reset()
-    ids = model.generate(**inputs, generation_mode="image", streamer=streamer)
-    pictures = [np.asarray(image) for image in partial_pictures(model, ids)]
-    calls = streamer.calls if streamer_class is Keeper else list(streamer)
-    assert len(calls) == 1 and same(calls[0][0], pictures)
 
+    def fail(ids, scores, **kwargs):
+        raise RuntimeError("no memory")
 
-def test_a_second_use_after_a_failure_needs_a_reset(model, inputs):
-    streamer = Keeper(model)
-    streamer.put(inputs["input_ids"])
-    streamer.put(random_ids()[:, 0])
-    with pytest.raises(ValueError, match="follows one call of generate"):
-        model.generate(**inputs, generation_mode="image", streamer=streamer)
+    with pytest.raises(RuntimeError, match="no memory"):
+        model.generate(**inputs, generation_mode="image", streamer=streamer, stopping_criteria=[fail])
+    for _ in range(2):
+        ids = model.generate(**inputs, generation_mode="image", streamer=streamer)
+        calls = [streamer.calls.pop()] if streamer_class is Keeper else list(streamer)
+        assert len(calls) == 1
+        assert same(calls[0][0], [np.asarray(image) for image in partial_pictures(model, ids)])
 
 
 def test_more_codes_than_the_picture_has_are_refused(model, inputs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from queue import Queue
+from typing import Any
 
 import torch
 from PIL import Image
@@ -42,13 +43,9 @@ def partial_pictures(
     >>> pipe("red apple", callback_on_step_end=on_step_end)
     ```
     """
-    return _partial_pictures(model, model.config.ids_to_codes(image_tokens), model.config.grid(height, width))
-
-
-def _partial_pictures(model: LiquidForCausalLM, codes: torch.LongTensor, grid: tuple[int, int]) -> list[Image.Image]:
-    """Of the first n codes `(B, n)` of pictures of a grid."""
-    grid_height, grid_width = grid
-    number, num_codes = codes.shape[1] if codes.ndim == 2 else 0, grid_height * grid_width
+    grid_height, grid_width = model.config.grid(height, width)
+    codes, num_codes = model.config.image_layout.ids_to_codes(image_tokens), grid_height * grid_width
+    number = codes.shape[1] if codes.ndim == 2 else 0
     if not 1 <= number <= num_codes:
         raise ValueError(
             f"A picture of {grid_height} x {grid_width} codes needs image ids of shape (batch, 1 ... {num_codes}), got "
@@ -80,45 +77,34 @@ class ImageStreamer(BaseStreamer):
         width (`int`, *optional*): Likewise.
 
     Raises:
-        ValueError: If `every` is below 1 or the size does not fit the codec; while drawing, if a second `generate` uses
-            the streamer without [`~ImageStreamer.reset`], or draws pictures larger than `height` and `width`.
+        ValueError: If `every` is below 1 or the size does not fit the codec; while drawing, if the pictures are larger
+            than `height` and `width`.
     """
 
     def __init__(
         self, model: LiquidForCausalLM, every: int | None = None, height: int | None = None, width: int | None = None
     ) -> None:
-        self.grid = model.config.grid(height, width)
-        every = self.grid[1] if every is None else every
+        grid_height, grid_width = model.config.grid(height, width)
+        every = grid_width if every is None else every
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number of codes, at least 1, got {every!r}.")
-        self.model, self.every = model, every
-        self.reset()
-
-    def reset(self) -> None:
-        """Makes the streamer as new, for another `generate`; also after one that failed."""
+        self.model, self.every, self.height, self.width = model, every, height, width
+        self.num_codes = grid_height * grid_width
         self.codes: list[torch.LongTensor] = []
-        self.next_tokens_are_prompt = True
-        self.has_ended = False
 
     def put(self, value: torch.LongTensor) -> None:
-        """Receives the prompts `(B, L)` first, then one id of each picture `(B,)` at a time, or `put_codes` does."""
-        if self.has_ended or (value.ndim == 2 and not self.next_tokens_are_prompt):
-            raise ValueError("A streamer follows one call of generate: call its reset() before the next one.")
-        if self.next_tokens_are_prompt:
-            self.next_tokens_are_prompt = False
-            return
-        self.put_codes(self.model.config.ids_to_codes(value)[:, None])
+        """Receives the prompts `(B, L)`, with which a drawing begins."""
+        self.codes = []
 
     def put_codes(self, codes: torch.LongTensor) -> None:
         """Receives the codes of one or more further positions, `(B, n)`."""
         for one in codes.split(1, dim=1):
             self.codes.append(one)
-            if len(self.codes) % self.every == 0 and len(self.codes) != self.grid[0] * self.grid[1]:
+            if len(self.codes) % self.every == 0 and len(self.codes) != self.num_codes:
                 self._show()
 
     def end(self) -> None:
         """Hands out the finished pictures."""
-        self.has_ended = True
         self._show(stream_end=True)
 
     def on_finalized_images(self, images: list[Image.Image], num_codes: int, stream_end: bool = False) -> None:
@@ -132,14 +118,15 @@ class ImageStreamer(BaseStreamer):
         raise NotImplementedError
 
     def _show(self, **kwargs: bool) -> None:
-        pictures = _partial_pictures(self.model, torch.cat(self.codes, dim=1), self.grid)
+        ids = self.model.config.image_layout.codes_to_ids(torch.cat(self.codes, dim=1), trusted=True)
+        pictures = partial_pictures(self.model, ids, self.height, self.width)
         self.on_finalized_images(pictures, len(self.codes), **kwargs)
 
 
 class ImageIteratorStreamer(ImageStreamer):
     """Keeps the partly drawn pictures in a queue: to iterate over `(images, num_codes)` in another thread.
 
-    The last ones are the finished pictures.
+    The last ones are the finished pictures; the pictures of another `generate` are there for another loop.
 
     Args:
         model, every, height, width: As in [`ImageStreamer`].
@@ -157,19 +144,9 @@ class ImageIteratorStreamer(ImageStreamer):
     ```
     """
 
-    def __init__(
-        self,
-        model: LiquidForCausalLM,
-        every: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        timeout: float | None = None,
-    ) -> None:
-        super().__init__(model, every, height, width)
+    def __init__(self, model: LiquidForCausalLM, *args: Any, timeout: float | None = None, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
         self.timeout = timeout
-
-    def reset(self) -> None:
-        super().reset()
         self.image_queue: Queue[tuple[list[Image.Image], int] | None] = Queue()
 
     def on_finalized_images(self, images: list[Image.Image], num_codes: int, stream_end: bool = False) -> None:
@@ -184,6 +161,5 @@ class ImageIteratorStreamer(ImageStreamer):
     def __next__(self) -> tuple[list[Image.Image], int]:
         value = self.image_queue.get(timeout=self.timeout)
         if value is None:
-            self.image_queue.put(None)  # for whoever asks again
             raise StopIteration
         return value

@@ -83,22 +83,7 @@ class LiquidImageGenerationPipeline(Pipeline):
         self._progress_bar_config: dict[str, Any] = {}
         super().__init__(model, processor=processor, **kwargs)
 
-    def __call__(
-        self,
-        prompt: str | list[str],
-        negative_prompt: str | list[str] | None = None,
-        num_images_per_prompt: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        guidance_scale: float | None = None,
-        seed: int | list[int] | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        batch_size: int | None = None,
-        output_type: str | None = None,
-        callback_on_step_end: Callable[..., Any] | None = None,
-        progress_bar: bool | None = None,
-        **generate_kwargs: Any,
-    ) -> Any:
+    def __call__(self, prompt: str | list[str], **kwargs: Any) -> Any:
         """Draws pictures: in the order of the prompts, those of one prompt after each other.
 
         Args:
@@ -121,7 +106,7 @@ class LiquidImageGenerationPipeline(Pipeline):
                 `callback_kwargs["image_tokens"]` holds the ids so far, `(B, step + 1)`. What it returns is ignored; an
                 exception ends the call. [`partial_pictures`] makes pictures of the ids.
             progress_bar (`bool`, *optional*, defaults to `True`): Whether to show one.
-            generate_kwargs: Further settings of [`LiquidForCausalLM.generate`], such as `do_sample`, `temperature`,
+            kwargs: Further settings of [`LiquidForCausalLM.generate`], such as `do_sample`, `temperature`,
                 `top_k`, `top_p` or `guidance_min_p`; and `streamer`, such as an [`ImageStreamer`], for one batch.
 
         Returns:
@@ -130,21 +115,7 @@ class LiquidImageGenerationPipeline(Pipeline):
         Raises:
             ValueError: On inputs that cannot be met, for all prompts, before any drawing.
         """
-        drawn = self.stream(
-            prompt,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            height=height,
-            width=width,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            generator=generator,
-            batch_size=batch_size,
-            output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
-            progress_bar=progress_bar,
-            **generate_kwargs,
-        )
+        drawn = self.stream(prompt, **kwargs)
         images = [image for _, image in sorted(drawn, key=lambda indexed: indexed[0])]
         if isinstance(images[0], torch.Tensor):
             return torch.stack(images)
