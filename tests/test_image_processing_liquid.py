@@ -216,7 +216,7 @@ def test_a_picture_that_framing_would_blow_up_is_refused(processor, framing):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([], "no images"),
+        ([], "at least one array"),
         (PIL.Image.new("RGB", (0, 4)), "no pixels"),
         (np.zeros((0, 4, 3), np.uint8), r"\(0, 4, 3\)"),
         (np.full((4, 4, 3), 255.0), r"\[0, 1\]"),
@@ -234,7 +234,7 @@ def test_unusable_pictures_raise(processor, images, message):
 
 def test_other_objects_raise_type_errors(processor):
     for images in (None, 3, [None]):
-        with pytest.raises(TypeError, match="Expected a path"):
+        with pytest.raises(TypeError, match=r"os\.PathLike"):
             processor(images)
 
 
@@ -277,14 +277,6 @@ def test_postprocess_refuses_what_is_no_picture(processor):
         processor.postprocess(torch.zeros(3, 2, 2))
     with pytest.raises(ValueError, match="latent"):
         processor.postprocess(torch.zeros(1, 3, 2, 2), output_type="latent")
-
-
-def test_fetch_images_keeps_the_nesting_and_blends_transparency(processor):
-    transparent = PIL.Image.new("RGBA", (1, 1), (0, 0, 0, 0))
-    array = noise(4, 4)
-    ((first,), (second,)) = processor.fetch_images([[transparent], [array]])
-    assert first.getpixel((0, 0)) == (255, 255, 255)
-    assert second is array
 
 
 def test_settings_survive_a_round_trip_through_a_directory(tmp_path):

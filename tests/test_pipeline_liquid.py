@@ -371,8 +371,6 @@ def test_a_bar_counts_codes_and_can_be_switched_off(checkpoint, capsys):
         ({"prompt": "a", "output_type": "jpg"}, "output_type must be .* got 'jpg'"),
         ({"prompt": "a", "seed": 0, "generator": torch.Generator()}, "seed or generator, not both"),
         ({"prompt": ["a", "b"], "seed": [1]}, "Got 1 seeds for 2 pictures"),
-        ({"prompt": "a", "seed": -1}, r"in 0 ... 2\*\*63 - 1, got -1"),
-        ({"prompt": "a", "seed": [1.5]}, "A seed must be a whole number .* got 1.5"),
         ({"prompt": ["a", "b"], "generator": [torch.Generator()]}, "Got 1 generators for 2 pictures"),
         ({"prompt": "a", "num_return_sequences": 2}, "use num_images_per_prompt"),
         ({"prompt": "a", "return_dict_in_generate": True}, "call model.generate"),

@@ -81,19 +81,16 @@ def load_taming_codec(path: str | Path, config: str | Path | dict[str, Any] | No
     """
     checkpoint = Path(path) / TAMING_CHECKPOINT_NAME if Path(path).is_dir() else Path(path)
     vq_config = load_taming_config(path, config)
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"There is no taming checkpoint at {checkpoint}.")
-    try:
-        stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and zipfile raise many kinds on broken files
-        raise ValueError(
-            f"{checkpoint} cannot be read as plain tensors: it is damaged or incomplete (download it again), or holds "
-            "pickled Python objects, which are never executed (re-save its state dict where you trust it). "
-            f"{error}"
-        ) from error
-    tensors = stored.get("state_dict", stored) if isinstance(stored, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{checkpoint} must hold a dict of tensors, or one under 'state_dict'.")
+    with checkpoint.open("rb") as file:
+        try:
+            stored = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch and zipfile raise many kinds on broken files
+            raise ValueError(
+                f"{checkpoint} cannot be read as plain tensors: it is damaged or incomplete (download it again), or "
+                "holds pickled Python objects, which are never executed (re-save its state dict where you trust it). "
+                f"{error}"
+            ) from error
+    tensors = stored.get("state_dict", stored) if isinstance(stored, dict) else {}
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(TAMING_TRAINING_PREFIX)}
     table = vq_key_table(vq_config)
     _check_keys("The taming checkpoint", tensors, required=table, optional=())
@@ -117,8 +114,6 @@ def load_taming_config(path: str | Path, config: str | Path | dict[str, Any] | N
     if not isinstance(config, dict):
         default = Path(path) / TAMING_CONFIG_NAME if Path(path).is_dir() else Path(path).with_suffix(".yaml")
         file = default if config is None else Path(config)
-        if not file.is_file():
-            raise FileNotFoundError(f"There is no taming configuration at {file}: pass it as `config`.")
         try:
             config = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -317,10 +317,7 @@ def _generators(
     if len(sources) != number:
         name = "generators" if seed is None else "seeds"
         raise ValueError(f"Got {len(sources)} {name} for {number} pictures: give one each, or a single one.")
-    for one in sources if seed is not None else ():
-        if not isinstance(one, int) or not 0 <= one < 2**63:
-            raise ValueError(f"A seed must be a whole number in 0 ... 2**63 - 1, got {one!r}.")
-    return [torch.Generator().manual_seed(one) if isinstance(one, int) else one for one in sources]
+    return list(sources) if seed is None else [torch.Generator().manual_seed(one) for one in seed]
 
 
 PIPELINE_REGISTRY.register_pipeline(

@@ -101,8 +101,6 @@ class LiquidImageProcessor(BaseImageProcessor):
         code_grid(height, width, self.downsample_factor)
         _check_framing(framing)
         pictures = [_frame(_to_rgb(image), framing, height, width) for image in flatten_images(images)]
-        if not pictures:
-            raise ValueError("Got no images: expected at least one.")
         # float64 until the end, as the reference computes it.
         pixel_values = (np.stack(pictures) / 255.0 * 2.0 - 1.0).astype(np.float32).transpose(0, 3, 1, 2)
         return BatchFeature({"pixel_values": np.ascontiguousarray(pixel_values)}, tensor_type=return_tensors)
@@ -134,12 +132,8 @@ class LiquidImageProcessor(BaseImageProcessor):
         return VaeImageProcessor().postprocess(pixel_values.detach(), output_type=output_type)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Loads what `ProcessorMixin` is given, nested as it came; arrays and tensors pass through."""
-        if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(image) for image in image_url_or_urls]
-        if isinstance(image_url_or_urls, (np.ndarray, torch.Tensor)):
-            return image_url_or_urls
-        return load_image(image_url_or_urls)
+        """The hook of `ProcessorMixin`; here `preprocess` loads what it is given."""
+        return image_url_or_urls
 
 
 def contact_sheet(images: "list[PIL.Image.Image]", columns: int | None = None) -> PIL.Image.Image:
@@ -172,10 +166,8 @@ def load_image(image: "str | Path | bytes | PIL.Image.Image") -> PIL.Image.Image
         data = get_session().get(image, follow_redirects=True).raise_for_status().content
     elif isinstance(image, str) and image.startswith("data:image/"):
         data = base64.b64decode(image.partition(",")[2])
-    elif isinstance(image, (str, Path)):
-        data = Path(image).read_bytes()
     elif not isinstance(image, (bytes, PIL.Image.Image)):
-        raise TypeError(f"Expected a path, a URL, bytes, a Pillow picture, an array or a tensor, got {type(image)}.")
+        data = Path(image).read_bytes()
     cause = None
     try:
         image = PIL.Image.open(io.BytesIO(data)) if isinstance(data, bytes) else image

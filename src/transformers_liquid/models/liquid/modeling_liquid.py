@@ -201,18 +201,13 @@ class LiquidModel(LiquidPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the base model's body; arguments as in [`LiquidForCausalLM.forward`]."""
         inputs = self._text_inputs(input_ids, pixel_values, inputs_embeds, past_key_values)
-        outputs = self.text_model.base_model(
-            **inputs, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **kwargs
-        )
+        outputs = self.text_model.base_model(**inputs, **kwargs)
         return BaseModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get(self._cache_argument),

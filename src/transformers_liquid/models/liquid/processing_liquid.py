@@ -121,7 +121,6 @@ class LiquidProcessor(ProcessorMixin):
         self.image_token_id, self.boi_token_id, self.eoi_token_id, self.uncond_token_id = (
             tokenizer.convert_tokens_to_ids(token) for token in self._image_tokens
         )
-        vocabulary = tokenizer.get_vocab()
         for token in self._image_tokens:
             if not is_one_token(tokenizer, token):
                 raise ValueError(
@@ -132,7 +131,7 @@ class LiquidProcessor(ProcessorMixin):
         if len(set(self._image_tokens)) < len(self._image_tokens):
             raise ValueError(f"image_token, boi_token, eoi_token, uncond_token must differ, got {self._image_tokens}.")
         image_ids = self.image_layout.image_token_range
-        for token, index in sorted(vocabulary.items(), key=lambda item: item[1]):
+        for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
             if index in image_ids:
                 raise ValueError(
                     f"The tokenizer does not fit: its token {token!r} has id {index}, one of the image ids "
@@ -529,10 +528,8 @@ class LiquidProcessor(ProcessorMixin):
 
     def validate_inputs(self, images=None, text=None, **kwargs) -> None:
         """Check that the texts hold no pieces of images, and one `<image>` mark per image."""
-        if images is None and text is None:
-            raise ValueError("Give text, images or both.")
         if text is None:
-            return
+            return super().validate_inputs(images, text)
         images = [] if images is None else images
         is_nested = isinstance(images, (list, tuple)) and any(isinstance(image, (list, tuple)) for image in images)
         if is_nested and len(images) == len(text):
@@ -584,22 +581,16 @@ class LiquidProcessor(ProcessorMixin):
         return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def post_process_multimodal_output(
-        self,
-        generated_outputs,
-        skip_special_tokens: bool = True,
-        generation_mode: str | None = None,
-        output_type: str = "pil",
-        **kwargs: Any,
+        self, generated_outputs, generation_mode: str | None = None, output_type: str = "pil", **kwargs: Any
     ):
         """Texts or pictures; the hook of `pipeline("any-to-any")`.
 
         Args:
             generated_outputs (`torch.Tensor`): Text mode: ids (B, T). Image mode: pixel values (B, 3, H, W) in
                 [-1, 1], the result of `model.decode_image_tokens(ids)`.
-            skip_special_tokens (`bool`, defaults to `True`): Text mode: leave out special tokens.
             generation_mode (`str`, *optional*, defaults to `"text"`): `"text"` or `"image"`.
             output_type (`str`, defaults to `"pil"`): Image mode: `"pil"`, `"np"` or `"pt"`.
-            kwargs: Text mode: arguments of the tokenizer's `batch_decode`.
+            kwargs: Text mode: arguments of the tokenizer's `batch_decode`; `skip_special_tokens` defaults to `True`.
 
         Returns:
             A list of `str`; or the images as the image processor's `postprocess` returns them.
@@ -608,9 +599,7 @@ class LiquidProcessor(ProcessorMixin):
             check_generation_mode(generation_mode)
         if generation_mode == "image":
             return self.image_processor.postprocess(generated_outputs, output_type=output_type)
-        return self.post_process_image_text_to_text(
-            generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
-        )
+        return self.post_process_image_text_to_text(generated_outputs, **kwargs)
 
     def _without_image_ids(self, ids, skip_special_tokens: bool):
         if isinstance(ids, (torch.Tensor, np.ndarray)):
