@@ -88,8 +88,8 @@ def generate_image_tokens(
         streamer.end()
     layout = model.config.image_layout
     if isinstance(drawn, torch.Tensor):
-        return layout.codes_to_ids(drawn, trusted=True)
-    drawn.sequences = layout.codes_to_ids(drawn.sequences, trusted=True)
+        return layout.codes_to_ids(drawn)
+    drawn.sequences = layout.codes_to_ids(drawn.sequences)
     return drawn
 
 

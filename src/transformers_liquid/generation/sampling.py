@@ -78,10 +78,6 @@ class ImageSequences:
         """Prompts and codes of every picture once, `(B, length)`: what processors and criteria see."""
         return self.ids[: self.num_pictures]
 
-    def to_ids(self, codes: torch.LongTensor) -> torch.LongTensor:
-        """Ids of drawn codes. Looking at them first would make an accelerator wait."""
-        return self.layout.codes_to_ids(codes, trusted=True)
-
     def noise(self) -> Iterator[torch.Tensor | None]:
         """Gumbel noise `(B, 1, codebook_size)` of one position after another; `None` for greedy drawing."""
         if not self.generation_config.do_sample:
@@ -141,7 +137,7 @@ class ImageSequences:
     def append(self, codes: torch.LongTensor, outputs: ModelOutput) -> None:
         """Takes in the codes of one more position, `(B, 1)`."""
         self.kwargs = self.model._update_model_kwargs_for_generation(outputs, self.kwargs)
-        new_ids = self.to_ids(codes).repeat(len(self.ids) // self.num_pictures, 1)
+        new_ids = self.layout.codes_to_ids(codes).repeat(len(self.ids) // self.num_pictures, 1)
         self.ids = torch.cat([self.ids, new_ids], dim=1)
 
     def step_function(self, may_compile: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor, ModelOutput]]:
@@ -294,5 +290,5 @@ def put_codes(streamer: BaseStreamer | None, codes: torch.LongTensor, layout: Im
     if hasattr(streamer, "put_codes"):
         streamer.put_codes(codes)
     else:
-        for ids in layout.codes_to_ids(codes.cpu(), trusted=True).T:
+        for ids in layout.codes_to_ids(codes.cpu()).T:
             streamer.put(ids)

@@ -91,7 +91,7 @@ def speculative_sample_codes(sequences: ImageSequences, window: int) -> Speculat
             drawn, scores = draw_codes(outputs.logits[:, -1:], seen, sequences.guidance, logits_processor, first)
             drawn, agreed = drawn.expand(-1, window), [1] * len(prompts)
         else:
-            inputs = cache.inputs(sequences.to_ids(codes.gather(1, positions - 1)))
+            inputs = cache.inputs(sequences.layout.codes_to_ids(codes.gather(1, positions - 1)))
             drawn, scores, _ = step(sequences.model, inputs, seen, sequences.guidance, logits_processor, noise_here)
             agreed = _num_final(drawn, codes.gather(1, positions[:, :-1])).tolist()
 
@@ -105,7 +105,7 @@ def speculative_sample_codes(sequences: ImageSequences, window: int) -> Speculat
         # 3. What all pictures have
         final = codes[:, : min(done)]
         put_codes(sequences.streamer, final[:, shown:], sequences.layout)
-        ids = torch.cat([prompts, sequences.to_ids(final)], dim=1) if sequences.criteria else None
+        ids = torch.cat([prompts, sequences.layout.codes_to_ids(final)], dim=1) if sequences.criteria else None
         if sequences.criteria and sequences.criteria(ids, scores[:, 0]).all():
             break
 
@@ -191,7 +191,7 @@ class _AtEveryPosition:
 
     def __call__(self, seen: tuple[torch.LongTensor, torch.LongTensor], scores: torch.Tensor) -> torch.Tensor:
         codes, positions = seen
-        ids = torch.cat([self.sequences.picture_ids, self.sequences.to_ids(codes)], dim=1)
+        ids = torch.cat([self.sequences.picture_ids, self.sequences.layout.codes_to_ids(codes)], dim=1)
         positions = positions + self.sequences.prompt_length
         per_picture = scores.view(len(ids), -1, scores.shape[-1])
         processed = [

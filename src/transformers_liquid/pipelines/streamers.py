@@ -118,7 +118,7 @@ class ImageStreamer(BaseStreamer):
         raise NotImplementedError
 
     def _show(self, **kwargs: bool) -> None:
-        ids = self.model.config.image_layout.codes_to_ids(torch.cat(self.codes, dim=1), trusted=True)
+        ids = self.model.config.image_layout.codes_to_ids(torch.cat(self.codes, dim=1))
         pictures = partial_pictures(self.model, ids, self.height, self.width)
         self.on_finalized_images(pictures, len(self.codes), **kwargs)
 

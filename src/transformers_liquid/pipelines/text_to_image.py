@@ -286,7 +286,7 @@ class _Watcher(BaseStreamer):
         put_codes(self.streamer, codes, layout)
         if self.callback is not None:
             self.codes.append(codes)
-            ids = layout.codes_to_ids(torch.cat(self.codes, dim=1), trusted=True)
+            ids = layout.codes_to_ids(torch.cat(self.codes, dim=1))
             number = ids.shape[1]
             self.callback(self.pipe, number - 1, self.num_codes - number, {"image_tokens": ids})
 

@@ -96,9 +96,7 @@ class LiquidPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} has no codec weights ({len(missing)} are missing, the first is "
                 f"{missing[0]!r}). Save the model with its codec, or use `expand_vocabulary` to add one."
             )
-        for module in model.modules():
-            if isinstance(module, LiquidVQModel):
-                module.requires_grad_(False)
+        model.base_model.vq_model.requires_grad_(False)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
@@ -163,7 +161,7 @@ class LiquidModel(LiquidPreTrainedModel):
         """
         if isinstance(pixel_values, torch.Tensor):
             codes = self.vq_model.encode_codes(pixel_values.to(self.vq_model.device))
-            return list(self.config.image_layout.codes_to_ids(codes, trusted=True).flatten(1))
+            return list(self.config.image_layout.codes_to_ids(codes).flatten(1))
         return [self.encode_images(picture[None])[0] for picture in pixel_values]
 
     def fill_image_placeholders(

@@ -19,6 +19,7 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils import PROCESSOR_NAME, cached_file
 
+from ...codecs.vq_model import check_codes
 from .configuration_liquid import LiquidConfig
 from .image_processing_liquid import LiquidImageProcessor, flatten_images
 from .reference import ReferenceCheckpoint, hub_arguments
@@ -425,7 +426,9 @@ class LiquidProcessor(ProcessorMixin):
             raise ValueError(
                 f"codes must be integers in one or two dimensions, got shape {codes.shape} of type {codes.dtype}."
             )
-        return self.image_layout.codes_to_ids(torch.from_numpy(codes.reshape(-1).astype(np.int64))).tolist()
+        codes = torch.from_numpy(codes.reshape(-1).astype(np.int64))
+        check_codes(codes, range(self.codebook_size))
+        return self.image_layout.codes_to_ids(codes).tolist()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without the tokens that the tokenizer adds around it."""
