@@ -240,10 +240,10 @@ def load_codec(name_or_path: str | os.PathLike, **kwargs: Any) -> LiquidVQModel:
     Raises:
         ValueError: If it is no codec, or a key of it is unknown or missing.
     """
-    hub = hub_arguments(kwargs)
-    codec_config(name_or_path, **hub)  # says what is expected if it is none
     if _is_taming(name_or_path):
         return load_taming_codec(name_or_path)
+    hub = hub_arguments(kwargs)
+    codec_config(name_or_path, **hub)  # says what is expected if it is none
     codec, info = LiquidVQModel.from_pretrained(name_or_path, output_loading_info=True, **hub)
     check_loading_info(f"The codec {name_or_path}", info)
     return codec.eval()
