@@ -352,7 +352,7 @@ def test_a_bar_counts_codes_and_can_be_switched_off(checkpoint, capsys):
     [
         ({"prompt": ""}, "prompt 0 is empty"),
         ({"prompt": ["a", "  "]}, "prompt 1 is empty"),
-        ({"prompt": []}, "prompt must be a string or a list of strings, got an empty list"),
+        ({"prompt": []}, "prompt must be a string or a list of strings, got \\[\\]"),
         ({"prompt": None}, "prompt must be a string or a list of strings, got None"),
         ({"prompt": ["a", 3]}, "prompt must be a string or a list of strings"),
         ({"prompt": "a<image>"}, "reserved for images"),

@@ -431,7 +431,7 @@ def test_pictures_come_from_pixel_values(processor):
     [
         ("", "text 0 is empty"),
         (["dog", " \n"], "text 1 is empty"),
-        ([], "must be a string or a list of strings, got an empty list"),
+        ([], "must be a string or a list of strings, got \\[\\]"),
         (7, "must be a string or a list of strings, got 7"),
         (["dog", None], "must be a string or a list of strings"),
         ("a <boi> dog", "contains '<boi>', which is reserved for images"),

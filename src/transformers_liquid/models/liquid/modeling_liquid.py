@@ -104,9 +104,7 @@ class LiquidPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         write_model_card(self, save_directory)
 
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Embedding:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers, but refuses to delete image rows.
 
         Raises:
@@ -119,7 +117,7 @@ class LiquidPreTrainedModel(PreTrainedModel):
                 f"Resizing to {new_num_tokens} rows would delete image rows: image ids end at {needed - 1}, so at "
                 f"least {needed} rows must remain. The tokenizer does not count image ids: do not resize to its length."
             )
-        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
 
 class LiquidModel(LiquidPreTrainedModel):

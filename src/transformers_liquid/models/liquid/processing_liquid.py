@@ -206,10 +206,9 @@ class LiquidProcessor(ProcessorMixin):
             data = {}
             data["input_ids"], data["attention_mask"] = self.pad_left(prompts)
             data["negative_prompt_ids"], data["negative_prompt_attention_mask"] = self.pad_left(negatives)
-            layout = self.image_layout
-            if height not in (None, layout.image_size) or width not in (None, layout.image_size):
-                data["height"] = layout.image_size if height is None else height
-                data["width"] = layout.image_size if width is None else width
+            height, width = self.image_layout.size(self.image_layout.grid(height, width))
+            if not height == width == self.image_layout.image_size:
+                data |= {"height": height, "width": width}
             return_tensors = self._merge_kwargs(**kwargs)["text_kwargs"]["return_tensors"]
             return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["height", "width"])
 
@@ -218,11 +217,10 @@ class LiquidProcessor(ProcessorMixin):
         if text is not None:
             text = self.check_texts(text, "text")
             text_kwargs = kwargs.get("text_kwargs", {})
-            # Given here, not as a class default: the tokenizer's own side would win over that.
-            if "padding_side" not in kwargs and "padding_side" not in text_kwargs:
-                kwargs["padding_side"] = "left"
-            if "padding" not in kwargs and "padding" not in text_kwargs:
-                kwargs["padding"] = len(text) > 1
+            # Given here, not as class defaults: the tokenizer's own side would win over that.
+            for name, value in (("padding_side", "left"), ("padding", len(text) > 1)):
+                if name not in text_kwargs:
+                    kwargs.setdefault(name, value)
         if images is not None and (height is not None or width is not None):
             kwargs.update(height=height, width=width)
         return super().__call__(images=images, text=text, **kwargs)
@@ -497,8 +495,7 @@ class LiquidProcessor(ProcessorMixin):
         them."""
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(sample, str) for sample in texts):
-            given = "an empty list" if texts == [] else repr(text)
-            raise ValueError(f"{name} must be a string or a list of strings, got {given}.")
+            raise ValueError(f"{name} must be a string or a list of strings, got {text!r}.")
         for index, sample in enumerate(texts):
             if not sample.strip():
                 raise ValueError(f"{name} {index} is empty: write what it should say.")
