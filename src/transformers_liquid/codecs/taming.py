@@ -162,14 +162,12 @@ def vq_config_from_taming(config: dict[str, Any]) -> dict[str, Any]:
     ddconfig = params["ddconfig"]
     _check_keys("ddconfig", ddconfig, required=DDCONFIG_KEYS, optional=(*DDCONFIG_FIXED, "dropout"))
     # A file that remaps codes stands beside `ddconfig`.
-    for key, value in ({"remap": None} | DDCONFIG_FIXED).items():
-        given = {"remap": params.get("remap"), **ddconfig}.get(key, value)
-        if given != value:
-            raise ValueError(f"The configuration has {key}={given!r}, but only {key}={value!r} is supported.")
+    # taming's first convolution gives ch channels, diffusers' gives as many as the first level has.
     ch, ch_mult = ddconfig["ch"], ddconfig["ch_mult"]
-    if ch_mult[0] != 1:
-        # taming's first convolution gives ch channels, diffusers' gives as many as the first level has.
-        raise ValueError(f"ddconfig has ch_mult={list(ch_mult)}, but only a first entry of 1 is supported.")
+    given = {"remap": params.get("remap"), "ch_mult[0]": ch_mult[0], **ddconfig}
+    for key, value in (DDCONFIG_FIXED | {"remap": None, "ch_mult[0]": 1}).items():
+        if given.get(key, value) != value:
+            raise ValueError(f"The configuration has {key}={given[key]!r}, but only {key}={value!r} is supported.")
     # Level i works at resolution / 2**i; taming attends wherever that number is listed.
     attends = [ddconfig["resolution"] // 2**level in ddconfig["attn_resolutions"] for level in range(len(ch_mult))]
     return {

@@ -122,15 +122,13 @@ class LiquidProcessor(ProcessorMixin):
         self.image_token_id, self.boi_token_id, self.eoi_token_id, self.uncond_token_id = (
             tokenizer.convert_tokens_to_ids(token) for token in self._image_tokens
         )
-        for token in self._image_tokens:
-            if not is_one_token(tokenizer, token):
-                raise ValueError(
-                    f"{token!r} must be one token of the tokenizer, but it is encoded as {self.encode(token)}. Name a "
-                    "token that the tokenizer has (image_token, boi_token, eoi_token, uncond_token), or add it with "
-                    "`transformers_liquid.expand_vocabulary`."
-                )
-        if len(set(self._image_tokens)) < len(self._image_tokens):
-            raise ValueError(f"image_token, boi_token, eoi_token, uncond_token must differ, got {self._image_tokens}.")
+        tokens = {token: self.encode(token) for token in self._image_tokens}
+        if len(tokens) < len(self._image_tokens) or not all(is_one_token(tokenizer, token) for token in tokens):
+            raise ValueError(
+                "image_token, boi_token, eoi_token and uncond_token must be four tokens of the tokenizer, of one id each, "
+                f"but their ids are {tokens}. Name tokens that the tokenizer has, or add them with "
+                "`transformers_liquid.expand_vocabulary`."
+            )
         image_ids = self.image_layout.image_token_range
         for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
             if index in image_ids:
