@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,9 +194,15 @@ class LiquidImageGenerationPipeline(Pipeline):
         lengths = [max(map(len, pair)) for pair in zip(prompts, negatives, strict=True)]
         check_context(self.model.config, max(lengths), num_codes)
 
-        # 2. One source of randomness per picture
+        # 2. One source of randomness per picture. Generators of the CPU give the same picture on every device
         number = len(prompts) * num_images_per_prompt
-        generators = _generators(seed, generator, number)
+        if seed is not None and generator is not None:
+            raise ValueError("Give seed or generator, not both.")
+        seeds = range(seed, seed + number) if isinstance(seed, int) else seed
+        generators = generator if seeds is None else [torch.Generator().manual_seed(one) for one in seeds]
+        if isinstance(generators, list) and len(generators) != number:
+            name = "generators" if seeds is None else "seeds"
+            raise ValueError(f"Got {len(generators)} {name} for {number} pictures: give one each, or a single one.")
 
         # 3. Batches: the longest prompts first, since what does not fit into memory should fail at once
         order = list(range(number))
@@ -243,9 +249,7 @@ class LiquidImageGenerationPipeline(Pipeline):
 
     def postprocess(self, pixel_values: torch.Tensor, output_type: str = "pil") -> Any:
         """Pixel values to pictures."""
-        return self.processor.post_process_multimodal_output(
-            pixel_values, generation_mode="image", output_type=output_type
-        )
+        return self.processor.image_processor.postprocess(pixel_values, output_type)
 
     def progress_bar(self, total: int, disable: bool = False) -> Any:
         """A bar over codes; silent too if `transformers.utils.logging.disable_progress_bar()` was called."""
@@ -301,23 +305,6 @@ _NOT_HERE = {
     "return_dict_in_generate": "it returns pictures; call model.generate() for scores and states",
     "generation_mode": "it always draws",
 }
-
-
-def _generators(
-    seed: int | Sequence[int] | None, generator: torch.Generator | list[torch.Generator] | None, number: int
-) -> torch.Generator | list[torch.Generator] | None:
-    """The source of randomness of each picture. Generators of the CPU give the same picture on every device."""
-    if seed is not None and generator is not None:
-        raise ValueError("Give seed or generator, not both.")
-    if isinstance(seed, int):
-        seed = range(seed, seed + number)
-    sources = generator if seed is None else seed
-    if sources is None or isinstance(sources, torch.Generator):
-        return sources
-    if len(sources) != number:
-        name = "generators" if seed is None else "seeds"
-        raise ValueError(f"Got {len(sources)} {name} for {number} pictures: give one each, or a single one.")
-    return list(sources) if seed is None else [torch.Generator().manual_seed(one) for one in seed]
 
 
 PIPELINE_REGISTRY.register_pipeline(
