@@ -400,6 +400,10 @@ def test_fits_refuses_what_is_no_record(processor):
         ({"text": "a <boi> b"}, "contains '<boi>'"),
         ({"codes": None}, "needs 'codes'"),
         ({"codes": [1, 2, 3]}, r"shape \(3,\) are no image of 2 x 2 codes"),
+        (
+            {"codes": "[1, 2]"},
+            "are no image of 2 x 2 codes.* Make codes of pictures with `transformers-liquid tokenize`",
+        ),
         ({"codes": [1, 2, 3, 32]}, "Code 32 at position 3 is outside of the codebook 0 ... 31"),
         ({"codes": [1, -2, 3, 3]}, "Code -2 at position 1"),
     ],
@@ -433,6 +437,7 @@ def test_codes_that_do_not_fill_their_grid_are_refused(processor, record, codes,
     [
         (INTERLEAVED, {"images": None}, "needs 'images', got None among"),
         (INTERLEAVED, {"images": [CODES]}, "has 2 <image> marks for 1 images"),
+        (INTERLEAVED, {"images": ["a.png", "b.png"]}, "are no image of 2 x 2 codes"),
         (INTERLEAVED, {"text": "a dog"}, "has 0 <image> marks for 2 images"),
         (INTERLEAVED, {"text": "<image><image><boi>"}, "contains '<boi>'"),
         (CONVERSATION, {"images": None}, "has 2 <image> marks for 0 images"),

@@ -48,13 +48,11 @@ def _print_version(context: typer.Context, is_asked: bool) -> None:
         context.exit()
 
 
-ShowVersion = Annotated[
-    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
-]
+ShowVersion = typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
 
 
 @app.callback()
-def _before_commands(show_version: ShowVersion = False) -> None:
+def _before_commands(show_version: Annotated[bool, ShowVersion] = False) -> None:
     """Draws and reads pictures with one language model."""
 
 

@@ -10,9 +10,7 @@ from . import options
 def convert(
     model: Annotated[str, Argument(help="A checkpoint in the reference's layout or in ours.")],
     output: options.NewFolder,
-    vq_checkpoint: Annotated[
-        str | None, Option(help="The codec of a reference checkpoint, if not the default.")
-    ] = None,
+    vq_checkpoint: Annotated[str | None, Option(help="The codec of a reference checkpoint.")] = None,
     to_base: Annotated[bool, Option("--to-base", help="A plain language model, as the reference has it.")] = False,
     to_taming: Annotated[bool, Option("--to-taming", help="The codec alone, as vqgan.ckpt and vqgan.yaml.")] = False,
     device: options.Device = None,

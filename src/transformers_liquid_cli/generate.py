@@ -12,8 +12,7 @@ from . import options
 DEFAULT_OUTPUT = Path("liquid.png")
 
 PromptsFile = Annotated[
-    Path | None,
-    Option(help="More prompts, one in a line. Lines that cannot be drawn are told and left out (exit code 2)."),
+    Path | None, Option(help="More prompts, one in a line. What cannot be drawn is told and left out (exit code 2).")
 ]
 OutputDir = Annotated[
     Path | None,

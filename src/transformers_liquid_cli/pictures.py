@@ -75,11 +75,10 @@ class Drawing:
         """Draws and writes pictures; each is handed out as soon as it is there."""
         if not pictures:
             return
-        prompts, seeds, paths = map(list, zip(*pictures, strict=True))
-        for index, image in self.pipe.stream(
-            prompts, seed=seeds, batch_size=batch_size, **self.shared, **self.settings
-        ):
-            save_png(image, paths[index], self.record(pictures[index]))
+        prompts, seeds, _ = map(list, zip(*pictures, strict=True))
+        drawn = self.pipe.stream(prompts, seed=seeds, batch_size=batch_size, **self.shared, **self.settings)
+        for index, image in drawn:
+            save_png(image, pictures[index].path, self.record(pictures[index]))
             yield pictures[index]
 
     def save_sheet(self, pictures: Sequence[Picture], path: Path, columns: int | None = None) -> None:

@@ -18,9 +18,7 @@ def _parse_grids(grids: list[str] | None) -> list[tuple[int, int]] | None:
 
 Grids = Annotated[
     list[str] | None,
-    Option(
-        callback=_parse_grids, help="HEIGHTxWIDTH in codes, such as 32x32. Of several, a picture takes the closest."
-    ),
+    Option(callback=_parse_grids, help="HEIGHTxWIDTH in codes, such as 32x32; a picture takes the closest."),
 ]
 
 

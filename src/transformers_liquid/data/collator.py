@@ -13,7 +13,7 @@ from torch.utils.data import get_worker_info
 
 from ..models.liquid.processing_liquid import TEXT_TO_IMAGE_INSTRUCTIONS, LiquidProcessor, TooLongError
 from ..ops.chunked_loss import IGNORE_INDEX
-from .records import RECORD_KINDS, required_field
+from .records import REQUIRED_FIELDS, required_field
 
 
 @dataclass
@@ -158,8 +158,8 @@ class LiquidDataCollator:
     def _encode(self, record: Mapping[str, Any], kind: str, instruction: str | None) -> tuple[list[int], list[int]]:
         """Ids and labels of a record as one of `kind`; of a picture to draw, after its text and this instruction, or
         after no text."""
-        if kind not in RECORD_KINDS:
-            raise ValueError(f"A record's 'kind' must be one of {', '.join(RECORD_KINDS)}, got {kind!r}.")
+        if kind not in REQUIRED_FIELDS:
+            raise ValueError(f"A record's 'kind' must be one of {', '.join(REQUIRED_FIELDS)}, got {kind!r}.")
         processor, eos_token_id = self.processor, self.processor.tokenizer.eos_token_id
         if kind == "conversation":
             images = [self._codes(image) for image in record.get("images") or []]
@@ -196,7 +196,8 @@ class LiquidDataCollator:
         if len(grid) != 2 or min(grid) < 1 or codes.shape not in (grid, (math.prod(grid),)):
             raise ValueError(
                 f"Codes of shape {codes.shape} are no image of {' x '.join(map(str, grid))} codes: give those of "
-                "another size than the default one a 'grid' [height, width], or give them in two dimensions."
+                "another size than the default one a 'grid' [height, width], or give them in two dimensions. Make codes "
+                "of pictures with `transformers-liquid tokenize`."
             )
         return codes.reshape(grid)
 

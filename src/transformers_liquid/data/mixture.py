@@ -46,7 +46,7 @@ def load_records(
 
     Raises:
         ValueError: If the data set cannot be read, is empty, its columns are not those of records, or its codes are
-            another codec's.
+            another codec's. What the columns hold is looked at by the collator, record by record.
     """
     import datasets
 
@@ -61,8 +61,7 @@ def load_records(
         raise ValueError(f"The data set {str(path)!r} cannot be read: {reason}") from error
     if manifest is not None and codec_identity is not None and manifest["codec"] != codec_identity:
         raise ValueError(
-            f"The codes of {str(path)!r} were made with another codec than the model's ({manifest['codec'][:12]}..., "
-            f"the model's is {codec_identity[:12]}...): they mean other pictures. Tokenize the images with this model."
+            f"The codes of {str(path)!r} were made with another codec than the model's: tokenize its pictures anew."
         )
 
     columns = dataset.column_names
@@ -73,12 +72,6 @@ def load_records(
             "messages, text and codes, text and images (as codes), or text."
         )
     dataset = dataset.select_columns([name for name in RECORD_FIELDS if name in columns])
-    for name in ("codes", "images"):
-        if name in columns and not _holds_integers(dataset.features[name]):
-            raise ValueError(
-                f"The column {name!r} of {str(path)!r} must hold codes, that is integers, got "
-                f"{dataset.features[name]}. Make codes of pictures with `transformers-liquid tokenize`."
-            )
     if streaming:
         # Streams are mixed by columns of the same types.
         features = datasets.Features({name: _with_int32(feature) for name, feature in dataset.features.items()})
@@ -106,14 +99,6 @@ def _load(name: str, split: str, streaming: bool) -> datasets.Dataset | datasets
             dataset = dataset[split]
         return dataset.to_iterable_dataset() if streaming else dataset
     return datasets.load_dataset(name, split=split, streaming=streaming)
-
-
-def _holds_integers(feature: Any) -> bool:
-    """Whether this is the type of codes, or of images that have them."""
-    while isinstance(feature, dict) or hasattr(feature, "feature"):
-        feature = feature.get("codes") if isinstance(feature, dict) else feature.feature
-    dtype = getattr(feature, "dtype", "")
-    return "int" in dtype or dtype == "null"
 
 
 def _with_int32(feature: Any) -> Any:

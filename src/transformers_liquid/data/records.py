@@ -20,7 +20,6 @@ REQUIRED_FIELDS = {
     "interleaved": ("text", "images"),
     "text": ("text",),
 }
-RECORD_KINDS = tuple(REQUIRED_FIELDS)
 # Those that one picture and its text make.
 IMAGE_KINDS = ("text_to_image", "caption")
 # All that is ever read of a record, but for its `index`.

@@ -270,12 +270,17 @@ class PictureReader(torch.utils.data.Dataset):
         number, source = numbered
         cells = _cells(source)
         image, text = cells.get(self.image_column), cells.get(self.text_column)
-        path = image.get("path") if isinstance(image, Mapping) else image if isinstance(image, str) else None
-        skipped = {"record": number, "path": path}
+        path = image.get("path") if isinstance(image, Mapping) else image
+        skipped = {"record": number, "path": path if isinstance(path, str) else None}
         if not isinstance(text, str) or not text.strip():
             return Picture(number, skipped | {"reason": "Its text is empty."})
         try:
-            image = load_image(self._file_or_bytes(image))
+            if isinstance(image, Mapping):
+                image = image["path"] if image["bytes"] is None else image["bytes"]
+            if isinstance(image, str) and "://" in image:  # as streams name files on the Hub, in archives or on the web
+                with fsspec.open(image) as file:
+                    image = file.read()
+            image = load_image(self.folder / image if isinstance(image, str) else image)
             # The grid whose proportions differ from the picture's by the smallest factor; the first of equals.
             sides = [(image.width * grid_height, image.height * grid_width) for grid_height, grid_width in self.grids]
             factors = [max(pair) / min(pair) for pair in sides]
@@ -287,17 +292,6 @@ class PictureReader(torch.utils.data.Dataset):
             return Picture(number, skipped | {"reason": str(error)})
         record = {"kind": self.kind, "text": text, "grid": grid, "width": width, "height": height}
         return Picture(number, record, framed["pixel_values"][0])
-
-    def _file_or_bytes(self, image: Any) -> Any:
-        """What [`load_image`] takes, from a cell of the image column."""
-        if isinstance(image, Mapping):
-            image = image["path"] if image["bytes"] is None else image["bytes"]
-        if not isinstance(image, str):
-            return image
-        if "://" not in image:
-            return self.folder / image
-        with fsspec.open(image) as file:  # as streams name files on the Hub, in archives or on the web
-            return file.read()
 
 
 def read_pictures(

@@ -72,9 +72,16 @@ def liquid_lora_config(
     from peft import LoraConfig
 
     rows = _trainable_rows(model)
+    # The linear layers of the base's body, whatever their number.
+    text_model, names = model.model.text_model, set()
+    for parent in text_model.base_model.modules():
+        linear = {name for name, child in parent.named_children() if isinstance(child, nn.Linear | Conv1D)}
+        is_state_space_mixer = "A_log" in dict(parent.named_parameters(recurse=False))
+        names |= {name for name in linear if name.startswith("in_proj")} if is_state_space_mixer else linear
+    body = re.escape(f"model.text_model.{text_model.base_model_prefix}.")
     defaults = {
         "task_type": "CAUSAL_LM",
-        "target_modules": _linear_layers(model),
+        "target_modules": rf"{body}(.*\.)?({'|'.join(sorted(names))})",
         # For other `target_modules`, such as "all-linear".
         "exclude_modules": r"model\.vq_model\..*",
         "trainable_token_indices": dict.fromkeys(_row_modules(model), rows),
@@ -139,15 +146,3 @@ def _row_modules(model: LiquidForCausalLM) -> list[str]:
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     wanted = [embeddings] if head.weight is embeddings.weight else [embeddings, head]
     return [name for name, module in model.named_modules() if any(module is one for one in wanted)]
-
-
-def _linear_layers(model: LiquidForCausalLM) -> str:
-    """A regular expression of the linear layers of the base's body, whatever their number."""
-    text_model = model.model.text_model
-    names = set()
-    for parent in text_model.base_model.modules():
-        linear = {name for name, child in parent.named_children() if isinstance(child, nn.Linear | Conv1D)}
-        is_state_space_mixer = "A_log" in dict(parent.named_parameters(recurse=False))
-        names |= {name for name in linear if name.startswith("in_proj")} if is_state_space_mixer else linear
-    body = re.escape(f"model.text_model.{text_model.base_model_prefix}.")
-    return rf"{body}(.*\.)?({'|'.join(sorted(names))})"

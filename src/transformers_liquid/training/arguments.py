@@ -29,9 +29,7 @@ class ModelArguments:
     lora_dropout: float = HfArg(default=0.0, help="Dropout of LoRA.")
     dtype: str = HfArg(default="float32", help="Of the weights. With --bf16, fp32 weights are autocast.")
     attn_implementation: str | None = HfArg(default=None, help="sdpa, eager, flash_attention_2, ...")
-    max_z_loss_coef: float | None = HfArg(
-        default=None, help="Weight of the max-z loss (2e-4 in Baichuan 2). Defaults to the model's."
-    )
+    max_z_loss_coef: float | None = HfArg(default=None, help="Weight of the max-z loss. Defaults to the model's.")
 
 
 @dataclass
@@ -45,9 +43,7 @@ class DataArguments:
     eval_datasets: list[str] = HfArg(default_factory=list, help="NAME=PATH of each data set to evaluate on.")
     streaming: bool = HfArg(default=False, help="Read while training instead of before; needs max_steps.")
     max_length: int = HfArg(default=2048, help="Longest record in tokens.")
-    too_long: Literal["raise", "drop"] = HfArg(
-        default="raise", help="What to do with records whose image does not fit."
-    )
+    too_long: Literal["raise", "drop"] = HfArg(default="raise", help="What happens to records that do not fit.")
     packing: bool = HfArg(default=True, help="Put the records of a batch into one sequence without pads.")
     unconditional_probability: float = HfArg(default=0.1, help="Rate of pictures drawn from no text.")
     caption_probability: float = HfArg(default=0.2, help="Rate of pairs turned into captions.")
@@ -59,12 +55,8 @@ class LiquidTrainingArguments(TrainingArguments):
 
     learning_rate: float = HfArg(default=2e-5, help="Peak learning rate.")
     lr_scheduler_type: str = HfArg(default="cosine", help="cosine, constant, ...")
-    total_batch_size: int = HfArg(
-        default=1024, help="Records in each step, over all processes; reached by accumulating gradients."
-    )
-    max_grad_norm: float | None = HfArg(
-        default=None, help="Gradient clipping. Defaults to 1.0, for 7B parameters and more to 0.5."
-    )
+    total_batch_size: int = HfArg(default=1024, help="Records in each step, of all processes and accumulated.")
+    max_grad_norm: float | None = HfArg(default=None, help="Gradient clipping. Defaults to 1.0, from 7B on to 0.5.")
     report_to: list[str] = HfArg(default_factory=lambda: ["none"], help="none, all, tensorboard, wandb, ...")
     preview_prompts: list[str] = HfArg(default_factory=list, help="What to draw while training.")
     preview_steps: int = HfArg(default=500, help="Steps between two sheets of previews.")
@@ -81,9 +73,9 @@ class LiquidTrainingArguments(TrainingArguments):
         at_once = self.per_device_train_batch_size * self.world_size
         if self.total_batch_size % at_once or self.gradient_accumulation_steps != 1:
             raise ValueError(
-                f"total_batch_size={self.total_batch_size} must be a multiple of {at_once}: {self.per_device_train_batch_size} "
-                f"records on each of {self.world_size} processes. It decides how often gradients are accumulated: leave out "
-                f"gradient_accumulation_steps, got {self.gradient_accumulation_steps}."
+                f"total_batch_size={self.total_batch_size} must be a multiple of {at_once}, the records of all processes at "
+                "once. It decides how often gradients are accumulated: leave out gradient_accumulation_steps, got "
+                f"{self.gradient_accumulation_steps}."
             )
         self.gradient_accumulation_steps = self.total_batch_size // at_once
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,16 +105,9 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Li
         check_setup(model_args, data_args, args)
 
     # 2. What it is trained on
-    collator = LiquidDataCollator(
-        processor,
-        unconditional_probability=data_args.unconditional_probability,
-        caption_probability=data_args.caption_probability,
-        max_length=data_args.max_length,
-        packing=data_args.packing,
-        seed=args.seed,
-    )
-    identity = codec_identity(model.model.vq_model)
-    train_dataset, eval_datasets = load_datasets(data_args, args, collator, identity)
+    names = ("unconditional_probability", "caption_probability", "max_length", "packing")
+    collator = LiquidDataCollator(processor, seed=args.seed, **{name: getattr(data_args, name) for name in names})
+    datasets = load_datasets(data_args, args, collator, codec_identity(model.model.vq_model))
 
     # 3. The trainer
     if model_args.trainable != "full":
@@ -124,14 +116,7 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Li
         lora = {"r": model_args.lora_r, "lora_alpha": model_args.lora_alpha, "lora_dropout": model_args.lora_dropout}
         is_lora = model_args.trainable == "lora"
         model = get_peft_model(model, liquid_lora_config(model, **lora) if is_lora else liquid_rows_config(model))
-    trainer = LiquidTrainer(
-        model=model,
-        args=args,
-        data_collator=collator,
-        train_dataset=train_dataset,
-        eval_dataset=eval_datasets or None,
-        processing_class=processor,
-    )
+    trainer = LiquidTrainer(model=model, args=args, data_collator=collator, processing_class=processor, **datasets)
     if args.preview_prompts:
         trainer.add_callback(PreviewCallback(trainer, args.preview_prompts, args.preview_steps))
     return trainer
@@ -139,8 +124,8 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Li
 
 def load_datasets(
     data_args: DataArguments, args: LiquidTrainingArguments, collator: LiquidDataCollator, codec_identity: str
-) -> tuple[Any, dict[str, Any]]:
-    """The mixture to train on, and the data sets to evaluate on by their names."""
+) -> dict[str, Any]:
+    """The mixture to train on, and the data sets to evaluate on by their names, as arguments of the Trainer."""
 
     def load(path: str, streaming: bool = False) -> Any:
         dataset = load_records(path, streaming=streaming, codec_identity=codec_identity)
@@ -170,7 +155,7 @@ def load_datasets(
         if not equals:
             raise ValueError(f"eval_datasets are given as NAME=PATH, got {argument!r}.")
         eval_datasets[name] = mix_records([load(path)], seed=args.seed)
-    return mixture, eval_datasets
+    return {"train_dataset": mixture, "eval_dataset": eval_datasets or None}
 
 
 def check_setup(model_args: ModelArguments, data_args: DataArguments, args: LiquidTrainingArguments) -> None:
@@ -200,7 +185,3 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint that was written to its end; its state comes last."""
     checkpoints = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
     return str(max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))) if checkpoints else None
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -60,16 +60,13 @@ class LiquidTrainer(Trainer):
         adapters = {config.peft_type for config in getattr(self.model, "peft_config", {}).values()}
         if self.is_fsdp_enabled and "LORA" in adapters and self.model.config.tie_word_embeddings:
             raise ValueError(
-                "FSDP cannot shard LoRA on a base whose head is tied to its embeddings: train it with DDP, or train the "
-                "whole model."
+                "FSDP cannot shard LoRA on a base whose head is tied to its embeddings: use DDP, or train all of it."
             )
         # DeepSpeed rounds all weights to the type that it trains in.
         codec = liquid_model(self.model).model.vq_model if self.is_deepspeed_enabled else torch.nn.Module()
         self._codec = {f"model.vq_model.{name}": tensor.cpu().clone() for name, tensor in codec.state_dict().items()}
         if not all(tensor.numel() for tensor in self._codec.values()):
-            raise ValueError(
-                "With ZeRO-3, load the model before the TrainingArguments are made: its codec is in pieces."
-            )
+            raise ValueError("With ZeRO-3, load the model before the TrainingArguments: its codec is in pieces.")
         if data_collator.packing:
             use_packed_attention(liquid_model(self.model))
         no_draws = {"unconditional_probability": 0.0, "caption_probability": 0.0}
