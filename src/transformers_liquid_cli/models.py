@@ -33,14 +33,12 @@ def find_device(name: str | None) -> torch.device:
 def find_processes(device: str | None, output_dir: Path | None) -> tuple[PartialState, str | None]:
     """The processes of `accelerate launch`, and the device of this one; or this one alone, on the device asked for."""
     processes = launched_processes()
-    if processes.num_processes == 1:
-        return processes, device
-    if output_dir is None or device is not None:
+    if processes.num_processes > 1 and (output_dir is None or device is not None):
         raise ValueError(
             "Several processes, each on a device of its own, share the lines of a file: give --prompts-file and "
             "--output-dir, and leave out --device."
         )
-    return processes, str(processes.device)
+    return processes, device if processes.num_processes == 1 else str(processes.device)
 
 
 def load(name: str | None, device: str | None, dtype: str, **kwargs: Any) -> LiquidImageGenerationPipeline:
@@ -54,14 +52,14 @@ def load(name: str | None, device: str | None, dtype: str, **kwargs: Any) -> Liq
 
 def write_answer(pipe: LiquidImageGenerationPipeline, max_new_tokens: int, seed: int | None, **inputs: Any) -> str:
     """The text that follows one prompt, `input_ids` of shape `(1, L)`, no longer than the context has room for."""
-    limit = getattr(pipe.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(pipe.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
     length = inputs["input_ids"].shape[1]
-    if limit is not None and length >= limit:
+    if length >= limit:
         raise ValueError(
             f"The prompt has {length} tokens, the model {limit} positions: there is no room for an answer."
         )
     if seed is not None:
         transformers.set_seed(seed)
-    max_new_tokens = max_new_tokens if limit is None else min(max_new_tokens, limit - length)
-    ids = pipe.model.generate(**pipe.ensure_tensor_on_device(**inputs), max_new_tokens=max_new_tokens)
+    inputs = pipe.ensure_tensor_on_device(**inputs)
+    ids = pipe.model.generate(**inputs, max_new_tokens=min(max_new_tokens, limit - length))
     return pipe.processor.decode(ids[0, length:], skip_special_tokens=True)

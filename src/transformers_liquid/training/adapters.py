@@ -18,11 +18,7 @@ if TYPE_CHECKING:
 
 
 def liquid_lora_config(
-    model: LiquidForCausalLM,
-    r: int = 16,
-    lora_alpha: int | None = None,
-    lora_dropout: float = 0.0,
-    **kwargs: Any,
+    model: LiquidForCausalLM, r: int = 16, lora_alpha: int | None = None, **kwargs: Any
 ) -> LoraConfig:
     """LoRA on the linear layers of the base's body, and training of the rows of the codes and the image specials.
 
@@ -42,8 +38,8 @@ def liquid_lora_config(
             changed.
         r (`int`, defaults to 16): Rank.
         lora_alpha (`int`, *optional*): Updates are scaled by `lora_alpha / r`. Defaults to `2 * r`.
-        lora_dropout (`float`, defaults to 0.0): Dropout before the adapters.
-        kwargs: Of [`peft.LoraConfig`]; they replace what is chosen here, such as `target_modules`.
+        kwargs: Of [`peft.LoraConfig`], such as `lora_dropout`; they replace what is chosen here, such as
+            `target_modules`.
 
     Returns:
         [`peft.LoraConfig`] for `get_peft_model`.
@@ -86,8 +82,7 @@ def liquid_lora_config(
         "exclude_modules": r"model\.vq_model\..*",
         "trainable_token_indices": dict.fromkeys(_row_modules(model), rows),
     }
-    alpha = 2 * r if lora_alpha is None else lora_alpha
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=lora_dropout, **defaults | kwargs)
+    return LoraConfig(r=r, lora_alpha=2 * r if lora_alpha is None else lora_alpha, **defaults | kwargs)
 
 
 def liquid_rows_config(model: LiquidForCausalLM) -> TrainableTokensConfig:

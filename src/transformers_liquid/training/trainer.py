@@ -199,8 +199,7 @@ class PreviewCallback(TrainerCallback):
     def __init__(self, trainer: LiquidTrainer, prompts: Sequence[str], steps: int):
         if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
-                "Previews need the whole model in one process: leave out preview_prompts with FSDP and DeepSpeed, and "
-                "draw from the saved checkpoints."
+                "Previews need the whole model in one process: leave out preview_prompts with FSDP and DeepSpeed."
             )
         model = liquid_model(trainer.model)
         self.pipe = LiquidImageGenerationPipeline(model=model, processor=trainer.processing_class, device=model.device)
