@@ -10,6 +10,7 @@ from transformers.generation import CompileConfig
 
 from transformers_liquid.generation import sampling as sampling_liquid
 from transformers_liquid.generation.sampling import draw_codes, gumbel_noise
+from transformers_liquid.models.liquid import modeling_liquid
 from transformers_liquid.ops.few_rows import FewRowsLinear, few_rows_view
 
 
@@ -155,6 +156,13 @@ def test_a_few_rows_layer_computes_what_the_layer_computes(shape, bias):
     input = torch.randn(*shape, 12)
     torch.testing.assert_close(view(input), layer(input), rtol=0, atol=1e-5)
     assert view(input).is_contiguous()
+
+
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_products_are_transposed_only_where_that_is_faster(is_faster, monkeypatch):
+    monkeypatch.setattr(modeling_liquid, "is_transposed_faster", lambda: is_faster)
+    view = build().image_head_view()
+    assert any(isinstance(module, FewRowsLinear) for module in view.modules()) == is_faster
 
 
 def test_a_view_of_few_rows_leaves_the_original_and_special_layers_alone():

@@ -1,12 +1,15 @@
 """Linear layers for the two rows of a guided picture on a CPU.
 
-A product of two to four rows with a large matrix takes a CPU's libraries up to several times longer than the transposed
-product, which reads the same weights once (`benchmarks/few_rows.py`). Decoding is made of such products.
+A product of two to four rows with a large matrix takes some CPUs' libraries up to several times longer than the
+transposed product, which reads the same weights once; on others it is the other way round (`benchmarks/few_rows.py`:
+AMD EPYC, Intel Xeon). Decoding is made of such products.
 """
 
 from __future__ import annotations
 
+import timeit
 from collections import OrderedDict
+from functools import cache
 
 import torch
 from torch import nn
@@ -26,6 +29,16 @@ class FewRowsLinear(nn.Linear):
         columns = input.reshape(rows, self.in_features).T
         output = self.weight @ columns if self.bias is None else torch.addmm(self.bias[:, None], self.weight, columns)
         return output.T.contiguous().view(*input.shape[:-1], self.out_features)
+
+
+@cache
+def is_transposed_faster() -> bool:
+    """Whether this CPU multiplies two rows faster transposed: measured once, in a few milliseconds."""
+    source = torch.Generator().manual_seed(0)
+    weight, rows = torch.rand(1024, 1024, generator=source), torch.rand(2, 1024, generator=source)
+    usual = timeit.repeat(lambda: nn.functional.linear(rows, weight), number=5, repeat=7)
+    transposed = timeit.repeat(lambda: (weight @ rows.T).T.contiguous(), number=5, repeat=7)
+    return min(transposed) < min(usual)
 
 
 def few_rows_view(module: nn.Module) -> nn.Module:

@@ -30,7 +30,7 @@ from ...generation.guidance import SuppressImageTokensLogitsProcessor
 from ...generation.image_generation import generate_image_tokens
 from ...generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 from ...ops.chunked_loss import LiquidCausalLMOutputWithPast, chunked_causal_lm_loss, image_targets, next_labels
-from ...ops.few_rows import few_rows_view
+from ...ops.few_rows import few_rows_view, is_transposed_faster
 from ...ops.views import StandIn, is_plain_linear, shallow_copy
 from .configuration_liquid import LiquidConfig
 from .model_card import write_model_card
@@ -472,7 +472,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         else:  # with hooks, adapters or quantized weights, it runs whole
             sliced = StandIn(head, lambda hidden_states: head(hidden_states)[..., rows])
         view.set_output_embeddings(sliced)
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and is_transposed_faster():
             view.model.text_model = few_rows_view(view.model.text_model)
         view.generation_config = GenerationConfig()
         return view
