@@ -26,8 +26,9 @@ from peft import get_peft_model
 from transformers_liquid import LiquidDataCollator, LiquidForCausalLM, LiquidProcessor, liquid_lora_config
 
 
-# Of the sequences that are read, how many are of which kind.
-SHARES = {"draw": 0.56, "unconditional": 0.06, "caption": 0.14, "edit": 0.1, "chat": 0.08, "text": 0.06}
+# Of the sequences with pictures, how many are of which kind; and of those without.
+PICTURE_SHARES = {"draw": 0.65, "unconditional": 0.07, "caption": 0.16, "edit": 0.12}
+LANGUAGE_SHARES = {"chat": 0.57, "text": 0.43}
 WIDTHS = (112, 192)
 
 
@@ -36,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     base = LiquidForCausalLM.from_pretrained(Path(args.data_dir) / "base", dtype=torch.float32).to(args.device)
     answered = answer(base.eval(), args)
-    model = get_peft_model(base, liquid_lora_config(base, r=args.r, lora_alpha=4 * args.r)).train()
+    model = get_peft_model(base, liquid_lora_config(base, r=args.r, lora_alpha=args.lora_alpha)).train()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     print(f"{sum(weight.numel() for weight in trained):,} weights are trained", flush=True)
     layers = base.model.text_model.base_model.layers if args.compile else []
@@ -108,7 +109,9 @@ def load_sequences(path: Path, answered: list[dict[str, str]], args: argparse.Na
         more, learned = collator.encode({"kind": "conversation", "messages": messages})
         ids, labels = np.append(ids, more), np.append(labels, learned)
         lengths, groups = np.append(lengths, len(more)), np.append(groups, len(names) - 1)
-    share = np.array([SHARES[name] for name in names]) / np.maximum(np.bincount(groups, minlength=len(names)), 1)
+    shares = {name: share * (1 - args.language) for name, share in PICTURE_SHARES.items()}
+    shares |= {name: share * args.language for name, share in LANGUAGE_SHARES.items()}
+    share = np.array([shares[name] for name in names]) / np.maximum(np.bincount(groups, minlength=len(names)), 1)
     starts = np.cumsum(lengths) - lengths
     shapes = []
     for shorter, width in zip((0, *WIDTHS), WIDTHS, strict=False):
@@ -154,6 +157,8 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--max_steps", type=int, default=-1, help="fewer steps than the time allows")
     parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--lora_alpha", type=int, default=32)
+    parser.add_argument("--language", type=float, default=0.14, help="share of sequences without pictures")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--replaced", type=float, default=0.1, help="share of the codes read that are replaced")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
