@@ -200,7 +200,7 @@ def test_a_negative_prompt_takes_the_place_of_the_unconditional_one(llama):
     assert shared.tolist() == [
         oracle(llama, prompt, unconditional=negative[1], guidance_scale=3.0) for prompt in PROMPTS
     ]
-    with pytest.raises(RuntimeError, match="expanded size of the tensor"):
+    with pytest.raises(ValueError, match=r"must be one sequence or 3 \(the prompts\), got 2"):
         draw(llama, negative_prompt_ids=torch.tensor([UNCONDITIONAL_PROMPT] * 2))
 
 

@@ -144,7 +144,7 @@ def test_seeds_can_be_listed(pipe):
 
 def test_a_seed_is_the_same_as_a_generator_of_it_per_picture(pipe):
     generators = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
-    assert same(pipe(["a", "b"], generator=generators, batch_size=1), pipe(["a", "b"], seed=4))
+    assert same(pipe(["a", "b"], generator=tuple(generators), batch_size=1), pipe(["a", "b"], seed=4))
 
 
 def test_one_generator_serves_all_batches_in_turn(pipe):

@@ -149,6 +149,8 @@ def _sequences(
         bos = getattr(config, "bos_token_id", None)
         has_bos = bos is not None and bool((ids == bos).any())
         other_ids = ids.new_tensor([[bos] * has_bos + [config.uncond_token_id, config.boi_token_id]])
+    if len(other_ids) not in (1, len(ids)):
+        raise ValueError(f"negative_prompt_ids must be one sequence or {len(ids)} (the prompts), got {len(other_ids)}.")
     other_mask = torch.ones_like(other_ids) if other_mask is None else other_mask
     length = max(ids.shape[1], other_ids.shape[1])
 

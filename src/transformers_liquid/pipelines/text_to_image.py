@@ -200,7 +200,7 @@ class LiquidImageGenerationPipeline(Pipeline):
             raise ValueError("Give seed or generator, not both.")
         seeds = range(seed, seed + number) if isinstance(seed, int) else seed
         generators = generator if seeds is None else [torch.Generator().manual_seed(one) for one in seeds]
-        if isinstance(generators, list) and len(generators) != number:
+        if isinstance(generators, (list, tuple)) and len(generators) != number:
             name = "generators" if seeds is None else "seeds"
             raise ValueError(f"Got {len(generators)} {name} for {number} pictures: give one each, or a single one.")
 
@@ -214,7 +214,7 @@ class LiquidImageGenerationPipeline(Pipeline):
             indices = order[start : start + batch_size]
             chosen = [index // num_images_per_prompt for index in indices]
             batch = {"indices": indices, "generator": generators}
-            if isinstance(generators, list):
+            if isinstance(generators, (list, tuple)):
                 batch["generator"] = [generators[index] for index in indices]
             padded = self.processor.pad_left([both[index] for both in (prompts, negatives) for index in chosen])
             for pair, part in zip(names, padded, strict=True):
