@@ -4,10 +4,14 @@
 
 Made for one GPU and a fixed time: all sequences lie in its memory in two shapes, so that a layer compiles once for each,
 and the learning rate falls with the time that is left. Everything else is the package's: records and labels (see
-prepare_flagship.py), `liquid_lora_config`, the loss in chunks. Before it begins, SmolLM2 answers some hundred questions:
-nine of ten answers are trained on (`chat`), so that it goes on answering as it did, and the others are held out. Some of the codes that are read (not those to predict)
-are replaced by others, so that the words count for more than the picture so far. Any longer run should use
+prepare_flagship.py), `liquid_lora_config`, the loss in chunks. Some of the codes that are read (not those to predict) are
+replaced by others, so that the words count for more than the picture so far. Any longer run should use
 `transformers-liquid train`, which resumes; see lora.yaml.
+
+The language stays because SmolLM2 teaches itself: at each step some sequences without pictures are read with and without
+the adapter, and the divergence of the two next-token distributions is a part of the loss (distillation, Hinton et al.,
+arXiv 1503.02531). These sequences are texts and what SmolLM2, before it is trained, answers to some hundred questions; of
+these every tenth is held out.
 """
 
 from __future__ import annotations
@@ -26,10 +30,11 @@ from peft import get_peft_model
 from transformers_liquid import LiquidDataCollator, LiquidForCausalLM, LiquidProcessor, liquid_lora_config
 
 
-# Of the sequences with pictures, how many are of which kind; and of those without.
+# How many of the sequences with pictures are of which kind, and of those without.
 PICTURE_SHARES = {"draw": 0.65, "unconditional": 0.07, "caption": 0.16, "edit": 0.12}
-LANGUAGE_SHARES = {"chat": 0.57, "text": 0.43}
-WIDTHS = (112, 192)
+LANGUAGE_SHARES = {"chat": 0.6, "text": 0.4}
+WIDTHS, LANGUAGE_SHAPE = (112, 192), (40, 160)
+ANSWERS_PER_QUESTION = 4  # one greedy, the others sampled
 
 
 def main(args: argparse.Namespace) -> None:
@@ -43,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     layers = base.model.text_model.base_model.layers if args.compile else []
     for layer in layers:  # all have the same graph: compiled once, where the whole body would take minutes
         layer.compile(dynamic=False)
-    shapes = load_sequences(Path(args.data_dir) / "sequences.npz", answered, args)
+    shapes, language = load_sequences(Path(args.data_dir) / "sequences.npz", answered, args)
     optimizer = torch.optim.AdamW(
         trained, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=args.device == "cuda"
     )
@@ -51,25 +56,27 @@ def main(args: argparse.Namespace) -> None:
     chance = torch.Generator().manual_seed(args.seed)
     mass = torch.tensor([shape["weights"].sum().item() / shape["batch"] for shape in shapes])
     log: list[dict[str, Any]] = []
-    stats, samples, step = 0, 0, 0
+    stats, left, samples, step = 0, 0, 0, 0
     started = time.perf_counter()
     for shape in shapes:  # compiled before the clock starts
-        train_step(model, optimizer, *draw_batch(shape, codes, args.replaced), None)
+        train_step(model, optimizer, draw_batch(shape, codes, args.replaced), draw_batch(language), args, None)
     print(f"ready after {time.perf_counter() - started:.0f} s", flush=True)
     start = time.perf_counter()
     while (fraction := (time.perf_counter() - start) / args.seconds) < 1 and step != args.max_steps:
         # A short warm-up, then half a cosine over the time.
         rate = args.learning_rate * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * fraction)) / 2
         shape = shapes[torch.multinomial(mass, 1, generator=chance).item()]
-        output = train_step(model, optimizer, *draw_batch(shape, codes, args.replaced), rate)
-        stats, samples, step = stats + output.token_stats, samples + shape["batch"], step + 1
+        batch = draw_batch(shape, codes, args.replaced)
+        token_stats, divergence = train_step(model, optimizer, batch, draw_batch(language), args, rate)
+        stats, left, samples, step = stats + token_stats, left + divergence, samples + shape["batch"], step + 1
         if step % 50 == 0:
             (text, text_right, texts), (image, image_right, images) = stats.tolist()  # waits for the device
             entry = {"step": step, "samples": samples, "seconds": time.perf_counter() - start}
             entry |= {"text_loss": text / texts, "text_accuracy": text_right / texts}
             entry |= {"image_loss": image / images, "image_accuracy": image_right / images}
+            entry["divergence"] = left.item() / 50
             log.append(entry)
-            stats = 0
+            stats, left = 0, 0
             print(json.dumps({name: round(value, 4) for name, value in entry.items()}), flush=True)
     model.eval()
     output = Path(args.output_dir)
@@ -79,75 +86,104 @@ def main(args: argparse.Namespace) -> None:
 
 
 def answer(model: LiquidForCausalLM, args: argparse.Namespace) -> list[dict[str, str]]:
-    """Questions and what the base itself answers: greedy, at most 96 tokens. Every tenth is kept for evaluation."""
+    """Questions and what the base itself answers, at most 96 tokens. Every tenth question is kept for evaluation."""
     data = Path(args.data_dir)
     questions = json.loads((data / "evaluation.json").read_text(encoding="utf-8"))["questions"]
     processor = LiquidProcessor.from_pretrained(data / "base")
     conversations = [[{"role": "user", "content": question}] for question in questions]
     prompts = [processor.apply_chat_template(one, add_generation_prompt=True) for one in conversations]
     inputs = processor(text=prompts, return_tensors="pt", add_special_tokens=False).to(args.device)
-    ids = model.generate(**inputs, do_sample=False, max_new_tokens=96)[:, inputs["input_ids"].shape[1] :]
-    answers = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-    pairs = [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True) if a]
+    taught, heldout = [], []
+    for number in range(ANSWERS_PER_QUESTION):
+        ids = model.generate(**inputs, do_sample=number > 0, temperature=1.0, top_k=0, max_new_tokens=96)
+        answers = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for index, (question, text) in enumerate(zip(questions, answers, strict=True)):
+            pair = {"question": question, "answer": text.strip()}
+            if pair["answer"] and index % 10:
+                taught.append(pair)
+            elif pair["answer"] and not number:
+                heldout.append(pair)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "chat.json").write_text(json.dumps(pairs[::10], ensure_ascii=False, indent=1) + "\n")
-    return [pair for index, pair in enumerate(pairs) if index % 10]
+    (output / "chat.json").write_text(json.dumps(heldout, ensure_ascii=False, indent=1) + "\n")
+    return taught
 
 
-def load_sequences(path: Path, answered: list[dict[str, str]], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The sequences in two shapes: padded ids and labels, and how often each sequence is to be drawn."""
+def load_sequences(
+    path: Path, answered: list[dict[str, str]], args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The sequences with pictures in two shapes, and those without: padded ids and labels, and how often each is drawn."""
     with np.load(path) as file:
         lengths, groups = file["lengths"].astype(int), file["groups"].astype(int)
         ids = file["ids"].astype(np.int32)
         labels = np.where(np.unpackbits(file["learned"], count=len(ids)), ids, -100)
         names = [*file["group_names"].tolist(), "chat"]
     collator = LiquidDataCollator(LiquidProcessor.from_pretrained(path.parent / "base"), max_length=WIDTHS[-1])
+    more = []
     for pair in answered:
         turns = (("user", pair["question"]), ("assistant", pair["answer"]))
         messages = [{"role": role, "content": content} for role, content in turns]
-        more, learned = collator.encode({"kind": "conversation", "messages": messages})
-        ids, labels = np.append(ids, more), np.append(labels, learned)
-        lengths, groups = np.append(lengths, len(more)), np.append(groups, len(names) - 1)
-    shares = {name: share * (1 - args.language) for name, share in PICTURE_SHARES.items()}
-    shares |= {name: share * args.language for name, share in LANGUAGE_SHARES.items()}
+        more.append(collator.encode({"kind": "conversation", "messages": messages}))
+    ids = np.concatenate([ids, *(one for one, _ in more)])
+    labels = np.concatenate([labels, *(learned for _, learned in more)])
+    lengths = np.append(lengths, [len(one) for one, _ in more])
+    groups = np.append(groups, [len(names) - 1] * len(more))
+    shares = PICTURE_SHARES | LANGUAGE_SHARES
     share = np.array([shares[name] for name in names]) / np.maximum(np.bincount(groups, minlength=len(names)), 1)
     starts = np.cumsum(lengths) - lengths
-    shapes = []
-    for shorter, width in zip((0, *WIDTHS), WIDTHS, strict=False):
-        chosen = np.flatnonzero((lengths > shorter) & (lengths <= width))
+
+    def shape_of(chosen: np.ndarray, width: int, batch: int) -> dict[str, Any]:
         columns = np.minimum(starts[chosen, None] + np.arange(width), len(ids) - 1)
         is_pad = np.arange(width) >= lengths[chosen, None]
         tensors = {
             "ids": np.where(is_pad, 0, ids[columns]),
             "labels": np.where(is_pad, -100, labels[columns]),
+            "is_pad": is_pad,
             "weights": share[groups[chosen]].astype(np.float32),
         }
-        shape = {name: torch.from_numpy(value).to(args.device) for name, value in tensors.items()}
-        shapes.append(shape | {"batch": 256 * WIDTHS[0] // width // 8 * 8})
-    return shapes
+        return {name: torch.from_numpy(value).to(args.device) for name, value in tensors.items()} | {"batch": batch}
+
+    is_language = np.isin(groups, [names.index(name) for name in LANGUAGE_SHARES])
+    shapes = []
+    for shorter, width in zip((0, *WIDTHS), WIDTHS, strict=False):
+        chosen = np.flatnonzero(~is_language & (lengths > shorter) & (lengths <= width))
+        shapes.append(shape_of(chosen, width, 256 * WIDTHS[0] // width // 8 * 8))
+    return shapes, shape_of(np.flatnonzero(is_language), LANGUAGE_SHAPE[1], LANGUAGE_SHAPE[0])
 
 
-def draw_batch(shape: dict[str, Any], codes: range, replaced: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels of a batch; of the codes in the ids, a share is replaced by other codes."""
+def draw_batch(shape: dict[str, Any], codes: range = range(0), replaced: float = 0.0) -> dict[str, torch.Tensor]:
+    """Ids, labels and where the pads are; of the codes in the ids, a share is replaced by other codes."""
     rows = torch.multinomial(shape["weights"], shape["batch"], replacement=True)
     ids, labels = shape["ids"][rows].long(), shape["labels"][rows].long()
-    others = torch.randint_like(ids, codes.start, codes.stop)
-    is_replaced = (ids >= codes.start) & (ids < codes.stop) & (torch.rand(ids.shape, device=ids.device) < replaced)
-    return torch.where(is_replaced, others, ids), labels
+    if codes:
+        others = torch.randint_like(ids, codes.start, codes.stop)
+        chance = torch.rand(ids.shape, device=ids.device)
+        ids = torch.where((ids >= codes.start) & (ids < codes.stop) & (chance < replaced), others, ids)
+    return {"ids": ids, "labels": labels, "is_pad": shape["is_pad"][rows]}
 
 
-def train_step(model, optimizer, ids: torch.Tensor, labels: torch.Tensor, rate: float | None) -> Any:
-    """Forward, backward and, at a learning rate, an update. Padded on the right: no label sees a pad."""
-    with torch.autocast(ids.device.type, dtype=torch.bfloat16):
-        output = model(input_ids=ids, labels=labels, use_cache=False)
+def train_step(model, optimizer, pictures, language, args, rate: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward, backward and, at a learning rate, an update: the statistics of tokens, and how far the language has moved.
+
+    Padded on the right: no label sees a pad.
+    """
+    device = pictures["ids"].device.type
+    with torch.autocast(device, dtype=torch.bfloat16):
+        output = model(input_ids=pictures["ids"], labels=pictures["labels"], use_cache=False)
     output.loss.backward()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.no_grad(), model.disable_adapter():
+            taught = model(input_ids=language["ids"], use_cache=False).logits.float().log_softmax(-1)
+        logits = model(input_ids=language["ids"], use_cache=False).logits.float().log_softmax(-1)
+    divergence = torch.nn.functional.kl_div(logits, taught, reduction="none", log_target=True).sum(-1)
+    divergence = divergence[~language["is_pad"]].mean()
+    (args.language * divergence).backward()
     if rate is not None:
         torch.nn.utils.clip_grad_norm_([weight for weight in model.parameters() if weight.requires_grad], 1.0)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return output
+    return output.token_stats, divergence.detach()
 
 
 if __name__ == "__main__":
@@ -157,8 +193,8 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--max_steps", type=int, default=-1, help="fewer steps than the time allows")
     parser.add_argument("--r", type=int, default=8)
-    parser.add_argument("--lora_alpha", type=int, default=32)
-    parser.add_argument("--language", type=float, default=0.14, help="share of sequences without pictures")
+    parser.add_argument("--lora_alpha", type=int, default=16)
+    parser.add_argument("--language", type=float, default=2.0, help="weight of the language's divergence in the loss")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--replaced", type=float, default=0.1, help="share of the codes read that are replaced")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
