@@ -34,7 +34,7 @@ from transformers_liquid import LiquidDataCollator, LiquidForCausalLM, LiquidPro
 PICTURE_SHARES = {"draw": 0.65, "unconditional": 0.07, "caption": 0.16, "edit": 0.12}
 LANGUAGE_SHARES = {"chat": 0.6, "text": 0.4}
 WIDTHS, LANGUAGE_SHAPE = (112, 192), (40, 160)
-ANSWERS_PER_QUESTION = 4  # one greedy, the others sampled
+SAMPLED_ANSWERS = 3  # to a question, beside the most likely one
 
 
 def main(args: argparse.Namespace) -> None:
@@ -94,14 +94,15 @@ def answer(model: LiquidForCausalLM, args: argparse.Namespace) -> list[dict[str,
     prompts = [processor.apply_chat_template(one, add_generation_prompt=True) for one in conversations]
     inputs = processor(text=prompts, return_tensors="pt", add_special_tokens=False).to(args.device)
     taught, heldout = [], []
-    for number in range(ANSWERS_PER_QUESTION):
-        ids = model.generate(**inputs, do_sample=number > 0, temperature=1.0, top_k=0, max_new_tokens=96)
+    for options in ({"do_sample": False}, {"do_sample": True, "top_k": 0, "num_return_sequences": SAMPLED_ANSWERS}):
+        ids = model.generate(**inputs, max_new_tokens=96, **options)
         answers = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for index, (question, text) in enumerate(zip(questions, answers, strict=True)):
-            pair = {"question": question, "answer": text.strip()}
+        for number, text in enumerate(answers):
+            index = number * len(questions) // len(answers)
+            pair = {"question": questions[index], "answer": text.strip()}
             if pair["answer"] and index % 10:
                 taught.append(pair)
-            elif pair["answer"] and not number:
+            elif pair["answer"] and not options["do_sample"]:
                 heldout.append(pair)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
