@@ -100,7 +100,7 @@ def _read_lines(prompts_file: Path | None) -> list[str]:
     if prompts_file is None:
         return []
     try:
-        with prompts_file.open(encoding="utf-8") as file:
+        with prompts_file.open(encoding="utf-8-sig") as file:
             return [line.strip() for line in file]
     except UnicodeDecodeError as error:
         raise ValueError(f"{prompts_file} is no text in UTF-8: {error}") from error

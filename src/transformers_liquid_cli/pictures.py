@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 from transformers_liquid import EMOJI_CHECKPOINT, LiquidImageGenerationPipeline
 from transformers_liquid.generation.settings import ImageGenerationConfig
 from transformers_liquid.models.liquid.image_processing_liquid import contact_sheet, load_image
-from transformers_liquid.utils.files import differences, whole
+from transformers_liquid.utils.files import differences, parse_json, whole
 
 from .options import PROG, is_folder
 
@@ -183,4 +183,4 @@ def read_metadata(path: str | Path) -> dict[str, Any] | list[dict[str, Any]]:
         text = image.info.get(METADATA_KEY)
     if text is None:
         raise ValueError(f"{path} does not say how it was drawn: only the PNGs of `{PROG} generate` do.")
-    return json.loads(text)
+    return parse_json(text, f"What {path} says of how it was drawn")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 
+from ..utils.files import read_yaml
 from .vq_model import LiquidVQModel
 
 
@@ -114,10 +115,7 @@ def load_taming_config(path: str | Path, config: str | Path | dict[str, Any] | N
     if not isinstance(config, dict):
         default = Path(path) / TAMING_CONFIG_NAME if Path(path).is_dir() else Path(path).with_suffix(".yaml")
         file = default if config is None else Path(config)
-        try:
-            config = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not a YAML file of plain values: {error}") from error
+        config = read_yaml(file)
     return vq_config_from_taming(config)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
 from ..models.liquid.reference import DIFFUSERS_CODEC_FOLDER, EXPORTED_LAYOUT_KEY, REFERENCE_CODEC_FOLDER
 from ..models.liquid.vocabulary import REFERENCE_TOKENS
-from ..utils.files import write_json
+from ..utils.files import read_json, write_json
 
 
 def export_base_model(
@@ -62,7 +61,7 @@ def export_base_model(
     text_model = model.model.text_model
     text_model.save_pretrained(directory, **kwargs)
     layout = {name: getattr(config, name) for name in ("image_token_offset", "image_token_id", "image_size")}
-    config_dict = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    config_dict = read_json(directory / CONFIG_NAME)
     write_json(directory / CONFIG_NAME, {**config_dict, EXPORTED_LAYOUT_KEY: layout})
     model.generation_config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -70,7 +69,7 @@ def export_base_model(
         # Tokenizers cannot rename a token: as the reference's TRAIN.md says, its files are edited.
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
             if (file := directory / name).exists():
-                write_json(file, _rename(json.loads(file.read_text(encoding="utf-8")), renamed))
+                write_json(file, _rename(read_json(file), renamed))
         tokenizer = AutoTokenizer.from_pretrained(directory)
         tokenizer.add_tokens(list(renamed.values()), special_tokens=True)
         tokenizer.save_pretrained(directory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+
+from ..utils.files import read_json
 
 
 # What a record of each kind must have. One that names no kind is of the first kind whose fields it has.
@@ -66,7 +67,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
             return None
     if not file.is_file():
         return None
-    manifest = json.loads(file.read_text(encoding="utf-8"))
+    manifest = read_json(file)
     if manifest["num_records"] is None:
         raise ValueError(f"{path} is not finished: run the same `transformers-liquid tokenize` again.")
     return manifest

@@ -28,7 +28,7 @@ from ..codecs.vq_model import LiquidVQModel, codec_identity
 from ..models.liquid.configuration_liquid import LiquidConfig
 from ..models.liquid.image_processing_liquid import LiquidImageProcessor, load_image
 from ..models.liquid.reference import ReferenceCheckpoint
-from ..utils.files import differences, whole, write_json, write_text
+from ..utils.files import differences, read_json, whole, write_json, write_text
 from ..utils.processes import launched_processes
 from .records import IMAGE_KINDS, MANIFEST_NAME, check_datasets_installed
 
@@ -152,7 +152,7 @@ def load_codec_alone(model: str | os.PathLike) -> tuple[LiquidConfig, LiquidVQMo
     index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
     files = {SAFE_WEIGHTS_NAME}
     if index is not None:
-        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         files = {file for name, file in weight_map.items() if "vq_model." in name}
     weights = {}
     for file in files:
@@ -229,7 +229,7 @@ def begin(output: Path, settings: dict[str, Any], processes: PartialState) -> No
     file = output / MANIFEST_NAME
     has_begun = file.is_file()
     if has_begun:
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = read_json(file)
         before, now = ({**one, **one["source"], "source": None} for one in (before, settings))
         if different := differences({name: before.get(name) for name in now}, now):
             raise ValueError(

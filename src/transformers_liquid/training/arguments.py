@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
+
+from ..utils.files import read_yaml
 
 
 @dataclass
@@ -90,12 +91,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     finder.add_argument("--config", type=Path, help="a YAML file with any of the options below")
     file, words = finder.parse_known_args(args=list(argv))[0].config, []
     if file is not None:
-        try:
-            config = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            finder.error(f"{file} is no YAML: {error}")
-        if not isinstance(config, dict):
-            finder.error(f"{file} must hold options as `name: value` lines")
+        config = read_yaml(file)
         # As if they stood on the command line before all that does.
         for name, value in config.items():
             if isinstance(value, list):

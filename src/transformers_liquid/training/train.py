@@ -27,7 +27,7 @@ from ..data.mixture import drop_too_long, load_records, mix_records
 from ..data.records import check_datasets_installed
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor
-from ..utils.files import differences, write_json
+from ..utils.files import differences, read_json, write_json
 from .adapters import liquid_lora_config, liquid_rows_config
 from .arguments import DataArguments, LiquidTrainingArguments, ModelArguments, parse_arguments
 from .trainer import LiquidTrainer, PreviewCallback
@@ -170,7 +170,7 @@ def check_setup(model_args: ModelArguments, data_args: DataArguments, args: Liqu
     setup = json.loads(json.dumps(setup, default=str))
     path = Path(args.output_dir) / SETUP_NAME
     if last_complete_checkpoint(args.output_dir) is not None and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         if different := differences(before, setup):
             raise ValueError(
                 f"{args.output_dir} holds checkpoints of another run: {different}. Use these settings to go on, "

@@ -1,21 +1,46 @@
-"""Files that are whole or not there, and runs that go on only with the settings they began with."""
+"""Files that are whole or not there, folders of one writer, and runs that go on only with the settings they began with."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+
+import yaml
+from filelock import FileLock, Timeout
+
+
+LOCK_NAME = ".lock"
+
+# How the name of a file ends that is still being written; a killed process leaves it behind.
+UNFINISHED = ".unfinished"
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A place to write to; what was written becomes `path` in one step, or nothing does."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    yield unfinished
-    os.replace(unfinished, path)
+    """A place to write to; what was written becomes `path` in one step, or nothing does.
+
+    Several may write one file at once: the last one to end wins.
+
+    Raises:
+        OSError: If the file system fails, naming `path`: no space left, no permission.
+    """
+    unfinished = path.with_name(f".{path.name}.{uuid4().hex[:8]}{UNFINISHED}")
+    try:
+        yield unfinished
+        with open(unfinished, "r+b") as file:
+            os.fsync(file.fileno())  # a name that is on the disk before its content is a damaged file after a crash
+        os.replace(unfinished, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -25,6 +50,63 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """What a text file says, without the byte order mark of Windows; a `ValueError` that names it if it is no UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+
+
+def parse_json(text: str, origin: str | os.PathLike) -> Any:
+    """What JSON says; a `ValueError` that names its `origin`, such as the file, if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{origin} is damaged, or no JSON: {error}") from error
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The object that a file of JSON holds; a `ValueError` that names it if it holds none."""
+    value = parse_json(read_text(path), path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: it must hold an object of JSON, got {type(value).__name__}.")
+    return value
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """The options that a file of YAML holds; a `ValueError` that names it if it holds none, or more than plain values."""
+    try:
+        value = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or no YAML of plain values: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold options as `name: value` lines, got {type(value).__name__}.")
+    return value
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps every other process that asks out of a folder that is there.
+
+    Raises:
+        ValueError: If another one is in it.
+    """
+    lock = FileLock(folder / LOCK_NAME, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"Another process is writing to {folder}: wait until it ends, or choose another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
