@@ -12,6 +12,7 @@ from transformers.generation.configuration_utils import STATIC_CACHE_IMPLEMENTAT
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from ..utils.versions import CACHE_NAMES
 from .guidance import GuidanceLogitsProcessor
 from .sampling import ImageSequences, sample_codes
 from .settings import ImageGenerationConfig
@@ -110,7 +111,7 @@ def _cache_settings(
         and settings.get("use_cache", True)
         and not any(chosen)
         and not has_own_processors
-        and "past_key_values" not in model_kwargs
+        and not model_kwargs.keys() & {*CACHE_NAMES}
     ):
         implementation = "static"
     if implementation not in STATIC_CACHE_IMPLEMENTATIONS:

@@ -13,6 +13,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
+from ..utils.versions import CACHE_NAME
 from .guidance import GuidanceLogitsProcessor
 
 
@@ -211,7 +212,7 @@ def sample_codes(sequences: ImageSequences) -> GenerateDecoderOnlyOutput | torch
     if "logits" in recorded:
         recorded["logits"] = [logits[:, -1].float() for logits in recorded["logits"]]
     return GenerateDecoderOnlyOutput(
-        sequences=codes, past_key_values=sequences.cache, **{name: tuple(values) for name, values in recorded.items()}
+        sequences=codes, **{CACHE_NAME: sequences.cache}, **{name: tuple(values) for name, values in recorded.items()}
     )
 
 

@@ -7,9 +7,9 @@ import json
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from ...codecs.vq_model import CHAMELEON_VQ_CONFIG, downsample_factor
+from ...utils.versions import CACHE_NAMES
 from .vocabulary import ImageLayout
 
 
@@ -46,8 +46,8 @@ class LiquidConfig(PreTrainedConfig):
     """
 
     model_type = "liquid"
-    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference = [*CACHE_NAMES]
 
     text_config: dict | PreTrainedConfig | None = None
     vq_config: dict | None = None
@@ -62,6 +62,8 @@ class LiquidConfig(PreTrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs):
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = AutoConfig.for_model(**{"model_type": "llama"} | (self.text_config or {}))
         super().__post_init__(**kwargs)
         # As JSON has it, and without what diffusers notes in a codec's own configuration.
         vq_config = CHAMELEON_VQ_CONFIG if self.vq_config is None else self.vq_config

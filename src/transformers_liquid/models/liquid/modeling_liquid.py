@@ -32,6 +32,7 @@ from ...generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 from ...ops.chunked_loss import LiquidCausalLMOutputWithPast, chunked_causal_lm_loss, image_targets, next_labels
 from ...ops.few_rows import few_rows_view, is_transposed_faster
 from ...ops.views import StandIn, is_plain_linear, shallow_copy
+from ...utils.versions import CACHE_NAME, CACHE_NAMES
 from .configuration_liquid import LiquidConfig
 from .model_card import write_model_card
 from .reference import ReferenceCheckpoint, check_loading_info
@@ -48,7 +49,7 @@ class LiquidPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [*CACHE_NAMES]
     # None of its own, the base has them; PEFT looks for a base's tied weights only where there is a mapping.
     _tied_weights_keys = {}
     _keep_in_fp32_modules_strict = ["vq_model"]
@@ -130,9 +131,7 @@ class LiquidModel(LiquidPreTrainedModel):
         config.text_config = self.text_model.config
         self.vq_model = LiquidVQModel(**config.vq_config).requires_grad_(False)
         self._cache_argument = next(
-            name
-            for name in ("past_key_values", "cache_params")
-            if name in inspect.signature(self.text_model.forward).parameters
+            name for name in CACHE_NAMES if name in inspect.signature(self.text_model.forward).parameters
         )
         self.post_init()
 
@@ -199,25 +198,26 @@ class LiquidModel(LiquidPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the base model's body; arguments as in [`LiquidForCausalLM.forward`]."""
-        inputs = self._text_inputs(input_ids, pixel_values, inputs_embeds, past_key_values)
+        inputs = self._text_inputs(input_ids, pixel_values, inputs_embeds, past_key_values if cache is None else cache)
         outputs = self.text_model.base_model(**inputs, **kwargs)
         return BaseModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.get(self._cache_argument),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
+            **{CACHE_NAME: outputs.get(self._cache_argument)},
         )
 
-    def _text_inputs(self, input_ids, pixel_values, inputs_embeds, past_key_values) -> dict[str, Any]:
+    def _text_inputs(self, input_ids, pixel_values, inputs_embeds, cache) -> dict[str, Any]:
         """What the base model is given in place of ids, pictures and a cache."""
         if pixel_values is not None:
             input_ids = self.fill_image_placeholders(input_ids, pixel_values)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
-        if past_key_values is not None:
-            inputs[self._cache_argument] = past_key_values
+        if cache is not None:
+            inputs[self._cache_argument] = cache
         return inputs
 
 
@@ -283,6 +283,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits over text and image ids together, or the loss alone.
@@ -295,7 +296,8 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 where a token is attended to.
             position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): Positions. Where they restart in a batch of
                 one row without an attention mask, another document begins, which attends to itself alone.
-            past_key_values (`Cache`, *optional*): The base model's cache.
+            past_key_values, cache (`Cache`, *optional*): The base model's cache, under its name before and after
+                transformers 5.24.
             inputs_embeds (`torch.Tensor` of shape `(B, L, hidden)`, *optional*): Instead of `input_ids`.
             use_cache (`bool`, *optional*): Whether to return the cache. With labels, the default is `False`.
             labels (`torch.LongTensor` of shape `(B, L)`, *optional*): Text and image ids to predict, -100 elsewhere.
@@ -311,7 +313,8 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If placeholders and pictures do not match, or there is nothing to learn.
         """
-        inputs = self.model._text_inputs(input_ids, pixel_values, inputs_embeds, past_key_values)
+        cache = past_key_values if cache is None else cache
+        inputs = self.model._text_inputs(input_ids, pixel_values, inputs_embeds, cache)
         inputs.update(attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         has_labels = labels is not None or kwargs.get("shift_labels") is not None
         if has_labels and use_cache is None:
@@ -333,9 +336,9 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         return LiquidCausalLMOutputWithPast(
             loss=loss,
             token_stats=token_stats,
-            past_key_values=outputs.get(self.model._cache_argument),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
+            **{CACHE_NAME: outputs.get(self.model._cache_argument)},
         )
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

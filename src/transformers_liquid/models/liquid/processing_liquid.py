@@ -63,6 +63,8 @@ class LiquidImagesKwargs(ImagesKwargs, total=False):
 
 class LiquidProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: LiquidImagesKwargs
+    # As transformers before 5.20 has defaults; the newer ones read them too.
+    _defaults = {"text_kwargs": {"return_tensors": "pt"}, "images_kwargs": {"return_tensors": "pt", "framing": "pad"}}
 
 
 class LiquidProcessor(ProcessorMixin):
@@ -96,8 +98,6 @@ class LiquidProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = LiquidProcessorKwargs
-    text_kwargs = {"return_tensors": "pt"}
-    images_kwargs = {"return_tensors": "pt", "framing": "pad"}
 
     def __init__(
         self,
@@ -207,7 +207,7 @@ class LiquidProcessor(ProcessorMixin):
             height, width = self.image_layout.size(self.image_layout.grid(height, width))
             if not height == width == self.image_layout.image_size:
                 data |= {"height": height, "width": width}
-            return_tensors = self._merge_kwargs(**kwargs)["text_kwargs"]["return_tensors"]
+            return_tensors = {"return_tensors": "pt", **kwargs.get("text_kwargs", {}), **kwargs}["return_tensors"]
             return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["height", "width"])
 
         if negative_prompt is not None:
