@@ -291,6 +291,7 @@ def test_quantizers_leave_the_codec_alone_and_take_the_language_model(model_clas
     assert codec
     assert not codec & taken
     assert {name for name in linear if ".layers." in name} == taken
+    assert not model._keep_in_fp32_modules & model._keep_in_fp32_modules_strict  # as transformers wants it
 
 
 def test_a_stateful_base_refuses_assisted_generation():
@@ -348,6 +349,8 @@ def test_placeholders_become_the_ids_of_the_codes_in_reading_order():
     expected = model(by_hand, attention_mask=mask).logits
     assert torch.equal(model(ids, pixel_values=pictures, attention_mask=mask).logits, expected)
     assert torch.equal(model(ids, pixel_values=list(pictures), attention_mask=mask).logits, expected)
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embeds, pixel_values=pictures, attention_mask=mask).logits, expected)
     hidden = model.model(ids, pixel_values=pictures, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(model.get_output_embeddings()(hidden), expected)
 
@@ -387,6 +390,8 @@ def test_beam_search_with_several_pictures_a_row_equals_ids_resolved_by_hand(num
     found = model.generate(ids, pixel_values=pictures, **settings)
     assert torch.equal(found[:, -6:], expected[:, -6:])
     assert len(found) == 2 * num_return_sequences
+    embedded = model.generate(inputs_embeds=model.get_input_embeddings()(ids), pixel_values=pictures, **settings)
+    assert torch.equal(embedded, expected[:, -6:])
 
 
 # Modes

@@ -53,8 +53,8 @@ class LiquidPreTrainedModel(PreTrainedModel):
     # None of its own, the base has them; PEFT looks for a base's tied weights only where there is a mapping.
     _tied_weights_keys = {}
     _keep_in_fp32_modules_strict = ["vq_model"]
-    # Quantizers leave out what is named here, matching whole names: of the head class and of the base class.
-    _keep_in_fp32_modules = ["model.vq_model", "vq_model"]
+    # Quantizers leave out what is named here, an expression for whole names: of the head class and of the base class.
+    _keep_in_fp32_modules = [r"(?:model\.)?vq_model"]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, vq_checkpoint=None, **kwargs):
@@ -174,7 +174,7 @@ class LiquidModel(LiquidPreTrainedModel):
             ValueError: If the runs and the pictures do not match, saying which and where.
         """
         if input_ids is None:
-            raise ValueError("pixel_values need input_ids: their placeholders say where the images go.")
+            raise ValueError("pixel_values need input_ids or inputs_embeds: placeholders say where the images go.")
         pictures = self.encode_images(pixel_values)
         is_placeholder = input_ids == self.config.image_token_id
         edges = nn.functional.pad(is_placeholder.int(), (1, 1)).diff(dim=1)
@@ -190,6 +190,16 @@ class LiquidModel(LiquidPreTrainedModel):
         if not pictures:
             return input_ids
         return input_ids.masked_scatter(is_placeholder, torch.cat(pictures).to(input_ids))
+
+    def fill_image_embeds(
+        self, inputs_embeds: torch.Tensor, pixel_values: torch.Tensor | list[torch.Tensor]
+    ) -> torch.Tensor:
+        """As [`~LiquidModel.fill_image_placeholders`], where placeholders are known by their embedding, `(B, L, hidden)`."""
+        embed = self.get_input_embeddings()
+        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        is_placeholder = (inputs_embeds == embed(placeholder)).all(-1)
+        ids = self.fill_image_placeholders(torch.where(is_placeholder, placeholder, -1), pixel_values)
+        return torch.where(is_placeholder[..., None], embed(ids.clamp(min=0)), inputs_embeds)
 
     @can_return_tuple
     def forward(
@@ -213,7 +223,9 @@ class LiquidModel(LiquidPreTrainedModel):
 
     def _text_inputs(self, input_ids, pixel_values, inputs_embeds, cache) -> dict[str, Any]:
         """What the base model is given in place of ids, pictures and a cache."""
-        if pixel_values is not None:
+        if pixel_values is not None and inputs_embeds is not None and input_ids is None:
+            inputs_embeds = self.fill_image_embeds(inputs_embeds, pixel_values)
+        elif pixel_values is not None:
             input_ids = self.fill_image_placeholders(input_ids, pixel_values)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         if cache is not None:
@@ -341,8 +353,9 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             **{CACHE_NAME: outputs.get(self.model._cache_argument)},
         )
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self.model.text_model.prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(self, *args: Any, inputs_embeds: Any = None, **kwargs: Any) -> dict[str, Any]:
+        # Named, since generate() looks here whether a model takes embeddings.
+        return self.model.text_model.prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any
@@ -446,7 +459,9 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         """
         check_generation_mode(generation_mode)
         input_ids = kwargs.pop("input_ids", inputs)
-        if pixel_values is not None:
+        if pixel_values is not None and input_ids is None and kwargs.get("inputs_embeds") is not None:
+            kwargs["inputs_embeds"] = self.model.fill_image_embeds(kwargs["inputs_embeds"], pixel_values)
+        elif pixel_values is not None:
             input_ids = self.model.fill_image_placeholders(input_ids, pixel_values)
         elif input_ids is not None and (input_ids == self.config.image_token_id).any():
             raise ValueError("The prompts hold image placeholders, but no pixel_values were given.")

@@ -1,0 +1,72 @@
+"""What the package leans on in transformers beyond its documented interface: when a version renames it, this says what."""
+
+import inspect
+import re
+from importlib.metadata import requires, version
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from packaging.requirements import Requirement
+from tiny import tiny_model
+from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel, ProcessorMixin
+from transformers.cache_utils import DynamicCache, StaticCache
+
+from transformers_liquid.utils.versions import CACHE_NAME, CACHE_NAMES
+
+
+# Where the package leans on it: an object, and attributes or arguments of it.
+INTERNALS = {
+    "generation/image_generation.py: a decoding loop of one's own": (GenerationMixin.generate, ["custom_generate"]),
+    "generation/sampling.py: a step": (
+        GenerationMixin,
+        ["_update_model_kwargs_for_generation", "_valid_auto_compile_criteria"],
+    ),
+    "models/liquid/modeling_liquid.py: the cache's name": (GenerationMixin, ["_prepare_cache_for_generation"]),
+    "models/liquid/modeling_liquid.py: flags": (
+        PreTrainedModel,
+        [
+            "_keep_in_fp32_modules",
+            "_keep_in_fp32_modules_strict",
+            "_skip_keys_device_placement",
+            "_can_compile_fullgraph",
+        ],
+    ),
+    "generation/speculative.py: taking codes back": (
+        DynamicCache,
+        ["activate_past_recording", "crop", "reorder_cache"],
+    ),
+    "generation/sampling.py: static caches": (StaticCache, ["is_compileable", "get_seq_length"]),
+    "models/liquid/processing_liquid.py: defaults of a call": (ProcessorMixin, ["_merge_kwargs"]),
+}
+
+
+@pytest.mark.parametrize("place", INTERNALS)
+def test_the_internals_that_the_package_leans_on_are_there(place):
+    thing, names = INTERNALS[place]
+    parameters = inspect.signature(thing).parameters if inspect.isfunction(thing) else {}
+    assert not [name for name in names if not hasattr(thing, name) and name not in parameters]
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES[:2])
+def test_a_cache_is_taken_under_its_old_and_its_new_name(name):
+    model, ids = tiny_model(), torch.tensor([[1, 40, 41, 42]])
+    for part in (model, model.model):
+        whole = part(ids, use_cache=True)
+        begun = part(ids[:, :3], use_cache=True)
+        assert isinstance(begun[CACHE_NAME], DynamicCache)
+        continued = part(ids[:, 3:], **{name: begun[CACHE_NAME]})
+        torch.testing.assert_close(continued[0][:, -1], whole[0][:, -1])
+    assert CACHE_NAME in inspect.signature(LlamaForCausalLM.forward).parameters
+
+
+def test_the_versions_in_use_are_among_those_that_are_admitted():
+    for requirement in map(Requirement, requires("transformers-liquid")):
+        if requirement.marker is None:
+            assert version(requirement.name) in requirement.specifier, f"{requirement} but {version(requirement.name)}"
+    # The readers of README and card are told the same.
+    lowest = next(r for r in map(Requirement, requires("transformers-liquid")) if r.name == "transformers").specifier
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for stated in re.findall(r"transformers (5\.\d+)", text):
+        assert lowest.contains(f"{stated}.0") or transformers.__version__.startswith(stated)
