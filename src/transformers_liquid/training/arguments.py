@@ -16,6 +16,47 @@ from transformers.hf_argparser import HfArg
 from ..utils.files import read_yaml
 
 
+# Options of `TrainingArguments` and of its `accelerator_config` that these models and batches cannot meet: what they may
+# be, and why nothing else. All others work.
+_LIMITED: dict[str, tuple[tuple, str]] = {
+    "remove_unused_columns": ((False,), "it would remove the codes before the collator reads them"),
+    "label_names": ((None, ["labels"]), "the collator calls them labels"),
+    "label_smoothing_factor": (
+        (0,),
+        "the loss is computed without the logits of a whole batch, which it needs; `transformers.Trainer` smooths labels",
+    ),
+    "use_liger_kernel": ((False,), "it knows built-in models only, and would change nothing here"),
+    "bf16_full_eval": ((False,), "it would round the weights for good, the codec's too; bf16 evaluates in bf16"),
+    "fp16_full_eval": ((False,), "it would round the weights for good, the codec's too; fp16 evaluates in fp16"),
+    "train_sampling_strategy": (
+        ("random", "sequential"),
+        "records have no length before the collator makes sequences of them; packing needs no groups of one length",
+    ),
+    "split_batches": ((False,), "per_device_train_batch_size counts the records of one process"),
+    "dispatch_batches": ((None, False), "sequences of different lengths cannot be cut out of one process's batch"),
+    "non_data_parallel_size": (
+        (1,),
+        "parallelism_config may not split sequences or layers over processes: use FSDP or DeepSpeed",
+    ),
+    "n_gpu": ((0, 1), "each GPU needs a process of its own: start with `accelerate launch`, or show one GPU only"),
+}
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Refuses the options of the Trainer that would train or measure something else than they say.
+
+    Raises:
+        ValueError: Naming the option, and why.
+    """
+    options = vars(args.accelerator_config) | vars(args) | {"n_gpu": args.n_gpu}
+    if args.parallelism_config is not None:
+        options["non_data_parallel_size"] = args.parallelism_config.non_data_parallel_size
+    for name, (allowed, why) in _LIMITED.items():
+        # Not every version of transformers has each of them.
+        if (value := options.get(name, allowed[0])) not in allowed:
+            raise ValueError(f"{name}={value!r} cannot be used: {why}. It must be {' or '.join(map(repr, allowed))}.")
+
+
 @dataclass
 class ModelArguments:
     """What is trained."""
@@ -65,12 +106,10 @@ class LiquidTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = HfArg(default=False, help="A loss that is not finite stops the run.")
 
     def __post_init__(self):
-        # Sequences of different lengths cannot be cut out of one process's batch.
-        if self.accelerator_config is None:
-            self.accelerator_config = {"dispatch_batches": False}
         super().__post_init__()
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True would remove the codes: leave it out.")
+        check_arguments(self)
+        if self.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size=True would change total_batch_size: leave it out.")
         at_once = self.per_device_train_batch_size * self.world_size
         if self.total_batch_size % at_once or self.gradient_accumulation_steps != 1:
             raise ValueError(

@@ -23,6 +23,11 @@ from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..ops.chunked_loss import IGNORE_INDEX
 from ..ops.packed_attention import use_packed_attention
 from ..pipelines.text_to_image import LiquidImageGenerationPipeline
+from .arguments import check_arguments
+
+
+# What is measured on each data set to evaluate on.
+METRICS = ("loss", "text_loss", "image_loss", "text_accuracy", "image_accuracy")
 
 
 class LiquidTrainer(Trainer):
@@ -55,6 +60,14 @@ class LiquidTrainer(Trainer):
             raise ValueError(f"data_collator must be a LiquidDataCollator, got {type(data_collator).__name__}.")
         data_collator = dataclasses.replace(data_collator, return_indices=True)
         super().__init__(*args, data_collator=data_collator, **kwargs)
+        sets = [f"{name}_" for name in self.eval_dataset] if isinstance(self.eval_dataset, dict) else [""]
+        metrics = [f"{prefix}{metric}" for prefix in sets for metric in METRICS]
+        metric = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if metric and self.eval_dataset and self.compute_metrics is None and metric not in metrics:
+            raise ValueError(
+                f"metric_for_best_model={self.args.metric_for_best_model!r} is not measured: expected one of "
+                f"{', '.join(metrics)}."
+            )
         # The Trainer turns the cache off for good, and saved models would draw slowly. With labels none is used anyway.
         self.model.config.use_cache = True
         adapters = {config.peft_type for config in getattr(self.model, "peft_config", {}).values()}
@@ -69,12 +82,18 @@ class LiquidTrainer(Trainer):
             raise ValueError("With ZeRO-3, load the model before the TrainingArguments: its codec is in pieces.")
         if data_collator.packing:
             use_packed_attention(liquid_model(self.model))
+            if self.args.neftune_noise_alpha is not None:
+                raise ValueError("neftune_noise_alpha goes by the length of a record: train with packing=False.")
+            if self.args.include_num_input_tokens_seen == "non_padding":
+                self.args.include_num_input_tokens_seen = "all"  # no pads, but eos may have their id
         no_draws = {"unconditional_probability": 0.0, "caption_probability": 0.0}
         self.eval_data_collator = dataclasses.replace(data_collator, **no_draws)
         self.add_callback(_EpochCallback(data_collator))
         self._token_stats = {"train": 0.0, "eval": 0.0}
 
     def create_accelerator_and_postprocess(self) -> None:
+        check_arguments(self.args)  # here, because nothing was done yet
+        self.args.accelerator_config.dispatch_batches = False  # of streams, the default is otherwise
         if self.args.max_grad_norm is None:  # here, because DeepSpeed is told now
             is_large = sum(weight.numel() for weight in self.model.parameters()) >= 7e9
             self.args.max_grad_norm = 0.5 if is_large else 1.0
@@ -105,7 +124,10 @@ class LiquidTrainer(Trainer):
         if not model.training:
             inputs["labels"], counts = self._labels_without_repeats(inputs, len(indices))
         loss, outputs = super().compute_loss(
-            model, {**inputs, "skip_logits": True}, return_outputs=True, num_items_in_batch=num_items_in_batch
+            model,
+            {**inputs, "skip_logits": True, "use_cache": False},
+            return_outputs=True,
+            num_items_in_batch=num_items_in_batch,
         )
         if not loss.isfinite():
             raise FloatingPointError(
@@ -116,6 +138,19 @@ class LiquidTrainer(Trainer):
         if outputs.get("token_stats") is not None:
             self._token_stats["train" if model.training else "eval"] += outputs["token_stats"].detach() * counts
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As in the Trainer, for `compute_metrics` and `predict()` too; their logits take a second forward pass."""
+        loss, *_ = super().prediction_step(model, inputs, prediction_loss_only=True, ignore_keys=ignore_keys)
+        if prediction_loss_only:
+            return loss, None, None
+        inputs = self._prepare_inputs(dict(inputs))
+        number = len(inputs.pop("record_indices"))
+        labels, counts = self._labels_without_repeats(inputs, number)
+        del inputs["labels"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs, use_cache=False).logits
+        return loss, logits, labels if counts else torch.full_like(labels, IGNORE_INDEX)
 
     def _labels_without_repeats(self, inputs: dict[str, Any], number: int) -> tuple[torch.Tensor, bool]:
         """Where the last batch is too small for all processes, the first records come again: those do not count.
