@@ -9,7 +9,7 @@ from peft import get_peft_model
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import CODEBOOK_SIZE, tiny_model, tiny_processor
-from transformers import DataCollatorForLanguageModeling, TrainerCallback, pipeline
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments, pipeline
 
 from transformers_liquid import LiquidDataCollator, LiquidForCausalLM, LiquidProcessor, liquid_lora_config
 from transformers_liquid.ops.chunked_loss import image_targets, next_labels
@@ -152,6 +152,165 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_records(tmp_path):
     trainer.model.get_input_embeddings().weight.data[100] = math.nan
     with pytest.raises(FloatingPointError, match=r"The loss is nan in step 1, on the records with index \[\d+, \d+\]"):
         trainer.train()
+
+
+# The Trainer's own options
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"batch_eval_metrics": True},
+        {"eval_accumulation_steps": 1},
+        {"eval_do_concat_batches": False},
+        {"include_for_metrics": ["inputs", "loss"]},
+        {"per_device_eval_batch_size": 3},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_metrics_see_the_logits_and_labels_of_all_records(tmp_path, options, packing):
+    trainer = build_trainer(tmp_path, packing=packing, **options)
+    right = []
+
+    def compute_metrics(prediction, compute_result=True):
+        batches = ([prediction.predictions], [prediction.label_ids])
+        if options.get("eval_do_concat_batches") is False:
+            batches = (prediction.predictions, prediction.label_ids)
+        for logits, labels in zip(*batches, strict=True):
+            logits, labels = torch.as_tensor(logits), next_labels(torch.as_tensor(labels))
+            right.append((logits.argmax(-1) == labels)[labels != -100])
+        return {"accuracy": float(torch.cat(right).float().mean())}
+
+    trainer.compute_metrics = compute_metrics
+    metrics = trainer.evaluate()
+    plain = build_trainer(tmp_path, packing=packing).evaluate()
+    assert {name: metrics[name] for name in plain if "loss" in name} == pytest.approx(
+        {name: value for name, value in plain.items() if "loss" in name}, rel=1e-4
+    )
+    # Each label counts once, whichever modality.
+    batch = trainer.eval_data_collator(records(10))
+    is_image = image_targets(trainer.model.config, next_labels(batch["labels"]))
+    shares = {"image": int(is_image.sum()), "text": int((next_labels(batch["labels"]) != -100).sum() - is_image.sum())}
+    expected = sum(plain[f"eval_{name}_accuracy"] * share for name, share in shares.items()) / sum(shares.values())
+    assert len(torch.cat(right)) == sum(shares.values())
+    assert metrics["eval_accuracy"] == pytest.approx(expected)
+
+
+def test_predictions_are_logits(tmp_path):
+    trainer = build_trainer(tmp_path, packing=False)
+    batch = trainer.eval_data_collator(records(4))
+    output = trainer.predict(records(4))
+    logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels = torch.as_tensor(output.label_ids)
+    assert torch.equal(labels, batch["labels"])
+    torch.testing.assert_close(
+        torch.as_tensor(output.predictions)[labels != -100], logits[labels != -100], rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_trainer_of_transformers_smooths_labels_of_the_next_position(tmp_path, packing):
+    arguments = TrainingArguments(
+        str(tmp_path),
+        label_smoothing_factor=0.1,
+        remove_unused_columns=False,
+        per_device_train_batch_size=4,
+        max_steps=1,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    collator = LiquidDataCollator(tiny_processor(), packing=packing, unconditional_probability=0.0)
+    trainer = Trainer(model=tiny_model(), args=arguments, train_dataset=records(4), data_collator=collator)
+    trainer.train()
+    batch = collator(records(4))
+    targets = next_labels(batch.pop("labels"))
+    expected = torch.nn.functional.cross_entropy(
+        tiny_model()(**batch, use_cache=False).logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1
+    )
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"load_best_model_at_end": True},
+        {"save_strategy": "best", "metric_for_best_model": "eval_image_accuracy"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+        {"neftune_noise_alpha": 5.0},
+        {"include_num_input_tokens_seen": "non_padding"},
+        {"bf16": True},
+        {"dataloader_drop_last": True},
+        {"optim": "adafactor"},
+        {"accelerator_config": {"even_batches": False}},
+        {"activation_checkpointing": True},
+        {"prediction_loss_only": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_the_trainer_work(tmp_path, options):
+    trainer = build_trainer(tmp_path, packing=False, eval_strategy="steps", eval_steps=2, **options)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert {"eval_loss", "eval_image_loss", "eval_text_loss"} <= trainer.state.log_history[-2].keys()
+    if "load_best_model_at_end" in options:
+        best = LiquidForCausalLM.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
+        assert all(torch.equal(weight, best[name]) for name, weight in weights(trainer.model).items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"remove_unused_columns": True}, "remove the codes"),
+        ({"label_names": ["targets"]}, "calls them labels"),
+        ({"label_smoothing_factor": 0.1}, "without the logits"),
+        ({"use_liger_kernel": True}, "built-in models only"),
+        ({"bf16_full_eval": True}, "round the weights"),
+        ({"fp16_full_eval": True}, "round the weights"),
+        ({"train_sampling_strategy": "group_by_length"}, "have no length"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "have no length"),
+        ({"debug": "underflow_overflow"}, "NaN stops the run anyway"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches=True cannot be used"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True cannot be used"),
+        ({"neftune_noise_alpha": 5.0}, "train with packing=False"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("arguments_class", [LiquidTrainingArguments, TrainingArguments])
+def test_options_that_cannot_be_met_are_refused_before_training(tmp_path, arguments_class, options, message):
+    common = {"remove_unused_columns": False, "use_cpu": True, "save_strategy": "no"}
+    with pytest.raises(ValueError, match=message):
+        LiquidTrainer(
+            model=tiny_model(),
+            args=arguments_class(str(tmp_path), **common | options),
+            train_dataset=records(),
+            data_collator=LiquidDataCollator(tiny_processor(), packing=True),
+        )
+
+
+def test_batches_do_not_shrink_below_the_total(tmp_path):
+    with pytest.raises(ValueError, match="auto_find_batch_size=True would change total_batch_size"):
+        build_trainer(tmp_path, auto_find_batch_size=True)
+
+
+@pytest.mark.parametrize("metric", ["loss", "eval_accuracy", "held-out_perplexity"])
+def test_a_best_metric_that_is_not_measured_is_refused_before_training(tmp_path, metric):
+    options = {"eval_strategy": "steps", "load_best_model_at_end": True, "save_steps": 1, "eval_steps": 1}
+    trainer = build_trainer(tmp_path, metric_for_best_model="loss", **options)
+    sets = {"held-out": records(4), "other": records(6)}
+    arguments = {"data_collator": LiquidDataCollator(tiny_processor()), "eval_dataset": sets}
+    trainer.args.metric_for_best_model = metric
+    with pytest.raises(ValueError, match=f"{metric}' is not measured: expected one of held-out_loss, .*other_loss"):
+        LiquidTrainer(model=tiny_model(), args=trainer.args, train_dataset=records(), **arguments)
+    trainer.args.metric_for_best_model = "other_loss"
+    trainer = LiquidTrainer(model=tiny_model(), args=trainer.args, train_dataset=records(), **arguments)
+    trainer.train()
+    assert trainer.state.best_metric == min(
+        log["eval_other_loss"] for log in trainer.state.log_history if "eval_other_loss" in log
+    )
 
 
 # Checkpoints

@@ -32,6 +32,7 @@ _LIMITED: dict[str, tuple[tuple, str]] = {
         ("random", "sequential"),
         "records have no length before the collator makes sequences of them; packing needs no groups of one length",
     ),
+    "debug": (([],), "its hooks know no name for the parts that the loss is computed with; NaN stops the run anyway"),
     "split_batches": ((False,), "per_device_train_batch_size counts the records of one process"),
     "dispatch_batches": ((None, False), "sequences of different lengths cannot be cut out of one process's batch"),
     "non_data_parallel_size": (
