@@ -680,3 +680,31 @@ def test_decoding_says_which_id_is_wrong_and_where(llama):
         llama.decode_image_tokens(ids[:, :3])
     with pytest.raises(ValueError, match=r"2 x 3 codes needs 6 image ids, got 4"):
         llama.decode_image_tokens(ids, width=6)
+
+
+@pytest.mark.parametrize("mode", ["text", "image"])
+def test_drawing_and_writing_while_training_with_gradient_checkpointing_is_refused(mode):
+    model = tiny_model()
+    prompt, settings = (
+        torch.tensor([[BOS, 10, BOI]]),
+        {"generation_mode": mode, "max_new_tokens": 4, "do_sample": False},
+    )
+    if mode == "image":
+        settings = {"generation_mode": mode, "generator": torch.Generator().manual_seed(0)}
+    expected = model.generate(prompt, **settings)
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"call `model.eval\(\)` before `generate`"):
+        model.train().generate(prompt, **settings)
+    if mode == "image":
+        settings["generator"].manual_seed(0)
+    assert torch.equal(model.eval().generate(prompt, **settings), expected)
+    model.activation_checkpointing_disable()
+    model.train().generate(prompt, **settings)
+
+
+def test_a_cache_that_the_configuration_turns_off_is_not_returned():
+    model = tiny_model()
+    assert model(torch.tensor([[BOS, 10]])).past_key_values is not None
+    model.config.use_cache = False
+    assert model(torch.tensor([[BOS, 10]])).past_key_values is None
+    assert model(torch.tensor([[BOS, 10]]), use_cache=True).past_key_values is not None

@@ -97,6 +97,40 @@ def test_max_z_loss_is_the_mean_squared_greatest_logit():
             torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        ("llama", {"training": True}),
+        ("llama", {"training": False}),
+        ("llama", {"training": True, "skip_logits": False}),
+        ("llama", {"training": False, "skip_logits": True}),
+        ("llama", {"training": True, "skip_logits": False, "num_items_in_batch": 7}),
+        ("mixtral", {"training": True}),
+        ("mixtral", {"training": True, "output_router_logits": True}),
+        ("mixtral", {"training": False, "output_router_logits": True}),
+        ("qwen3_moe", {"training": True, "output_router_logits": True}),
+    ],
+)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_max_z_loss_counts_wherever_there_is_a_loss(base, options, shifted):
+    model, batch = tiny_model(base), tiny_batch()
+    options = dict(options)
+    model.train(options.pop("training"))
+    model.config.text_config.output_router_logits = options.pop("output_router_logits", False)
+    targets = next_labels(batch["labels"])
+    logits = model(input_ids=batch["input_ids"]).logits[targets != -100]
+    if shifted:
+        batch["shift_labels"] = targets
+        del batch["labels"]
+    losses = []
+    for coefficient in (0.0, 0.01):
+        model.config.max_z_loss_coef = coefficient
+        losses.append(model(**batch, **options).loss)
+    number = options.get("num_items_in_batch", len(logits))
+    expected = 0.01 * logits.amax(-1).square().sum() / number
+    torch.testing.assert_close(losses[1] - losses[0], expected, rtol=1e-3, atol=1e-5)
+
+
 def test_the_sum_over_micro_batches_is_the_whole_batch():
     model, batch = tiny_model(), tiny_batch()
     number = int((batch["labels"][:, 1:] != -100).sum())
@@ -118,6 +152,35 @@ def test_a_scaled_loss_scales_its_gradients():
     (3 * model(**batch, skip_logits=True).loss).backward()
     weight = model.get_input_embeddings().weight
     torch.testing.assert_close(weight.grad, 3 * gradients["model.text_model.model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_one_loss_gives_its_gradients_as_often_as_they_are_asked_for(tied, adapted):
+    model, batch = tiny_model(tied=tied), tiny_batch()
+    if adapted:
+        config = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [270]})
+        model = get_peft_model(model, config)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loss = model(**batch, skip_logits=True).loss
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    torch.autograd.grad(2 * loss, parameters, retain_graph=True)
+    (3 * loss).backward()
+    for parameter, gradient, copied in zip(parameters, first, kept, strict=True):
+        assert torch.equal(gradient, copied)  # what was given away is not written to
+        torch.testing.assert_close(parameter.grad, 3 * gradient)
+
+
+def test_second_derivatives_are_refused_in_chunks_and_right_without():
+    model, batch = tiny_model(), tiny_batch()
+    model.set_attn_implementation("eager")
+    weight = model.get_input_embeddings().weight
+    with pytest.raises(RuntimeError, match="no second derivatives.*skip_logits=False"):
+        torch.autograd.grad(model(**batch, skip_logits=True).loss, weight, create_graph=True)
+    (gradient,) = torch.autograd.grad(model(**batch, skip_logits=False).loss, weight, create_graph=True)
+    gradient.square().sum().backward()
+    assert weight.grad.abs().max() > 0
 
 
 def test_statistics_are_those_of_the_logits():

@@ -137,8 +137,14 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        # In place: a second copy of the head's gradient may not fit.
-        gradients = [gradient.mul_(grad_loss.to(gradient.dtype)) for gradient in ctx.saved_tensors]
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "The loss in chunks has no second derivatives (create_graph=True): pass `skip_logits=False` to the model."
+            )
+        # In place, unless they are asked for again: a second copy of the head's gradient may not fit.
+        is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
+        multiply = torch.Tensor.mul_ if is_last else torch.mul
+        gradients = [multiply(gradient, grad_loss.to(gradient.dtype)) for gradient in ctx.saved_tensors]
         return gradients[0], *[None] * 4, *gradients[1:]
 
 
@@ -199,6 +205,18 @@ class _ChunkLoss:
             else:
                 total += of_output.T @ hidden_states.to(of_output.dtype)
         return (of_output @ weight.to(of_output.dtype)).to(hidden_states.dtype)
+
+
+def max_z_loss(
+    logits: torch.Tensor,
+    labels: torch.LongTensor | None,
+    shift_labels: torch.LongTensor | None = None,
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """The mean squared greatest logit of all logits `(B, L, vocabulary)` that have a target, as in the loss in chunks."""
+    labelled = (next_labels(labels) if shift_labels is None else shift_labels).to(logits.device) != IGNORE_INDEX
+    best = logits[labelled].float().amax(-1)
+    return best.square().sum() / (len(best) if num_items is None else num_items)
 
 
 def image_targets(config: LiquidConfig, targets: torch.LongTensor) -> torch.BoolTensor:

@@ -29,7 +29,13 @@ from ...codecs.vq_model import LiquidVQModel
 from ...generation.guidance import SuppressImageTokensLogitsProcessor
 from ...generation.image_generation import generate_image_tokens
 from ...generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
-from ...ops.chunked_loss import LiquidCausalLMOutputWithPast, chunked_causal_lm_loss, image_targets, next_labels
+from ...ops.chunked_loss import (
+    LiquidCausalLMOutputWithPast,
+    chunked_causal_lm_loss,
+    image_targets,
+    max_z_loss,
+    next_labels,
+)
 from ...ops.few_rows import few_rows_view, is_transposed_faster
 from ...ops.views import StandIn, is_plain_linear, shallow_copy
 from ...utils.versions import CACHE_NAME, CACHE_NAMES
@@ -328,15 +334,22 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         cache = past_key_values if cache is None else cache
         inputs = self.model._text_inputs(input_ids, pixel_values, inputs_embeds, cache)
         inputs.update(attention_mask=attention_mask, position_ids=position_ids, **kwargs)
-        has_labels = labels is not None or kwargs.get("shift_labels") is not None
-        if has_labels and use_cache is None:
+        labels = kwargs.get("shift_labels") if labels is None else labels  # a base wants both
+        has_labels = labels is not None
+        # The Trainer turns the cache off in the whole's configuration, which the base does not read.
+        if use_cache is None and (has_labels or not self.config.use_cache):
             use_cache = False
         skip_logits = has_labels and (self.training if skip_logits is None else skip_logits)
         # A base's router loss is part of its own loss, and ZeRO-3 gathers a head's weight for its own forward only.
         routes = getattr(self.config.get_text_config(), "output_router_logits", False)
         text_model = self.model.text_model
         if not skip_logits or routes or is_deepspeed_zero3_enabled():
-            return text_model(labels=labels, logits_to_keep=logits_to_keep, use_cache=use_cache, **inputs)
+            outputs = text_model(labels=labels, logits_to_keep=logits_to_keep, use_cache=use_cache, **inputs)
+            if has_labels and self.config.max_z_loss_coef:
+                outputs.loss = outputs.loss + self.config.max_z_loss_coef * max_z_loss(
+                    outputs.logits, labels, inputs.get("shift_labels"), inputs.get("num_items_in_batch")
+                )
+            return outputs
 
         targets, num_items = inputs.pop("shift_labels", None), inputs.pop("num_items_in_batch", None)
         outputs = text_model.base_model(use_cache=use_cache, **inputs)
@@ -458,6 +471,11 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             ValueError: On settings that cannot be met, before any work.
         """
         check_generation_mode(generation_mode)
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
+            raise ValueError(
+                "A model that trains with gradient checkpointing keeps no cache, without which nothing right is "
+                "generated: call `model.eval()` before `generate`, and `model.train()` after it."
+            )
         input_ids = kwargs.pop("input_ids", inputs)
         if pixel_values is not None and input_ids is None and kwargs.get("inputs_embeds") is not None:
             kwargs["inputs_embeds"] = self.model.fill_image_embeds(kwargs["inputs_embeds"], pixel_values)
