@@ -176,7 +176,7 @@ def test_second_derivatives_are_refused_in_chunks_and_right_without():
     model, batch = tiny_model(), tiny_batch()
     model.set_attn_implementation("eager")
     weight = model.get_input_embeddings().weight
-    with pytest.raises(RuntimeError, match="no second derivatives.*skip_logits=False"):
+    with pytest.raises(RuntimeError, match=r"no second derivatives.*skip_logits=False"):
         torch.autograd.grad(model(**batch, skip_logits=True).loss, weight, create_graph=True)
     (gradient,) = torch.autograd.grad(model(**batch, skip_logits=False).loss, weight, create_graph=True)
     gradient.square().sum().backward()
