@@ -168,8 +168,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(model_type):
     model(ids, labels=ids).loss.backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.zero_grad()
-    model.activation_checkpointing_enable()
-    assert model.is_activation_checkpointing
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing
     model(ids, labels=ids).loss.backward()
     for name, gradient in expected.items():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient)

@@ -225,7 +225,7 @@ def _train(adapted, tmp_path, **arguments):
     """Four steps over all records."""
     defaults = {"per_device_train_batch_size": 8, "max_steps": 4, "learning_rate": 0.01, "max_grad_norm": 0.0}
     defaults |= {"use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
-    defaults |= {"remove_unused_columns": False, "lr_scheduler_type": "constant", "activation_checkpointing": False}
+    defaults |= {"remove_unused_columns": False, "lr_scheduler_type": "constant", "gradient_checkpointing": False}
     collator = _Collator(tiny_processor(), unconditional_probability=0.5)
     trainer = Trainer(
         model=adapted,
@@ -287,8 +287,8 @@ def test_without_these_rows_in_its_configuration_lora_leaves_them_where_they_wer
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"activation_checkpointing": True},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     ],
     ids=["checkpointing", "reentrant checkpointing", "accumulation"],
