@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import (
     BASES,
     BOI_ID,
@@ -356,3 +356,20 @@ def test_an_expanded_model_that_was_not_saved_first_is_warned_about(tmp_path):
         liquid_lora_config(LiquidForCausalLM.from_pretrained(tmp_path / "base"))
     loaded = PeftModel.from_pretrained(LiquidForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     assert torch.equal(loaded(input_ids=_ids()).logits, adapted(input_ids=_ids()).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("make_config", [liquid_lora_config, liquid_rows_config])
+def test_nothing_is_called_missing_that_is_there_and_what_is_missing_is_refused(make_config, tied, tmp_path, caplog):
+    model = _load(tmp_path / "base", tied=tied)
+    adapted = get_peft_model(model, make_config(model))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with caplog.at_level("WARNING"):
+        LiquidForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert "MISSING" not in caplog.text and "missing" not in caplog.text
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[-1]
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, path)
+    with pytest.raises(ValueError, match=r"The adapter .* has 1 missing keys"):
+        LiquidForCausalLM.from_pretrained(tmp_path / "adapter")

@@ -1,18 +1,24 @@
 """The Trainer says what it learns, stops when it cannot, and leaves checkpoints that draw."""
 
 import math
+import os
 import resource
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from peft import get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import CODEBOOK_SIZE, tiny_model, tiny_processor
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments, pipeline
 
 from transformers_liquid import LiquidDataCollator, LiquidForCausalLM, LiquidProcessor, liquid_lora_config
 from transformers_liquid.ops.chunked_loss import image_targets, next_labels
+from transformers_liquid.training.checkpoints import check_checkpoint, last_whole_checkpoint
 from transformers_liquid.training.train import LiquidTrainingArguments, last_complete_checkpoint
 from transformers_liquid.training.trainer import LiquidTrainer, PreviewCallback
 
@@ -389,6 +395,110 @@ def test_a_checkpoint_that_was_cut_off_is_not_continued(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+
+
+def finished_run(folder, model=None, **kwargs):
+    """Checkpoints 1 to 3 of a run, and its weights after step 4, which is not saved."""
+    trainer = build_trainer(folder, model, save_strategy="steps", save_steps=1, **kwargs)
+    trainer.train()
+    for path in (folder / "checkpoint-4").rglob("*"):
+        path.unlink()
+    return weights(trainer.model)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+DAMAGES = {
+    "trainer_state.json": [empty, cut],
+    "model.safetensors": [empty, cut, os.unlink],
+    "optimizer.pt": [empty, cut, os.unlink],
+    "scheduler.pt": [empty, cut, os.unlink],
+    "rng_state.pth": [empty, cut, os.unlink],
+    "config.json": [empty, cut],
+    "training_args.bin": [cut],
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, finished_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"), [(name, damage) for name, damages in DAMAGES.items() for damage in damages]
+)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tmp_path, run, caplog, name, damage):
+    shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "checkpoint-3" / name)
+    with caplog.at_level("WARNING", logger="transformers_liquid"):
+        found = last_whole_checkpoint(tmp_path)
+    assert found == str(tmp_path / "checkpoint-2")
+    assert "checkpoint-3 is passed over" in caplog.text
+    assert name.partition("_")[0].partition(".")[0] in caplog.text or damage is os.unlink
+    with pytest.raises(ValueError, match="checkpoint-3"):  # asked for by name
+        build_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_run_that_goes_on_before_a_damaged_checkpoint_ends_at_the_same_weights(tmp_path, run):
+    shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
+    os.unlink(tmp_path / "checkpoint-3" / "optimizer.pt")
+    shutil.copytree(tmp_path / "checkpoint-3", tmp_path / "checkpoint-x")  # of the user's own
+    resumed = build_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert all(torch.equal(weight, resumed.model.state_dict()[name]) for name, weight in run[1].items())
+
+
+def test_without_any_whole_checkpoint_nothing_begins_anew_in_silence(tmp_path):
+    finished_run(tmp_path, save_only_model=True)
+    with pytest.raises(ValueError, match=r"None of the 3 checkpoints .* has no optimizer"):
+        last_whole_checkpoint(tmp_path)
+
+
+def test_a_shard_that_is_missing_makes_a_checkpoint_no_whole_one(tmp_path):
+    finished_run(tmp_path)
+    folder = tmp_path / "checkpoint-3"
+    LiquidForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="30KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    check_checkpoint(folder)
+    sorted(folder.glob("model-*.safetensors"))[-1].unlink()
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json is damaged, or what it names is missing"):
+        check_checkpoint(folder)
+
+
+def test_a_checkpoint_of_other_weights_is_refused_and_tied_ones_are_not_called_missing(tmp_path, run, caplog):
+    shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
+    with caplog.at_level("WARNING", logger="transformers"):
+        build_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "missing" not in caplog.text
+    path = tmp_path / "checkpoint-3" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.text_model.model.norm.weight"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"\['model.text_model.model.norm.weight'\] are missing"):
+        build_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_two_runs_do_not_share_an_output_folder(tmp_path):
+    refused = []
+
+    class SecondRun(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                script = "import sys; from pathlib import Path; from transformers_liquid.utils.files import alone_in\n"
+                script += "with alone_in(Path(sys.argv[1])): print('in')"
+                refused.append(subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True))
+
+    trainer = build_trainer(tmp_path, callbacks=[SecondRun()])
+    trainer.train()
+    assert "Another process is writing to" in refused[0].stderr and "in" not in refused[0].stdout.split()
+    trainer.train(resume_from_checkpoint=True)  # this one may come back
 
 
 # Previews

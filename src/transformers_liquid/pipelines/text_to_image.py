@@ -19,6 +19,7 @@ from ..generation.image_generation import check_context
 from ..generation.sampling import put_codes
 from ..generation.settings import ImageGenerationConfig
 from ..models.liquid.configuration_liquid import LiquidConfig
+from ..models.liquid.model_card import write_model_card
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
 
@@ -258,6 +259,10 @@ class LiquidImageGenerationPipeline(Pipeline):
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Arguments of `tqdm` for every later bar, such as `disable=True`; as in diffusers."""
         self._progress_bar_config = kwargs
+
+    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        write_model_card(self.model, working_dir, repo_id.rpartition("/")[2])
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Saves model and processor as one repository.

@@ -18,8 +18,6 @@ from typing import Any
 
 from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..codecs.vq_model import codec_identity
 from ..data.collator import LiquidDataCollator
@@ -30,6 +28,7 @@ from ..models.liquid.processing_liquid import LiquidProcessor
 from ..utils.files import differences, read_json, write_json
 from .adapters import liquid_lora_config, liquid_rows_config
 from .arguments import DataArguments, LiquidTrainingArguments, ModelArguments, parse_arguments
+from .checkpoints import alone, check_checkpoint, last_complete_checkpoint, last_whole_checkpoint
 from .trainer import LiquidTrainer, PreviewCallback
 
 
@@ -68,17 +67,21 @@ def main(argv: Sequence[str]) -> None:
         ValueError: On arguments or data that cannot be used, before training.
     """
     check_datasets_installed()
-    trainer = build_trainer(*parse_arguments(argv))
-    checkpoint = trainer.args.resume_from_checkpoint or last_complete_checkpoint(trainer.args.output_dir)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        trainer.save_state()
-    except Exception:
-        traceback.print_exc()  # the command line prints one line alone
-        raise
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+    *arguments, args = parse_arguments(argv)
+    with alone(args):
+        checkpoint = args.resume_from_checkpoint or last_whole_checkpoint(args.output_dir)
+        if checkpoint is not None:
+            check_checkpoint(checkpoint)
+        trainer = build_trainer(*arguments, args)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.save_model()
+            trainer.save_state()
+        except Exception:
+            traceback.print_exc()  # the command line prints one line alone
+            raise
+        if args.push_to_hub:
+            trainer.push_to_hub()
 
 
 def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: LiquidTrainingArguments) -> LiquidTrainer:
@@ -179,9 +182,3 @@ def check_setup(model_args: ModelArguments, data_args: DataArguments, args: Liqu
     elif args.should_save:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, setup)
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint that was written to its end; its state comes last."""
-    checkpoints = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-    return str(max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))) if checkpoints else None

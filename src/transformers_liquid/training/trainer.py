@@ -15,15 +15,17 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from ..data.collator import LiquidDataCollator
 from ..models.liquid.image_processing_liquid import contact_sheet
+from ..models.liquid.model_card import write_model_card
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..ops.chunked_loss import IGNORE_INDEX
 from ..ops.packed_attention import use_packed_attention
 from ..pipelines.text_to_image import LiquidImageGenerationPipeline
 from .arguments import check_arguments
+from .checkpoints import alone, check_checkpoint, last_whole_checkpoint
 
 
 # What is measured on each data set to evaluate on.
@@ -104,6 +106,19 @@ class LiquidTrainer(Trainer):
             plugin.mixed_precision_policy = dataclasses.replace(
                 plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
             )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in the Trainer, alone in the output folder; `True` goes on from the newest checkpoint that is whole.
+
+        Raises:
+            ValueError: If another run is in the output folder, or the checkpoint is not whole.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
+        elif resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint)
+        with alone(self.args):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         train_collator, self.data_collator = self.data_collator, self.eval_data_collator
@@ -196,6 +211,20 @@ class LiquidTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card that `save_pretrained` wrote stays."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero() and isinstance(self.model, LiquidForCausalLM):
+            write_model_card(self.model, self.args.output_dir)  # of a checkpoint, only weights are taken over
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        tied = liquid_model(self.model).all_tied_weights_keys  # these are not missing
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        if load_result.missing_keys or load_result.unexpected_keys:
+            raise ValueError(
+                f"The checkpoint holds other weights than the model: {load_result.missing_keys} are missing, "
+                f"{load_result.unexpected_keys} are not the model's."
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if state_dict is not None:

@@ -89,12 +89,12 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps every other process that asks out of a folder that is there.
+    """Keeps every other process that asks out of a folder that is there; this one may ask again.
 
     Raises:
         ValueError: If another one is in it.
     """
-    lock = FileLock(folder / LOCK_NAME, timeout=0)
+    lock = FileLock(folder.resolve() / LOCK_NAME, timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except Timeout as error:
@@ -104,8 +104,9 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):
-            os.unlink(lock.lock_file)
+        if lock.lock_counter == 1:
+            with suppress(OSError):
+                os.unlink(lock.lock_file)
         lock.release()
 
 

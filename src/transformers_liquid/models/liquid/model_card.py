@@ -7,11 +7,17 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
+from huggingface_hub import ModelCard
+
 from ...generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 
 
 if TYPE_CHECKING:
     from .modeling_liquid import LiquidPreTrainedModel
+
+CARD_NAME = "README.md"
+# What the empty card says that transformers puts into a repository when it pushes one without a card.
+GENERATED_BY_TRANSFORMERS = "This model card has been automatically generated."
 
 
 def model_card(model: LiquidPreTrainedModel, name: str) -> str:
@@ -45,8 +51,23 @@ def model_card(model: LiquidPreTrainedModel, name: str) -> str:
     )
 
 
-def write_model_card(model: LiquidPreTrainedModel, directory: str | Path) -> None:
-    """Writes `README.md` into a saved repository, unless one is there: a card written by hand is never replaced."""
-    path = Path(directory) / "README.md"
-    if not path.exists():
-        path.write_text(model_card(model, Path(directory).resolve().name), encoding="utf-8")
+def write_model_card(model: LiquidPreTrainedModel, directory: str | Path, name: str | None = None) -> None:
+    """Writes `README.md` into a saved repository, unless one is there: a card written by hand is never replaced.
+
+    Args:
+        model ([`LiquidPreTrainedModel`]): The model that is saved.
+        directory (`str` or `Path`): Where it is saved.
+        name (`str`, *optional*): What the repository is called. Defaults to the name of the directory.
+    """
+    path, tags = Path(directory) / CARD_NAME, []
+    if path.exists():
+        before = path.read_text(encoding="utf-8")
+        if GENERATED_BY_TRANSFORMERS not in before:
+            return
+        tags = ModelCard(before).data.tags or []
+    text = model_card(model, name or Path(directory).resolve().name)
+    if tags:
+        card = ModelCard(text)
+        card.data.tags = list(dict.fromkeys([*card.data.tags, *tags]))
+        text = str(card)
+    path.write_text(text, encoding="utf-8")

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from ...codecs.vq_model import LiquidVQModel
 from ...generation.guidance import SuppressImageTokensLogitsProcessor
@@ -110,6 +110,26 @@ class LiquidPreTrainedModel(PreTrainedModel):
         """As in transformers, and writes a model card (`README.md`) unless there is one; so does `push_to_hub`."""
         super().save_pretrained(save_directory, *args, **kwargs)
         write_model_card(self, save_directory)
+
+    def load_adapter(self, peft_model_id=None, *args, **kwargs):
+        """As in transformers, but an adapter is loaded whole or not at all.
+
+        Raises:
+            ValueError: If weights of the adapter are missing, or are not the model's.
+        """
+        logger = logging.get_logger("transformers.integrations.peft")
+        try:
+            logger.disabled = True  # it reports trained rows of a tied head as missing: they are the embeddings'
+            info = super().load_adapter(peft_model_id, *args, **kwargs)
+        finally:
+            logger.disabled = False
+        info.missing_keys = info.missing_keys & {name for name, _ in self.named_parameters()}
+        check_loading_info(f"The adapter {peft_model_id}", vars(info))
+        return info
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        write_model_card(self, working_dir, repo_id.rpartition("/")[2])
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers, but refuses to delete image rows.

@@ -1,0 +1,101 @@
+"""Checkpoints of a run: which one is the newest, whether it is whole, and that one process alone writes them."""
+
+from __future__ import annotations
+
+import zipfile
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from ..utils.files import alone_in, read_json
+
+
+logger = logging.get_logger(__name__)
+
+# What a run needs to go on as if it had never stopped, as the Trainer, FSDP or DeepSpeed (`global_step`) writes it.
+_PARTS = {
+    "weights": ("*.safetensors", "pytorch_model*", "global_step*"),
+    "optimizer": ("optimizer*", "global_step*"),
+    "scheduler": ("scheduler.pt", "global_step*"),
+    "random state": ("rng_state*.pth",),
+    "trainer state": (TRAINER_STATE_NAME,),
+}
+
+
+def alone(args: TrainingArguments) -> AbstractContextManager[None]:
+    """Keeps other runs out of the output folder; the processes of one run share it.
+
+    Raises:
+        ValueError: If another run is in it.
+    """
+    if args.process_index:
+        return nullcontext()
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    return alone_in(Path(args.output_dir))
+
+
+def check_checkpoint(folder: str | Path) -> None:
+    """Checks that nothing of a checkpoint is missing or cut off; contents are not looked at.
+
+    Raises:
+        ValueError: If something is, naming it.
+    """
+    folder = Path(folder)
+    for part, patterns in _PARTS.items():
+        if not any(path for pattern in patterns for path in folder.glob(pattern)):
+            raise ValueError(f"The checkpoint {folder} has no {part} ({' or '.join(patterns)}).")
+    for path in folder.rglob("*"):
+        is_whole = True
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "pt"):
+                    pass
+            except SafetensorError:
+                is_whole = False
+        elif path.suffix in (".pt", ".pth", ".bin"):
+            is_whole = zipfile.is_zipfile(path)
+        elif path.suffix == ".json":
+            shards = read_json(path).get("weight_map", {}).values()
+            is_whole = all((folder / shard).is_file() for shard in shards)
+        if not is_whole:
+            raise ValueError(f"{path} is damaged, or what it names is missing.")
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint that was written to its end; its state comes last."""
+    checkpoints = _complete_checkpoints(output_dir)
+    return str(checkpoints[-1]) if checkpoints else None
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint that [`check_checkpoint`] lets pass; those that it does not are warned about.
+
+    Raises:
+        ValueError: If there are checkpoints and none is whole.
+    """
+    checkpoints, problem = _complete_checkpoints(output_dir), None
+    for folder in reversed(checkpoints):
+        try:
+            check_checkpoint(folder)
+            return str(folder)
+        except ValueError as error:
+            problem = error
+            logger.warning(f"{folder.name} is passed over: {error}")
+    if problem is not None:
+        raise ValueError(
+            f"None of the {len(checkpoints)} checkpoints in {output_dir} can be continued. {problem} Begin anew in "
+            "another output_dir; weights that are whole can be given as the model."
+        ) from problem
+    return None
+
+
+def _complete_checkpoints(output_dir: str | Path) -> list[Path]:
+    """From the oldest to the newest, whatever else the folder holds."""
+    folders = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    steps = {folder: folder.name.rpartition("-")[2] for folder in folders}
+    return sorted((folder for folder in folders if steps[folder].isdecimal()), key=lambda folder: int(steps[folder]))
