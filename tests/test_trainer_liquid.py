@@ -252,7 +252,7 @@ def test_the_trainer_of_transformers_smooths_labels_of_the_next_position(tmp_pat
         {"dataloader_drop_last": True},
         {"optim": "adafactor"},
         {"accelerator_config": {"even_batches": False}},
-        {"activation_checkpointing": True},
+        {"gradient_checkpointing": True},
         {"prediction_loss_only": True},
     ],
     ids=lambda options: next(iter(options)),

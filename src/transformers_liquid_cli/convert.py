@@ -26,17 +26,20 @@ def convert(
         raise ValueError("--to-base and --to-taming name two layouts: give one of them.")
     options.check_new_folder(output)
     from transformers_liquid import export_base_model, save_taming_codec
+    from transformers_liquid.utils.files import whole_folder
 
     from .models import load
 
     codec = {} if vq_checkpoint is None else {"vq_checkpoint": vq_checkpoint}  # a tokenizer would keep None
     pipe = load(model, device, dtype, **codec)
-    if to_base:
-        export_base_model(pipe.model, pipe.processor, output)
-        print(f"{output}: a plain {pipe.model.config.text_config.model_type}, its codec beside it.")
-    elif to_taming:
-        save_taming_codec(pipe.model.model.vq_model, output)
-        print(f"{output}: the codec as taming-transformers keeps it.")
-    else:
-        pipe.save_pretrained(output)
-        print(f"{output}: a complete Liquid repository.")
+    with whole_folder(output) as place:
+        if to_base:
+            export_base_model(pipe.model, pipe.processor, place)
+            what = f"a plain {pipe.model.config.text_config.model_type}, its codec beside it"
+        elif to_taming:
+            save_taming_codec(pipe.model.model.vq_model, place)
+            what = "the codec as taming-transformers keeps it"
+        else:
+            pipe.save_pretrained(place)
+            what = "a complete Liquid repository"
+    print(f"{output}: {what}.")

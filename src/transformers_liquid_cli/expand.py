@@ -28,6 +28,7 @@ def expand(
 
     from transformers_liquid import expand_vocabulary
     from transformers_liquid.models.liquid.reference import load_codec
+    from transformers_liquid.utils.files import whole_folder
 
     from .models import find_device, silence_libraries
 
@@ -36,7 +37,8 @@ def expand(
     base_model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(find_device(device))
     tokenizer = AutoTokenizer.from_pretrained(base)
     model, processor = expand_vocabulary(base_model, tokenizer, vq_model, image_size=image_size, init=init, seed=seed)
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
+    with whole_folder(output) as place:
+        model.save_pretrained(place)
+        processor.save_pretrained(place)
     ids = model.config.image_token_range
     print(f"{output}: {base} with image ids {ids.start} ... {ids.stop - 1}. Train it from there.")

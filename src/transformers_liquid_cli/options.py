@@ -53,6 +53,7 @@ def check_writable(path: Path, folder: bool) -> None:
 
 def check_new_folder(path: Path) -> None:
     """A checkpoint is never written over something."""
-    if path.is_dir() and any(path.iterdir()):
+    # Hidden is what a killed process leaves, which the next one clears away.
+    if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise ValueError(f"{path} is not empty: choose a new folder, nothing is overwritten.")
     check_writable(path, folder=True)

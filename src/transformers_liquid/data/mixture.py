@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mimetypes
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from transformers.utils import logging
 
 from .collator import LiquidDataCollator
@@ -55,7 +57,7 @@ def load_records(
         dataset = _load(str(path), split, streaming)
         if streaming:
             dataset = dataset._resolve_features()  # before, a stream of JSON has no columns
-        next(iter(dataset))
+        first = next(iter(dataset))
     except Exception as error:  # readers raise anything; StopIteration says nothing
         reason = str(error) or f"split {split!r} is empty"
         raise ValueError(f"The data set {str(path)!r} cannot be read: {reason}") from error
@@ -71,6 +73,15 @@ def load_records(
             f"The data set {str(path)!r} holds no records: its columns are {', '.join(columns)}, but it needs "
             "messages, text and codes, text and images (as codes), or text."
         )
+    if kind == "text" and "kind" not in columns:
+        # Their captions alone would be trained.
+        values = [value for name, value in first.items() if name != "text"]
+        files = Path(path).rglob("*") if Path(path).is_dir() else []
+        if any(map(_is_picture, values)) or any(_is_picture(file.name) for file in files):
+            raise ValueError(
+                f"The data set {str(path)!r} holds pictures, and no codes of them: make these with "
+                "`transformers-liquid tokenize`. To learn its texts alone, give its records a column 'kind' that says text."
+            )
     dataset = dataset.select_columns([name for name in RECORD_FIELDS if name in columns])
     if streaming:
         # Streams are mixed by columns of the same types.
@@ -99,6 +110,15 @@ def _load(name: str, split: str, streaming: bool) -> datasets.Dataset | datasets
             dataset = dataset[split]
         return dataset.to_iterable_dataset() if streaming else dataset
     return datasets.load_dataset(name, split=split, streaming=streaming)
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether a value of a column is a picture, the bytes of one, or the name of its file."""
+    if isinstance(value, list):
+        return any(map(_is_picture, value))
+    if isinstance(value, str):
+        return (mimetypes.guess_type(value)[0] or "").startswith("image/")
+    return isinstance(value, Image) or (isinstance(value, dict) and "bytes" in value)
 
 
 def _with_int32(feature: Any) -> Any:

@@ -98,6 +98,11 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Li
     model = LiquidForCausalLM.from_pretrained(
         model_args.model, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
     )
+    if model._hf_peft_config_loaded:
+        raise ValueError(
+            f"{model_args.model} is an adapter: merge it into its base with `transformers-liquid convert "
+            f"{model_args.model} --output FOLDER`, and train that."
+        )
     if args.deepspeed_plugin is not None:
         args.deepspeed_plugin.set_deepspeed_weakref()
     processor = LiquidProcessor.from_pretrained(model_args.model)

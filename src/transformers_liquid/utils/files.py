@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from uuid import uuid4
 
 import yaml
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 
 LOCK_NAME = ".lock"
@@ -108,6 +110,37 @@ def alone_in(folder: Path) -> Iterator[None]:
             with suppress(OSError):
                 os.unlink(lock.lock_file)
         lock.release()
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write to, of the same name; what was written comes into `path` when all of it is there, or nothing does.
+
+    Args:
+        path (`Path`): A folder that is there, and empty but for what a killed process left.
+
+    Raises:
+        OSError: If the file system fails.
+        ValueError: If another process is writing to it.
+    """
+    with alone_in(path):
+        for left in path.glob(f"*{UNFINISHED}"):
+            shutil.rmtree(left)
+        unfinished = path / f".{uuid4().hex[:8]}{UNFINISHED}"
+        place = unfinished / path.resolve().name
+        place.mkdir(parents=True)
+        try:
+            yield place
+            for file in place.rglob("*"):
+                if file.is_file():
+                    with open(file, "r+b") as opened:
+                        os.fsync(opened.fileno())
+            for part in list(place.iterdir()):
+                os.replace(part, path / part.name)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written, nothing of it is left: {error}") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
