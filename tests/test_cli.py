@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -517,6 +518,47 @@ def test_convert_writes_the_codec_alone(tmp_path):
     pictures = torch.rand(2, 3, 8, 8)
     codec = load_taming_codec("codec")
     assert torch.equal(codec.encode_codes(pictures), model.model.vq_model.encode_codes(pictures))
+
+
+CONVERSIONS = {
+    "ours": "convert {checkpoint} --output new --device cpu",
+    "base": "convert {checkpoint} --output new --device cpu --to-base",
+    "taming": "convert taming --output new --device cpu --to-taming",
+    "expand": "expand base --codec codec --output new --device cpu",
+}
+
+
+@pytest.fixture
+def sources():
+    """What the conversions read."""
+    model = tiny_model()
+    model.config.vq_config.update(TAMING_EXPRESSIBLE)
+    LiquidForCausalLM(model.config).save_pretrained("taming")
+    tiny_processor().save_pretrained("taming")
+    tiny_base(vocab_size=263).save_pretrained("base")
+    tiny_tokenizer().save_pretrained("base")
+    tiny_codec().save_pretrained("codec")
+
+
+@pytest.mark.parametrize("command", CONVERSIONS.values(), ids=CONVERSIONS)
+def test_a_conversion_is_whole_or_nothing_and_the_same_command_works_later(checkpoint, sources, command, capsys):
+    command = command.format(checkpoint=checkpoint)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # files cannot grow beyond, as on a full disk
+        message = error_of(command, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "download" not in message
+    assert list(Path("new").iterdir()) == []
+    # A process that is killed cannot clear away.
+    Path("new/.0123.unfinished/new").mkdir(parents=True)
+    Path("new/.0123.unfinished/new/model.safetensors").write_bytes(b"half")
+    assert run(command) == 0
+    assert not [path for path in Path("new").iterdir() if path.name.startswith(".")]
+    if (card := Path("new/README.md")).exists():
+        assert "# new" in card.read_text(encoding="utf-8")
+    assert "new is not empty" in error_of(command, capsys)
 
 
 def test_info_tells_the_layout_without_reading_weights(tmp_path, capsys):

@@ -6,6 +6,7 @@ from collections import Counter
 import datasets
 import pytest
 import torch
+from PIL import Image
 from tiny import VOCAB_SIZE, tiny_base, tiny_codec, tiny_model, tiny_pictures, tiny_processor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -357,3 +358,37 @@ def test_a_run_that_was_broken_off_sees_the_same_batches_and_ends_at_the_same_we
         assert torch.equal(weight, rest.model.state_dict()[name]), name
     assert not torch.equal(whole.model.get_input_embeddings().weight, tiny_base().get_input_embeddings().weight)
     assert whole.model.get_input_embeddings().num_embeddings == VOCAB_SIZE
+
+
+PICTURES = {
+    "a column of pictures": lambda folder: datasets.Dataset.from_dict(
+        {"text": ["a dog"], "picture": [Image.new("RGB", (8, 8))]}
+    ).to_parquet(folder / "data.parquet"),
+    "bytes without a type": lambda folder: datasets.Dataset.from_dict(
+        {"text": ["a dog"], "picture": [{"bytes": b"...", "path": None}]}
+    ).to_parquet(folder / "data.parquet"),
+    "several in each": lambda folder: datasets.Dataset.from_dict(
+        {"text": ["a dog"], "pictures": [["a.png", "b.png"]]}
+    ).to_json(folder / "data.jsonl"),
+    "names of files": lambda folder: (folder / "data.jsonl").write_text('{"file_name": "a.JPG", "text": "a dog"}\n'),
+    "addresses": lambda folder: (folder / "data.jsonl").write_text('{"url": "https://a.b/c.webp", "text": "a dog"}\n'),
+    "texts beside pictures": lambda folder: (folder / "a.txt").write_text("a dog\n"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("write", PICTURES.values(), ids=PICTURES)
+def test_captions_of_pictures_are_not_taken_for_texts(tmp_path, write, streaming):
+    if write is PICTURES["texts beside pictures"]:
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+        (tmp_path / "b.txt").write_text("a cat\n")
+    write(tmp_path)
+    with pytest.raises(ValueError, match=r"holds pictures, and no codes of them: make these with `.* tokenize`"):
+        load_records(tmp_path, streaming=streaming)
+
+
+def test_texts_that_speak_of_pictures_stay_texts(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "photo.png", "source": "wikipedia"}\n')
+    assert load_records(tmp_path / "a.jsonl")[0] == {"text": "photo.png", "kind": "text"}
+    (tmp_path / "b.jsonl").write_text('{"text": "a dog", "kind": "text", "file_name": "a.png"}\n')
+    assert load_records(tmp_path / "b.jsonl")[0] == {"text": "a dog", "kind": "text"}

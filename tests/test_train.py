@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 import yaml
+from peft import get_peft_model
 from tiny import CODEBOOK_SIZE, tiny_codec, tiny_model, tiny_pictures, tiny_processor
 
-from transformers_liquid import LiquidForCausalLM
+from transformers_liquid import LiquidForCausalLM, liquid_lora_config
 from transformers_liquid.data.tokenize import tokenize_dataset
 from transformers_liquid.models.liquid.image_processing_liquid import LiquidImageProcessor
 from transformers_liquid.training.train import build_trainer, main, parse_arguments
@@ -206,6 +207,13 @@ def test_a_bad_configuration_file_is_refused_in_one_line(tmp_path, capfd):
         ({"streaming": True, "max_steps": -1}, "max_steps has to be specified"),
         ({"eval_strategy": "steps"}, "didn't pass an `eval_dataset`"),
         ({"eval_datasets": ["{folder}/text.jsonl"]}, "NAME=PATH"),
+        ({"datasets": ["{folder}/pictures"]}, "holds pictures, and no codes of them"),
+        ({"datasets": ["{folder}/pictures/metadata.jsonl"]}, "holds pictures, and no codes of them"),
+        ({"datasets": ["{folder}/pictures"], "streaming": True}, "holds pictures, and no codes of them"),
+        (
+            {"eval_datasets": ["seen={folder}/pictures"], "eval_strategy": "steps"},
+            "holds pictures, and no codes of them",
+        ),
         ({"max_length": 10}, "16 of the 16 records of .* do not fit into max_length=10"),
     ],
 )
@@ -216,6 +224,32 @@ def test_bad_data_is_refused(folder, tmp_path, options, message):
     }
     with pytest.raises(ValueError, match=message):
         main(config(folder, tmp_path / "run", **options))
+
+
+def test_an_adapter_is_merged_before_it_is_trained(folder, tmp_path):
+    model = LiquidForCausalLM.from_pretrained(folder / "base")
+    get_peft_model(model, liquid_lora_config(model)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        ValueError, match="adapter is an adapter: merge it into its base with `transformers-liquid convert"
+    ):
+        main(config(folder, tmp_path / "run", model=str(tmp_path / "adapter")))
+
+
+def test_a_second_run_in_an_output_folder_is_refused_and_leaves_the_first_alone(folder, tmp_path, capfd):
+    argv = config(folder, tmp_path / "run")
+    script = (
+        "import sys; from filelock import FileLock\nwith FileLock(sys.argv[1] + '/.lock'): print(flush=True); input()"
+    )
+    (tmp_path / "run").mkdir()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script, tmp_path / "run"], **pipes) as first:
+        first.stdout.readline()
+        assert cli(["train", *argv]) == 2
+        assert "Another process is writing to" in capfd.readouterr().err
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+        first.communicate(b"\n")
+    main(argv)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 def test_records_that_are_too_long_are_dropped_on_request_only(folder, tmp_path):

@@ -137,7 +137,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
                         os.fsync(opened.fileno())
             for part in list(place.iterdir()):
                 os.replace(part, path / part.name)
-        except SafetensorError as error:
+        except (SafetensorError, RuntimeError) as error:  # of safetensors and of torch.save
             raise OSError(f"{path} could not be written, nothing of it is left: {error}") from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
