@@ -48,7 +48,7 @@ def check_checkpoint(folder: str | Path) -> None:
     for path in folder.rglob("*"):
         try:
             if path.suffix == ".safetensors":
-                safe_open(path, "pt").__enter__()
+                safe_open(path, "pt")
             elif path.suffix in (".pt", ".pth", ".bin"):
                 zipfile.ZipFile(path).close()
             elif path.suffix == ".json":
