@@ -716,7 +716,7 @@ def bad_files():
         ("generate ''", "prompt 0 is empty"),
         ("generate a 'b <image>'", "reserved for images"),
         (f"generate a '{'word ' * 40}'", "together more than the model's 128 positions. Shorten the prompt"),
-        ("generate a --negative-prompt ''", "negative_prompt 0 is empty"),
+        ("generate a --negative-prompt ' '", "negative_prompt 0 is empty"),
         ("describe picture.png 'a <boi>'", "reserved for images"),
         ("describe picture.png ' '", "question 0 is empty"),
         (f"describe picture.png '{'word ' * 40}'", "there is no room for an answer"),

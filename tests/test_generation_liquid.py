@@ -13,10 +13,14 @@ from tiny import IMAGE_TOKEN_OFFSET as OFFSET
 from tiny import UNCOND_ID as UNCONDITIONAL
 from tiny import VOCAB_SIZE, tiny_model
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -460,6 +464,19 @@ def test_the_models_image_settings_outlive_a_config_without_any(tmp_path):
     assert draw(model).tolist() == [oracle(model, prompt, unconditional=None) for prompt in PROMPTS]
 
 
+def test_a_model_made_of_a_saved_configuration_alone_draws_as_its_repository_does(tmp_path):
+    model = build()
+    model.generation_config.image_generation_config = {"do_sample": False, "guidance_scale": 2.0}
+    model.save_pretrained(tmp_path)
+    made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).eval()
+    made.load_state_dict(model.state_dict())
+    assert draw(made).tolist() == draw(model).tolist()
+    # What stands in a repository's generation_config.json outranks it.
+    model.generation_config.image_generation_config = {"do_sample": False, "guidance_scale": 4.0}
+    model.generation_config.save_pretrained(tmp_path)
+    assert draw(LiquidForCausalLM.from_pretrained(tmp_path)).tolist() == draw(model).tolist()
+
+
 def test_a_stored_setting_without_a_meaning_is_refused():
     model = build()
     model.generation_config.image_generation_config = {"guidence_scale": 2.0}
@@ -708,3 +725,249 @@ def test_a_cache_that_the_configuration_turns_off_is_not_returned():
     model.config.use_cache = False
     assert model(torch.tensor([[BOS, 10]])).past_key_values is None
     assert model(torch.tensor([[BOS, 10]]), use_cache=True).past_key_values is not None
+
+
+def masks(**changes):
+    """The prompts' masks with something changed."""
+    mask = left_padded(PROMPTS)["attention_mask"]
+    return {
+        "too short": mask[:, 1:],
+        "too long": torch.cat([mask, mask], dim=1),
+        "of fewer prompts": mask[:1],
+        "in four dimensions": mask[:, None, None],
+        "of zeros": torch.zeros_like(mask),
+        "that hides the end": torch.cat([mask[:, :-1], torch.zeros(3, 1, dtype=mask.dtype)], dim=1),
+        "of other numbers": mask * 2,
+        "of fractions": mask * 0.5,
+        "of biases": torch.where(mask == 1, 0.0, -torch.inf),
+    }
+
+
+@pytest.mark.parametrize("name", list(masks()))
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_attention_masks_that_do_not_fit_are_refused(llama, name, guidance_scale):
+    inputs = left_padded(PROMPTS) | {"attention_mask": masks()[name]}
+    with pytest.raises(ValueError, match="The attention mask of input_ids must hold 1 for what is attended to"):
+        llama.generate(**inputs, generation_mode="image", guidance_scale=guidance_scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_attention_masks_of_any_type_mean_the_same(llama, dtype):
+    inputs = left_padded(PROMPTS)
+    expected = llama.generate(**inputs, generation_mode="image", do_sample=False)
+    inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
+    assert torch.equal(llama.generate(**inputs, generation_mode="image", do_sample=False), expected)
+
+
+@pytest.mark.parametrize(
+    ("negative", "message"),
+    [
+        ({"ids": torch.tensor([[BOS, UNCONDITIONAL, 40]])}, "negative_prompt_ids must end with the begin-of-image"),
+        ({"ids": torch.tensor([[BOS, 3, BOI]])}, "negative_prompt_ids holds 3, an image placeholder"),
+        ({"ids": torch.tensor([[BOS, VOCABULARY, BOI]])}, f"no id of the vocabulary of {VOCABULARY}"),
+        ({"ids": torch.tensor([[BOS, -1, BOI]])}, "negative_prompt_ids holds -1"),
+        ({"ids": torch.tensor([BOS, BOI])}, r"needs negative_prompt_ids of shape \(batch, length\), got \(2,\)"),
+        ({"ids": torch.tensor([[1.0, BOI]])}, "needs negative_prompt_ids of shape .*float32"),
+        ({"ids": torch.tensor([[BOS, BOI]] * 2)}, "must be one sequence or 3"),
+        ({"ids": [[BOS, BOI]]}, "needs negative_prompt_ids of shape"),
+        ({"ids": torch.tensor([[BOS, BOI]]), "attention_mask": torch.ones(1, 5)}, "mask of negative_prompt_ids"),
+        ({"ids": torch.tensor([[BOS, BOI]]), "attention_mask": torch.zeros(1, 2)}, "mask of negative_prompt_ids"),
+        ({"attention_mask": torch.ones(1, 3)}, "negative_prompt_attention_mask needs negative_prompt_ids"),
+    ],
+)
+def test_negative_prompts_that_begin_no_picture_are_refused(llama, negative, message):
+    with pytest.raises(ValueError, match=message):
+        draw(llama, **{f"negative_prompt_{name}": value for name, value in negative.items()})
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"generator": 3}, "generator must be a torch.Generator or a list of them, got 3"),
+        ({"generator": [1, 2, 3]}, "generator must be a torch.Generator"),
+        ({"num_return_sequences": 0}, "num_return_sequences must be a whole number of at least 1, got 0"),
+        ({"num_return_sequences": 1.5}, "num_return_sequences must be a whole number"),
+        ({"guidance_scale": "7"}, "guidance_scale must be a finite number"),
+        (
+            {"prefix_allowed_tokens_fn": lambda batch, ids: [0, 1]},
+            "prefix_allowed_tokens_fn=.* has no meaning for images",
+        ),
+        ({"assistant_model": "a model"}, "assistant_model=a model has no meaning for images"),
+        ({"custom_generate": "a/repository"}, "custom_generate=a/repository has no meaning for images"),
+        ({"suppress_image_tokens": False}, "A picture is made of image tokens"),
+        ({"generation_config": GenerationConfig(num_beams=3)}, "num_beams=3 has no meaning for images"),
+        ({"generation_config": GenerationConfig(repetition_penalty=9.0)}, "repetition_penalty=9.0 has no meaning"),
+        (
+            {"generation_config": GenerationConfig(image_generation_config={"num_beams": 2})},
+            "num_beams=2 has no meaning",
+        ),
+    ],
+)
+def test_arguments_that_would_be_without_effect_are_refused(llama, argument, message):
+    with pytest.raises(ValueError, match=message):
+        draw(llama, **argument)
+
+
+def test_a_tuple_of_generators_is_one_each(llama):
+    assert torch.equal(draw(llama, generator=tuple(generators(1, 2, 3))), draw(llama, generator=generators(1, 2, 3)))
+
+
+@pytest.mark.parametrize("stored", [{"guidance_min_p": 0.9}, {"top_k": 1}, {"min_p": 0.9}, {"top_p": 0.01}])
+def test_a_stored_filter_can_be_turned_off(stored):
+    ((name, _),) = stored.items()
+    model = build()
+    settings = {"guidance_scale": 2.0, "temperature": 1.0, "top_k": None, "top_p": None}
+    model.generation_config.image_generation_config = settings
+    free = draw(model, generator=generators(1, 2, 3))
+    model.generation_config.image_generation_config = settings | stored
+    assert not torch.equal(draw(model, generator=generators(1, 2, 3)), free)
+    assert torch.equal(draw(model, generator=generators(1, 2, 3), **{name: None}), free)
+
+
+# --- numbers that break ---
+
+
+WAYS = {
+    "greedy": {"do_sample": False},
+    "sampled": {"top_k": 5, "top_p": 0.9, "min_p": 0.01},
+    "unguided": {"guidance_scale": 1.0},
+    "guidance_min_p": {"guidance_min_p": 0.3},
+    "speculative": {"speculative": 3},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "compiled": {"cache_implementation": "static"},
+    "without cache": {"use_cache": False},
+    "recorded": {"return_dict_in_generate": True, "output_scores": True},
+    "processors": {"logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.1)])},
+}
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_are_named_by_picture_and_position(way, value):
+    settings = {"height": 8, "width": 8, "guidance_scale": 2.0} | WAYS[way]
+    model = tiny_model(tied=False)
+    drawn = draw(model, generator=generators(1, 2, 3), **settings)
+    codes = (drawn if isinstance(drawn, torch.Tensor) else drawn.sequences) - OFFSET
+    # The first code of one picture that is new to all: whatever reads it breaks from there on.
+    picture, position = next(
+        (picture, position)
+        for position in range(3, 14)
+        for picture in range(3)
+        if not (codes[:, :position] == codes[picture, position]).any()
+        and (codes[:, position] == codes[picture, position]).sum() == 1
+    )
+    with torch.no_grad():
+        model.get_input_embeddings().weight[OFFSET + codes[picture, position]] = value
+    later = [
+        (other, int(where[0]) + 1)
+        for other in range(3)
+        if len(where := (codes[other] == codes[picture, position]).nonzero()) and int(where[0]) + 1 < 16
+    ]
+    first, step = min(later)
+    where = f"picture {first} of the batch at position {step}"
+    if way == "speculative":  # a draft can be the code that breaks
+        where = "picture . of the batch at position"
+    message = f"The scores of {where}.* NaN or infinite"
+    with pytest.raises(ValueError, match=message):
+        draw(model, generator=generators(1, 2, 3), **settings)
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45])
+def test_a_temperature_under_which_scores_overflow_is_told(llama, temperature):
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        draw(llama, temperature=temperature)
+
+
+def test_what_forbids_every_code_is_told(llama):
+    nothing = LogitsProcessorList([NoBadWordsLogitsProcessor([[OFFSET + code] for code in range(CODES)])])
+    with pytest.raises(ValueError, match="nothing to choose from"):
+        draw(llama, logits_processor=nothing)
+
+
+# --- hooks and processors of users ---
+
+
+def hooked(head):
+    return head.register_forward_hook(lambda module, args, output: output * -1.0)
+
+
+def pre_hooked(head):
+    return head.register_forward_pre_hook(lambda module, args: (args[0] * -1.0,))
+
+
+def parametrized(head):
+    class Negative(torch.nn.Module):
+        def forward(self, weight):
+            return -weight
+
+    torch.nn.utils.parametrize.register_parametrization(head, "weight", Negative())
+
+
+def replaced(head):
+    forward = head.forward
+    head.forward = lambda hidden_states: -forward(hidden_states)
+
+
+def wrapped(head):
+    head.__class__ = type(
+        "Negative", (torch.nn.Linear,), {"forward": lambda self, x: -torch.nn.Linear.forward(self, x)}
+    )
+
+
+@pytest.mark.parametrize("change", [hooked, pre_hooked, parametrized, replaced, wrapped])
+@pytest.mark.parametrize("speculative", [None, 3])
+def test_whatever_users_do_to_the_head_acts_on_pictures(change, speculative):
+    model, expected = tiny_model(tied=False), tiny_model(tied=False)
+    settings = {"do_sample": False, "guidance_scale": 2.0, "speculative": speculative}
+    draw(model, **settings)
+    change(model.get_output_embeddings())
+    with torch.no_grad():
+        expected.get_output_embeddings().weight.mul_(-1)
+    assert torch.equal(draw(model, **settings), draw(expected, **settings))
+
+
+@pytest.mark.parametrize("is_faster", [True, False])
+@pytest.mark.parametrize("where", ["layers.0", "layers.0.mlp", "layers.1.self_attn.q_proj", "embed_tokens", ""])
+@pytest.mark.parametrize("how", ["hook", "replaced"])
+def test_whatever_users_do_to_the_body_acts_on_pictures(where, how, is_faster, monkeypatch):
+    monkeypatch.setattr("transformers_liquid.models.liquid.modeling_liquid.is_transposed_faster", lambda: is_faster)
+    model, calls = tiny_model(), []
+    module = model.model.text_model.model.get_submodule(where)
+    if how == "hook":
+        module.register_forward_hook(lambda *args: calls.append(args))
+    else:
+        forward = module.forward
+        module.forward = lambda *args, **kwargs: (calls.append(args), forward(*args, **kwargs))[1]
+    draw(model, do_sample=False, height=4, width=4)
+    assert len(calls) == 4
+
+
+class Wrapped(LogitsProcessor):
+    sees_vocabulary = True
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, input_ids, scores):
+        return self.processor(input_ids, scores)
+
+
+@pytest.mark.parametrize("speculative", [None, 3])
+@pytest.mark.parametrize("wrap", [lambda processor: processor, Wrapped])
+def test_processors_that_look_for_ids_find_them(llama, wrap, speculative):
+    settings = {"do_sample": False, "guidance_scale": 1.0, "height": 8, "width": 8, "speculative": speculative}
+    free = draw(llama, **settings)
+    first = [[int(free[0, 0])]]
+    forbidding = LogitsProcessorList([wrap(NoBadWordsLogitsProcessor(first))])
+    assert torch.equal(
+        draw(llama, **settings, logits_processor=forbidding),
+        draw(llama, **settings, logits_processor=LogitsProcessorList([Forbid(int(free[0, 0]) - OFFSET)])),
+    )
+    penalty = LogitsProcessorList([wrap(RepetitionPenaltyLogitsProcessor(1e6))])
+    penalized = draw(llama, **settings, logits_processor=penalty)
+    for picture, prompt in zip(penalized.tolist(), PROMPTS, strict=True):
+        for step, drawn in enumerate(picture):
+            scores = code_scores(llama, prompt + picture[:step])
+            seen = torch.tensor([code - OFFSET for code in picture[:step]], dtype=torch.long)
+            scores[seen] = torch.where(scores[seen] < 0, scores[seen] * 1e6, scores[seen] / 1e6)
+            assert scores[drawn - OFFSET] >= scores.max() - 1e-4

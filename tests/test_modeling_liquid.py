@@ -1,10 +1,13 @@
 """The model: every base keeps its logits, images go in and out as ids, and transformers' doors stay open."""
 
+import contextlib
 import copy
+import json
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import (
     BASES,
     BOI_ID,
@@ -19,14 +22,16 @@ from tiny import (
     tiny_config,
     tiny_model,
     tiny_pictures,
+    tiny_processor,
     tiny_text_config,
 )
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM, LiquidModel
+from transformers_liquid.models.liquid.processing_liquid import LiquidProcessor
 from transformers_liquid.ops.views import StandIn
 
 
@@ -488,3 +493,189 @@ def test_the_base_and_the_wrapper_share_one_configuration():
     model = LiquidForCausalLM(config)
     assert model.config.text_config is model.model.text_model.config
     assert config.tie_word_embeddings is False
+
+
+# What is loaded is whole
+
+
+def without(*parts):
+    return lambda weights: {name: value for name, value in weights.items() if not any(part in name for part in parts)}
+
+
+NORM = "model.text_model.model.norm.weight"
+NOT_WHOLE = {
+    "a layer is missing": (without(".layers.1."), {}, "9 missing keys: model.text_model.model.layers.1."),
+    "one weight is missing": (without(NORM), {}, f"1 missing keys: {NORM}"),
+    "the embeddings are missing": (without("embed_tokens", "lm_head"), {}, r"missing keys: .*embed_tokens\.weight"),
+    "the language model is missing": (without("text_model"), {}, "21 missing keys: model.text_model"),
+    "the codec's encoder is missing": (without("vq_model.encoder"), {}, r"no codec weights .*model\.vq_model\.encoder"),
+    "everything is missing": (lambda weights: {}, {}, "no codec weights"),
+    "a weight is unknown": (
+        lambda weights: weights | {"model.text_model.extra": torch.ones(2)},
+        {},
+        "1 unexpected keys: model.text_model.extra",
+    ),
+    "a weight has another shape": (
+        lambda weights: weights | {NORM: torch.ones(2)},
+        {},
+        rf"1 mismatched keys: \('{NORM}', torch.Size\(\[2\]\), torch.Size\(\[32\]\)\)",
+    ),
+    "there are fewer layers": (None, {"num_hidden_layers": 1}, "9 unexpected keys: model.text_model.model.layers.1."),
+    "there are more layers": (None, {"num_hidden_layers": 3}, "9 missing keys: model.text_model.model.layers.2."),
+    "there are more ids": (None, {"vocab_size": VOCAB_SIZE + 8}, "mismatched keys: .*embed_tokens"),
+    "another base with other weights": (None, {"model_type": "qwen2"}, "missing keys: .*q_proj.bias"),
+    "another base with such weights": (
+        None,
+        {"model_type": "gemma"},
+        "LlamaForCausalLM, but .* 'gemma' .* GemmaForCausalLM",
+    ),
+    "a base much like it": (None, {"model_type": "mistral"}, "LlamaForCausalLM, but .* 'mistral'"),
+}
+
+
+def broken(path, change, settings, tied=True):
+    """A repository with something changed in its weights or in its `text_config`."""
+    tiny_model(tied=tied).save_pretrained(path)
+    file, config_file = path / "model.safetensors", path / "config.json"
+    if change is not None:
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    config = json.loads(config_file.read_text())
+    config["text_config"] |= settings
+    config_file.write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("model_class", [LiquidForCausalLM, LiquidModel, AutoModelForCausalLM])
+@pytest.mark.parametrize("what", list(NOT_WHOLE))
+def test_a_checkpoint_that_is_not_whole_is_refused_naming_its_keys(what, model_class, tmp_path):
+    change, settings, message = NOT_WHOLE[what]
+    if model_class is LiquidModel:  # its names are shorter
+        message = "keys|weights"
+    with pytest.raises(ValueError, match=message):
+        model_class.from_pretrained(broken(tmp_path, change, settings))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flipped_ties_are_refused(tied, tmp_path):
+    message = "lm_head.weight of its own" if not tied else "1 missing keys: .*lm_head.weight"
+    with pytest.raises(ValueError, match=message):
+        LiquidForCausalLM.from_pretrained(broken(tmp_path, None, {"tie_word_embeddings": not tied}, tied=tied))
+
+
+def test_weights_of_another_shape_are_left_out_where_asked(tmp_path):
+    broken(tmp_path, lambda weights: weights | {NORM: torch.ones(2)}, {})
+    model, info = LiquidForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True, output_loading_info=True)
+    assert model.model.text_model.model.norm.weight.shape == (32,)
+    assert [key for key, *_ in info["mismatched_keys"]] == [NORM]
+
+
+def test_new_weights_can_be_asked_for():
+    config = tiny_config()
+    model, info = LiquidForCausalLM.from_pretrained(None, config=config, state_dict={}, output_loading_info=True)
+    assert len(info["missing_keys"]) > 100
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["model", "tokenizer"])
+@pytest.mark.parametrize("liquid", [True, False])
+def test_code_of_a_checkpoint_runs_only_where_the_caller_says_so(kind, liquid, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+    tiny_model().save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for file, auto_map in [
+        ("config.json", {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}),
+        ("tokenizer_config.json", {"AutoTokenizer": [None, "code.T"]}),
+    ]:
+        if (kind == "model") == (file == "config.json"):
+            content = json.loads((tmp_path / file).read_text()) | {"auto_map": auto_map, "tokenizer_class": "Theirs"}
+            if not liquid and kind == "model":
+                content |= {"model_type": "theirs"}
+            (tmp_path / file).write_text(json.dumps(content))
+    if not liquid:
+        (tmp_path / "processor_config.json").unlink()
+    for load in (LiquidForCausalLM.from_pretrained, LiquidModel.from_pretrained, LiquidProcessor.from_pretrained):
+        with contextlib.suppress(ValueError, OSError):
+            load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+# The codec stays exact
+
+
+ROUNDED = {
+    "half": lambda model, path: model.half(),
+    "bfloat16": lambda model, path: model.bfloat16(),
+    "to": lambda model, path: model.to(torch.bfloat16),
+    "to a device too": lambda model, path: model.to("cpu", torch.float16),
+    "double": lambda model, path: model.double(),
+    "within another module": lambda model, path: torch.nn.ModuleList([model]).half()[0],
+    "loaded so": lambda model, path: LiquidForCausalLM.from_pretrained(path, dtype=torch.bfloat16),
+    "the base class": lambda model, path: LiquidModel.from_pretrained(path).half(),
+    "made so": lambda model, path: _filled(
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.bfloat16), model
+    ),
+    "on disk": lambda model, path: LiquidForCausalLM.from_pretrained(
+        path, device_map={"model.text_model": "cpu", "model.vq_model": "disk"}, offload_folder=path / "offloaded"
+    ),
+    "in part on disk": lambda model, path: LiquidForCausalLM.from_pretrained(
+        path,
+        device_map={"model.text_model": "cpu"}
+        | {f"model.vq_model.{part}": "cpu" for part in ("encoder", "quant_conv", "post_quant_conv")}
+        | {f"model.vq_model.{part}": "disk" for part in ("decoder", "quantize")},
+        offload_folder=path / "offloaded",
+    ),
+    "where there is room": lambda model, path: LiquidForCausalLM.from_pretrained(
+        path, device_map="auto", max_memory={"cpu": 60_000}, offload_folder=path / "offloaded"
+    ),
+}
+
+
+def _filled(model, source):
+    model.load_state_dict(source.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("way", list(ROUNDED))
+def test_the_codec_gives_the_same_codes_and_pictures_wherever_and_however_the_model_is(way, tmp_path):
+    plain, pixel_values = tiny_model(), tiny_pictures(4)
+    plain.save_pretrained(tmp_path)
+    ids = torch.stack(plain.encode_images(pixel_values))
+    expected = plain.decode_image_tokens(ids)
+    model = ROUNDED[way](copy.deepcopy(plain), tmp_path)
+    assert torch.equal(torch.stack(model.encode_images(pixel_values)), ids)
+    assert model.base_model.vq_model.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.stack(model.encode_images(pixel_values)), ids)
+    if isinstance(model, LiquidForCausalLM):
+        assert torch.equal(model.decode_image_tokens(ids), expected)
+        assert torch.equal(
+            model.decode_image_tokens(ids, dtype=torch.bfloat16), plain.decode_image_tokens(ids, dtype=torch.bfloat16)
+        )
+
+
+def test_a_codec_that_was_rounded_by_itself_reads_no_pictures():
+    model = tiny_model()
+    model.model.vq_model.half()
+    with pytest.raises(ValueError, match=r"The codec is in torch\.float16, in which it gives other codes"):
+        model.encode_images(tiny_pictures())
+    with pytest.raises(ValueError, match=r"in torch\.float16"):
+        model(input_ids=torch.full((1, 16), IMAGE_ID), pixel_values=tiny_pictures())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pixels_and_codecs_that_are_no_numbers_are_named(value):
+    model, pixel_values = tiny_model(), tiny_pictures(3)
+    pixel_values[1, 2, 3, 4] = value
+    with pytest.raises(ValueError, match=r"The pixels of picture 1 are NaN or infinite at \(2, 3, 4\)"):
+        model.encode_images(pixel_values)
+    with pytest.raises(ValueError, match=r"The pixels of picture 0 are NaN or infinite at \(2, 3, 4\)"):
+        model.encode_images(list(pixel_values))
+    codec = model.model.vq_model
+    for part, run in [
+        (codec.encoder.conv_in, lambda: codec.encode_codes(tiny_pictures())),
+        (codec.decoder.conv_out, lambda: model.decode_image_tokens(torch.full((1, 16), IMAGE_TOKEN_OFFSET))),
+    ]:
+        part.bias.data[0] = value
+        with pytest.raises(ValueError, match="of picture 0 are NaN or infinite"):
+            run()

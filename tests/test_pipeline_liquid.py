@@ -1,6 +1,7 @@
 """The pipelines: ours for text-to-image, and the stock ones that take our checkpoints."""
 
 import importlib.util
+import threading
 
 import numpy as np
 import PIL.Image
@@ -356,7 +357,7 @@ def test_a_bar_counts_codes_and_can_be_switched_off(checkpoint, capsys):
         ({"prompt": None}, "prompt must be a string or a list of strings, got None"),
         ({"prompt": ["a", 3]}, "prompt must be a string or a list of strings"),
         ({"prompt": "a<image>"}, "reserved for images"),
-        ({"prompt": "a", "negative_prompt": ""}, "negative_prompt 0 is empty"),
+        ({"prompt": "a", "negative_prompt": " "}, "negative_prompt 0 is empty"),
         ({"prompt": "a", "negative_prompt": ["x", "y"]}, "2 negative prompts for 1 prompts"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt must be .* at least 1, got 0"),
         ({"prompt": "a", "batch_size": 0}, "batch_size must be .* at least 1, got 0"),
@@ -376,6 +377,13 @@ def test_a_bar_counts_codes_and_can_be_switched_off(checkpoint, capsys):
         ({"prompt": "a", "return_dict_in_generate": True}, "call model.generate"),
         ({"prompt": "a", "num_beams": 3}, "num_beams=3 has no meaning for images"),
         ({"prompt": "a", "guidence_scale": 3}, "guidence_scale"),
+        ({"prompt": "a", "negative_prompt": "b", "guidance_scale": 1}, "A negative prompt acts through guidance"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["", "b"], "guidance_scale": 1}, "acts through guidance"),
+        ({"prompt": "a", "max_time": 0.1}, "draws whole pictures: for max_time and stopping_criteria"),
+        ({"prompt": "a", "stopping_criteria": [lambda ids, scores: True]}, "for max_time and stopping_criteria"),
+        ({"prompt": "a", "generator": 3}, "generator must be a torch.Generator"),
+        ({"prompt": "a", "num_inference_steps": 50}, "num_inference_steps"),
+        ({"prompt": "a", "eta": 0.5}, "eta"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_drawn(pipe, arguments, message):
@@ -450,3 +458,53 @@ def test_stock_pipelines_do_not_call_the_model_unsupported(checkpoint, task, cap
 
 def test_the_processor_is_found_by_its_auto_class(checkpoint):
     assert type(AutoProcessor.from_pretrained(checkpoint)) is LiquidProcessor
+
+
+# What a caller says
+
+
+def test_an_empty_negative_prompt_is_none(pipe):
+    plain = pipe(["a", "b"], seed=0, guidance_scale=6.0)
+    assert same(pipe(["a", "b"], seed=0, guidance_scale=6.0, negative_prompt=""), plain)
+    one = pipe(["a", "b"], seed=0, guidance_scale=6.0, negative_prompt=["", "x"])
+    assert same(one[:1], plain[:1]) and not same(one[1:], plain[1:])
+    assert same(pipe("a", seed=0, guidance_scale=1, negative_prompt=""), pipe("a", seed=0, guidance_scale=1))
+
+
+@pytest.mark.parametrize("stored", [{"guidance_min_p": 0.99}, {"top_k": 1}])
+def test_a_stored_filter_can_be_turned_off(stored):
+    ((name, _),) = stored.items()
+    pipe = LiquidImageGenerationPipeline(tiny_model(), tiny_processor())
+    pipe.model.generation_config.image_generation_config = {"guidance_scale": 2.0, "top_k": None, "top_p": None}
+    free = pipe("a", seed=0, output_type="pt", progress_bar=False)
+    pipe.model.generation_config.image_generation_config |= stored
+    assert not torch.equal(pipe("a", seed=0, output_type="pt", progress_bar=False), free)
+    assert torch.equal(pipe("a", seed=0, output_type="pt", progress_bar=False, **{name: None}), free)
+
+
+def test_a_stored_limit_of_time_is_refused():
+    pipe = LiquidImageGenerationPipeline(tiny_model(), tiny_processor())
+    pipe.model.generation_config.image_generation_config = {"max_time": 5.0}
+    with pytest.raises(ValueError, match="draws whole pictures"):
+        pipe("a", seed=0, progress_bar=False)
+
+
+def test_numbers_of_numpy_are_numbers(pipe):
+    given = pipe("a", seed=np.int64(3), num_images_per_prompt=np.int32(2), batch_size=np.int64(2))
+    assert same(given, pipe("a", seed=3, num_images_per_prompt=2))
+    assert same(pipe(["a", "b"], seed=np.array([5, 6])), pipe(["a", "b"], seed=[5, 6]))
+
+
+def test_threads_share_a_pipeline(pipe):
+    prompts = {seed: ["a", "a red apple", "something longer"][: 1 + seed % 3] for seed in range(6)}
+    expected = {seed: pipe(prompts[seed], seed=seed) for seed in prompts}
+    drawn = {}
+    threads = [
+        threading.Thread(target=lambda seed=seed: drawn.update({seed: pipe(prompts[seed], seed=seed)}))
+        for seed in prompts
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(same(drawn[seed], expected[seed]) for seed in prompts)

@@ -1,13 +1,15 @@
 """The prompts are the reference's, token for token, and nothing that is no image passes for one."""
 
+import threading
+
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from transformers_liquid import LiquidConfig, LiquidImageProcessor, LiquidProcessor
+from transformers_liquid import LiquidConfig, LiquidDataCollator, LiquidImageProcessor, LiquidProcessor
 from transformers_liquid.models.liquid.processing_liquid import TEXT_TO_IMAGE_INSTRUCTIONS
 
 
@@ -456,7 +458,7 @@ def test_placeholders_in_a_text_are_refused(reserved, mode):
         ({"text": "<image> dog"}, "contains '<image>'"),
         ({"text": "<bos>dog"}, "begins with '<bos>'"),
         ({"text": "dog", "images": [PIL.Image.new("RGB", (8, 8))]}, "draws from text alone"),
-        ({"text": "dog", "negative_prompt": ""}, "negative_prompt 0 is empty"),
+        ({"text": "dog", "negative_prompt": " "}, "negative_prompt 0 is empty"),
         ({"text": "dog", "negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"text": "dog", "height": 10}, "multiples of 4 pixels .* height=10, width=8"),
         ({"text": "dog", "height": 0}, "height=0, width=8"),
@@ -554,3 +556,141 @@ def test_every_argument_survives_saving(name, request, tmp_path):
     again = tmp_path / "again"
     loaded.save_pretrained(again)
     assert LiquidProcessor.from_pretrained(again).chat_template == processor.chat_template
+
+
+def test_an_empty_negative_prompt_is_none(processor):
+    expected = processor(text=["dog"] * 2, generation_mode="image")["negative_prompt_ids"]
+    given = processor(text=["dog"] * 2, negative_prompt="", generation_mode="image")["negative_prompt_ids"]
+    assert torch.equal(given, expected)
+    mixed = processor.image_prompts(["dog"] * 2, ["", "red"])[1]
+    assert mixed == [processor.unconditional_ids(), processor.image_prompt_ids("red")]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"truncation": True},
+        {"max_length": 5},
+        {"padding": "max_length"},
+        {"padding_side": "right"},
+        {"add_special_tokens": False},
+        {"framing": "crop"},
+        {"text_kwargs": {"truncation": True}},
+        {"common_kwargs": {"truncation": True}},
+        {"images_kwargs": {"framing": "crop"}},
+        {"return_offsets_mapping": True},
+    ],
+)
+def test_arguments_without_a_meaning_for_image_prompts_are_refused(processor, arguments):
+    with pytest.raises(ValueError, match="has no meaning for generation_mode='image'"):
+        processor(text="dog", generation_mode="image", **arguments)
+    assert processor(text="dog", generation_mode="image", padding=True, truncation=None)["input_ids"].shape[0] == 1
+
+
+# What a tokenizer makes of a text
+
+
+def everything_made_of(processor, text):
+    """All that makes ids of a text, as functions that are called without arguments."""
+    codes = np.zeros((2, 2), dtype=int)
+    collator = LiquidDataCollator(processor)
+    part = [{"type": "image"}, {"type": "text", "text": text}]
+    answer = {"role": "assistant", "content": "a face"}
+    return {
+        "a prompt": lambda: processor(text=text, generation_mode="image"),
+        "a negative prompt": lambda: processor(text="dog", negative_prompt=text, generation_mode="image"),
+        "a question": lambda: processor.question_ids(text, codes),
+        "a caption": lambda: collator.encode({"kind": "caption", "codes": codes, "text": text}),
+        "a text": lambda: collator.encode({"kind": "text", "text": text}),
+        "an interleaved text": lambda: processor.interleaved_ids(f"{text} <image>", [codes]),
+        "a message": lambda: processor.conversation_ids([{"role": "user", "content": text}, answer], []),
+        "a part of a message": lambda: processor.conversation_ids([{"role": "user", "content": part}, answer], [codes]),
+        "an answer": lambda: processor.conversation_ids(
+            [{"role": "user", "content": "dog"}, {"role": "assistant", "content": text}], []
+        ),
+    }
+
+
+EVERYTHING = pytest.mark.parametrize("what", list(everything_made_of(build_processor(), "dog")))
+
+
+@EVERYTHING
+@pytest.mark.parametrize("text", ["a dog<eos> face", "a <bos>face", "a face<eos>"])
+def test_bos_and_eos_within_a_text_are_refused(processor, what, text):
+    everything_made_of(processor, "dog")[what]()
+    with pytest.raises(ValueError, match=r"which is no text|<eos>|<bos>"):
+        everything_made_of(processor, text)[what]()
+
+
+@EVERYTHING
+@pytest.mark.parametrize("text", ["a <BOI> dog", "a <Eoi> dog", "a <UNCONDITIONAL> dog", "a dog<EOS>"])
+def test_specials_that_a_normalizer_makes_are_refused(what, text):
+    tokenizer = build_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Lowercase()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
+    added = [AddedToken(token, special=True, normalized=True) for token in [*IMAGE_TOKENS, "<eos>"]]
+    tokenizer.add_tokens(added, special_tokens=True)
+    processor = build_processor(tokenizer)
+    with pytest.raises(ValueError, match="which is no text but stands around texts and images"):
+        everything_made_of(processor, text)[what]()
+    if "EOS" not in text:
+        with pytest.raises(ValueError, match="which is no text"):
+            processor(text=text)
+
+
+def test_a_token_that_was_given_the_id_of_a_code_is_refused_at_every_door(tmp_path):
+    processor = build_processor()
+    for number in range(OFFSET - len(processor.tokenizer)):
+        processor.tokenizer.add_tokens(f"<padded{number}>")
+    assert processor(text="dog <padded0>", generation_mode="image")["input_ids"].shape[0] == 1
+    config = LiquidConfig(
+        text_config=LlamaConfig(vocab_size=OFFSET + CODEBOOK_SIZE),
+        vq_config={"num_vq_embeddings": CODEBOOK_SIZE, "block_out_channels": [8] * 3, "sample_size": 8},
+        image_token_offset=OFFSET,
+        **{f"{name}_token_id": getattr(processor, f"{name}_token_id") for name in ("boi", "eoi", "uncond", "image")},
+    )
+    processor.check_fits(config)
+    processor.tokenizer.add_tokens("<style>")
+    doors = everything_made_of(processor, "dog <style>") | {
+        "a text to write on": lambda: processor(text="dog <style>"),
+        "a batch": lambda: processor(text=["dog", "dog <style>"]),
+        "a save": lambda: processor.save_pretrained(tmp_path),
+        "a model": lambda: processor.check_fits(config),
+    }
+    for what, door in doors.items():
+        with pytest.raises(ValueError, match=f"'<style>' has id {OFFSET}, one of the image ids .*expand_vocabulary"):
+            door()
+            pytest.fail(what)
+    assert not any(tmp_path.iterdir())
+
+
+# Threads
+
+
+def test_threads_share_a_processor(processor):
+    texts = {
+        "several": ["a dog", "a red apple on a dog face"],
+        "one": "a red apple",
+        "cut": "a red apple on a dog face",
+    }
+    settings = {"cut": {"truncation": True, "max_length": 3}}
+    calls = {name: lambda name=name: processor(text=texts[name], **settings.get(name, {})) for name in texts}
+    calls["picture"] = lambda: processor(text="a dog", generation_mode="image")
+    expected = {name: call()["input_ids"].tolist() for name, call in calls.items()}
+    wrong = []
+
+    def serve(name):
+        for _ in range(150):
+            try:
+                if calls[name]()["input_ids"].tolist() != expected[name]:
+                    wrong.append(name)
+            except Exception as error:
+                wrong.append(f"{name}: {error}")
+
+    threads = [threading.Thread(target=serve, args=(name,)) for name in calls for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -34,8 +34,10 @@ def expand(
 
     silence_libraries()
     vq_model = load_codec(codec)
-    base_model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(find_device(device))
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    base_model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False).to(
+        find_device(device)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     model, processor = expand_vocabulary(base_model, tokenizer, vq_model, image_size=image_size, init=init, seed=seed)
     with whole_folder(output) as place:
         model.save_pretrained(place)

@@ -26,7 +26,7 @@ METADATA_KEY = "transformers_liquid"
 SETTINGS = ("guidance_scale", "guidance_min_p", "speculative", "temperature", "top_k", "top_p")
 
 # What of its record says how it was drawn, but does not change it.
-NO_MATTER = ("settings", "device", "version", "command", "speculative")
+NO_MATTER = ("settings", "device", "version", "command", "speculative", "batch_size")
 
 
 class Picture(NamedTuple):
@@ -52,7 +52,7 @@ class Drawing:
         settings, _ = ImageGenerationConfig.from_call(pipe.model.generation_config, None, given)
         layout = pipe.model.config.image_layout
         height, width = layout.size(layout.grid(options["height"], options["width"]))
-        self.pipe, self.model = pipe, options["model"]
+        self.pipe, self.model, self.batch_size = pipe, options["model"], 1
         self.settings = settings.to_dict()
         self.shared = {"negative_prompt": options["negative_prompt"], "height": height, "width": width}
 
@@ -76,6 +76,7 @@ class Drawing:
         if not pictures:
             return
         prompts, seeds, _ = map(list, zip(*pictures, strict=True))
+        self.batch_size = min(batch_size, len(pictures))
         drawn = self.pipe.stream(prompts, seed=seeds, batch_size=batch_size, **self.shared, **self.settings)
         for index, image in drawn:
             save_png(image, pictures[index].path, self.record(pictures[index]))
@@ -101,6 +102,8 @@ class Drawing:
             **self.shared,
             "settings": self.settings,
             **place,
+            # In half precision it decides how sums are rounded.
+            "batch_size": self.batch_size,
             "version": version("transformers-liquid"),
             "command": shlex.join([PROG, "generate", *words, picture.prompt]),
         }

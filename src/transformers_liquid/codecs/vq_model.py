@@ -61,6 +61,13 @@ class LiquidVQModel(VQModel):
         """Number of codes in the codebook."""
         return self.config.num_vq_embeddings
 
+    @property
+    def execution_device(self) -> torch.device:
+        """Where it computes: where its weights are, or where hooks of accelerate bring them."""
+        hooks = [getattr(module, "_hf_hook", None) for module in self.modules()]
+        devices = [device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None]
+        return torch.device(devices[0]) if devices else self.device
+
     @torch.no_grad()
     def encode_codes(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Turns pictures into the indices of their nearest codebook vectors.
@@ -75,7 +82,7 @@ class LiquidVQModel(VQModel):
             `torch.LongTensor` of shape `(B, H / factor, W / factor)`: Codes in 0 ... `codebook_size` - 1.
 
         Raises:
-            ValueError: If the shape does not fit the codec.
+            ValueError: If the shape does not fit the codec, or pixels or latents are NaN or infinite.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.in_channels:
             raise ValueError(
@@ -83,8 +90,11 @@ class LiquidVQModel(VQModel):
                 f"got {tuple(pixel_values.shape)}."
             )
         code_grid(*pixel_values.shape[-2:], self.downsample_factor)
-        with maybe_autocast(pixel_values.device.type, enabled=False):
-            latents = self.encode(pixel_values.to(self.dtype)).latents
+        with maybe_autocast(self.execution_device.type, enabled=False):
+            latents = self.encode(pixel_values.to(self.execution_device, self.dtype)).latents
+            if latents.device.type != "meta" and not latents.isfinite().all():
+                check_finite(pixel_values, "The pixels")  # which would be the cause
+                check_finite(latents, "The codec's latents")
             return self.nearest_codes(latents)
 
     @torch.no_grad()
@@ -103,7 +113,8 @@ class LiquidVQModel(VQModel):
             the weights' dtype.
 
         Raises:
-            ValueError: If the shape does not fit, a code is outside the codebook, or `dtype` is no half precision.
+            ValueError: If the shape does not fit, a code is outside the codebook, `dtype` is no half precision, or what
+                comes out is NaN or infinite.
         """
         if dtype not in (None, torch.bfloat16, torch.float16):
             raise ValueError(
@@ -113,20 +124,25 @@ class LiquidVQModel(VQModel):
             raise ValueError(
                 f"codes must have shape (batch, height, width) and not be empty, got {tuple(codes.shape)}."
             )
+        codes = codes.to(self.execution_device)
         check_codes(codes, range(self.codebook_size))
         # No cache: it would hold the weights a second time.
         with maybe_autocast(codes.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
             # (B, h, w, C) seen as (B, C, h, w) is channels-last already, in which CPUs convolve faster.
             quantized = self.quantize.embedding(codes).permute(0, 3, 1, 2)
             pieces = quantized.split(1 if self.use_slicing else len(quantized))
-            return torch.cat([self.decode(piece, force_not_quantize=True).sample.to(self.dtype) for piece in pieces])
+            decoded = [self.decode(piece, force_not_quantize=True).sample.to(self.dtype) for piece in pieces]
+        pixel_values = torch.cat(decoded)
+        check_finite(pixel_values, "The decoded pixels")
+        return pixel_values
 
     def nearest_codes(self, latents: torch.Tensor) -> torch.Tensor:
         """Indices `(B, h, w)` of the codebook vectors nearest to `latents` `(B, C, h, w)`, searched in fp32.
 
         diffusers' quantizer uses `torch.cdist`, which has no half-precision kernel on CPU.
         """
-        codebook = self.quantize.embedding.weight.float()
+        # By the module's own forward, for whose duration offloading brings its weights.
+        codebook = self.quantize.embedding(torch.arange(self.codebook_size, device=latents.device)).float()
         flat = latents.float().permute(0, 2, 3, 1).flatten(0, 2)
         # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, of which |z|^2 is the same for every code.
         distances = torch.addmm((codebook**2).sum(1)[None], flat, codebook.T, alpha=-2.0)
@@ -160,6 +176,17 @@ def check_codes(codes: torch.Tensor, codebook: range, name: str = "Code") -> Non
         raise ValueError(
             f"{name} {int(codes[position])} at position {', '.join(map(str, position))} is outside of the codebook "
             f"{codebook.start} ... {codebook.stop - 1}."
+        )
+
+
+def check_finite(tensor: torch.Tensor, name: str) -> None:
+    """Raises a `ValueError` that names the first picture of `(B, ...)` with a value that is NaN or infinite, and where."""
+    wrong = ~tensor.isfinite()
+    if wrong.any():
+        picture, *position = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} of picture {picture} are NaN or infinite at {tuple(position)}: the picture or the codec's weights "
+            "are damaged, or float16 overflowed (use float32 or bfloat16)."
         )
 
 

@@ -70,7 +70,7 @@ def export_base_model(
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
             if (file := directory / name).exists():
                 write_json(file, _rename(read_json(file), renamed))
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         tokenizer.add_tokens(list(renamed.values()), special_tokens=True)
         tokenizer.save_pretrained(directory)
     try:

@@ -22,6 +22,8 @@ class ImageTokenLogitsProcessor(LogitsProcessor):
         config (`LiquidConfig`): Says where the image ids lie.
     """
 
+    sees_vocabulary = True
+
     def __init__(self, config: LiquidConfig) -> None:
         self.image_slice = config.image_layout.image_slice
 
@@ -47,6 +49,30 @@ class SuppressImageTokensLogitsProcessor(LogitsProcessor):
         scores[:, self.image_slice] = -torch.inf
         scores[:, self.specials] = -torch.inf
         return scores
+
+
+class VocabularyLogitsProcessor(LogitsProcessor):
+    """Shows the scores of codes as those of the vocabulary, to a processor that looks for ids among them.
+
+    Args:
+        processor (`LogitsProcessor`): Such as transformers' own, which penalize, forbid or count ids.
+        config (`LiquidConfig`): Says where the image ids lie.
+    """
+
+    def __init__(self, processor: LogitsProcessor, config: LiquidConfig) -> None:
+        self.processor, self.image_slice = processor, config.image_layout.image_slice
+        self.vocab_size = config.get_text_config().vocab_size
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        whole = scores.new_full((len(scores), self.vocab_size), -torch.inf)
+        whole[:, self.image_slice] = scores
+        return self.processor(input_ids, whole)[:, self.image_slice]
+
+
+def looks_for_ids(processor: LogitsProcessor) -> bool:
+    """Whether a processor takes columns of scores for ids: transformers' own, and others that say so."""
+    is_of_transformers = any(one.__module__ == LogitsProcessor.__module__ for one in type(processor).__mro__[:-2])
+    return getattr(processor, "sees_vocabulary", is_of_transformers)
 
 
 class GuidanceLogitsProcessor(LogitsProcessor):

@@ -13,8 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from ..utils.versions import CACHE_NAMES
-from .guidance import GuidanceLogitsProcessor
-from .sampling import ImageSequences, sample_codes
+from .guidance import GuidanceLogitsProcessor, VocabularyLogitsProcessor, looks_for_ids
+from .sampling import ImageSequences, check_drawn, sample_codes
 from .settings import ImageGenerationConfig
 from .speculative import speculative_sample_codes
 
@@ -49,10 +49,8 @@ def generate_image_tokens(
     num_codes = settings.num_codes(model.config)
     window = settings.window(num_codes)
     copies = settings.of_transformers.get("num_return_sequences", 1)
-    if isinstance(generator, list) and input_ids is not None and len(generator) != len(input_ids) * copies:
-        raise ValueError(
-            f"A list of generators needs one for each of the {len(input_ids) * copies} pictures, got {len(generator)}."
-        )
+    if input_ids is not None:
+        generator = _generators(generator, len(input_ids) * copies)
     guidance = None
     if settings.guidance_scale > 1:
         guidance = GuidanceLogitsProcessor(settings.guidance_scale, settings.guidance_min_p)
@@ -69,7 +67,12 @@ def generate_image_tokens(
     cache_settings = _cache_settings(model, settings.of_transformers, model_kwargs, has_own_processors, length)
     drawing = guidance, generator, streamer, has_own_processors
 
+    of_ids = [one for one in logits_processor or () if looks_for_ids(one)]
+
     def draw(view, input_ids, logits_processor, stopping_criteria, generation_config, **prepared):
+        for index, one in enumerate(logits_processor):
+            if any(one is users for users in of_ids):
+                logits_processor[index] = VocabularyLogitsProcessor(one, model.config)
         prepared_by_generate = input_ids, logits_processor, stopping_criteria, generation_config, prepared
         sequences = ImageSequences(view, *prepared_by_generate, *drawing)
         return sample_codes(sequences) if window is None else speculative_sample_codes(sequences, window)
@@ -85,6 +88,7 @@ def generate_image_tokens(
         custom_generate=draw,
         **model_kwargs,
     )
+    check_drawn(drawn if isinstance(drawn, torch.Tensor) else drawn.sequences)
     if streamer is not None:
         streamer.end()
     layout = model.config.image_layout
@@ -92,6 +96,18 @@ def generate_image_tokens(
         return layout.codes_to_ids(drawn)
     drawn.sequences = layout.codes_to_ids(drawn.sequences)
     return drawn
+
+
+def _generators(generator: Any, number: int) -> torch.Generator | list[torch.Generator] | None:
+    """Of a call; raises a `ValueError` unless they are one for all of `number` pictures, one each, or none."""
+    generators = list(generator) if isinstance(generator, list | tuple) else [generator]
+    if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
+        raise ValueError(f"generator must be a torch.Generator or a list of them, got {generator!r}.")
+    if not isinstance(generator, list | tuple):
+        return generator
+    if len(generators) != number:
+        raise ValueError(f"A list of generators needs one for each of the {number} pictures, got {len(generators)}.")
+    return generators
 
 
 def _cache_settings(
@@ -132,27 +148,18 @@ def _sequences(
     Every sequence keeps its own mask, so none attends to a pad. One unconditional prompt serves all; without any it is
     `bos <unconditional> <boi>`, with bos where the prompts have one.
     """
-    ids, mask = conditional
-    if ids is None or ids.ndim != 2 or not ids.numel():
-        shape = None if ids is None else tuple(ids.shape)
-        raise ValueError(f'generation_mode="image" needs input_ids of shape (batch, length), got {shape}.')
-    wrong = (ids[:, -1] != config.boi_token_id).nonzero().flatten().tolist()
-    if wrong:
-        raise ValueError(
-            f"Every prompt must end with the begin-of-image token ({config.boi_token_id}); prompt {wrong[0]} ends with "
-            f'{int(ids[wrong[0], -1])}. Use the processor with generation_mode="image" (it pads on the left).'
-        )
-    mask = torch.ones_like(ids) if mask is None else mask
+    ids, mask = _checked(config, "input_ids", *conditional)
     if not is_guided:
         return ids, mask
-    other_ids, other_mask = unconditional
-    if other_ids is None:
+    if unconditional[0] is None:
+        if unconditional[1] is not None:
+            raise ValueError("negative_prompt_attention_mask needs negative_prompt_ids: leave it out.")
         bos = getattr(config, "bos_token_id", None)
         has_bos = bos is not None and bool((ids == bos).any())
-        other_ids = ids.new_tensor([[bos] * has_bos + [config.uncond_token_id, config.boi_token_id]])
+        unconditional = ids.new_tensor([[bos] * has_bos + [config.uncond_token_id, config.boi_token_id]]), None
+    other_ids, other_mask = _checked(config, "negative_prompt_ids", *unconditional)
     if len(other_ids) not in (1, len(ids)):
         raise ValueError(f"negative_prompt_ids must be one sequence or {len(ids)} (the prompts), got {len(other_ids)}.")
-    other_mask = torch.ones_like(other_ids) if other_mask is None else other_mask
     length = max(ids.shape[1], other_ids.shape[1])
 
     def stacked(ours: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -160,6 +167,36 @@ def _sequences(
         return torch.cat([torch.nn.functional.pad(part, (length - part.shape[1], 0)) for part in both])
 
     return stacked(ids, other_ids), stacked(mask, other_mask)
+
+
+def _checked(
+    config: LiquidConfig, name: str, ids: torch.LongTensor | None, mask: torch.Tensor | None
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Ids and mask of prompts; raises a `ValueError` that calls them `name` unless a picture can begin after each."""
+    is_ids = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() and not ids.is_floating_point()
+    if not is_ids:
+        given = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, torch.Tensor) else repr(ids)
+        raise ValueError(f'generation_mode="image" needs {name} of shape (batch, length), got {given}.')
+    wrong = (ids[:, -1] != config.boi_token_id).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"Every prompt of {name} must end with the begin-of-image token ({config.boi_token_id}); prompt {wrong[0]} "
+            f'ends with {int(ids[wrong[0], -1])}. Use the processor with generation_mode="image" (it pads on the left).'
+        )
+    vocab_size = config.get_text_config().vocab_size
+    wrong = ids[(ids == config.image_token_id) | (ids < 0) | (ids >= vocab_size)].tolist()
+    if wrong:
+        raise ValueError(
+            f"{name} holds {wrong[0]}, an image placeholder or no id of the vocabulary of {vocab_size}. Use the processor "
+            'with generation_mode="image".'
+        )
+    mask = torch.ones_like(ids) if mask is None else mask
+    if mask.shape != ids.shape or not ((mask == 0) | (mask == 1)).all() or not mask[:, -1].all():
+        raise ValueError(
+            f"The attention mask of {name} must hold 1 for what is attended to, as the last token of each prompt, and else "
+            f"0, in the shape {tuple(ids.shape)}, got shape {tuple(mask.shape)} and values {mask.unique().tolist()[:4]}."
+        )
+    return ids, mask.to(ids)
 
 
 def check_context(config: LiquidConfig, length: int, num_codes: int) -> None:

@@ -248,7 +248,8 @@ def draw_codes(
         noise (`torch.Tensor` of shape `(B, W, codebook_size)`, *optional*): Greedy without.
 
     Returns:
-        Codes `(B, W)`, and the scores `(B, W, codebook_size)` that they were drawn from.
+        Codes `(B, W)`, and the scores `(B, W, codebook_size)` that they were drawn from. The code is -1 where no score
+        is the largest, since one is NaN or infinite: [`check_drawn`] looks for it once, not step by step.
     """
     _, width, codebook_size = logits.shape
     # Processors may work in place; the logits stay the model's.
@@ -256,7 +257,21 @@ def draw_codes(
     if guidance is not None:
         scores = guidance.guide(scores)
     scores = logits_processor(ids, scores).view(-1, width, codebook_size)
-    return (scores if noise is None else scores + noise).argmax(-1), scores
+    noisy = scores if noise is None else scores + noise
+    codes = noisy.argmax(-1)
+    return codes.where(noisy.gather(-1, codes[..., None])[..., 0].isfinite(), -1), scores
+
+
+def check_drawn(codes: torch.LongTensor) -> None:
+    """Raises a `ValueError` that names the first of codes `(B, n)` that could not be drawn."""
+    wrong = (codes < 0).nonzero().tolist()
+    if wrong:
+        picture, position = wrong[0]
+        raise ValueError(
+            f"The scores of picture {picture} of the batch at position {position} are NaN or infinite, so no code can be drawn. Half "
+            "precision may have overflowed (load the model in bfloat16 or float32), weights may be damaged, or a "
+            "temperature or a logits processor leaves nothing to choose from."
+        )
 
 
 def gumbel_noise(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
@@ -27,9 +28,15 @@ DEFAULT_WINDOW = 12
 
 _OUR_SETTINGS = ("guidance_scale", "guidance_min_p", "speculative", "height", "width")
 
+# What narrows the choice; `None` leaves it out.
+FILTERS = (
+    *("guidance_min_p", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+    *("epsilon_cutoff", "eta_cutoff", "top_h"),
+)
+
 # What of transformers' generation settings has a meaning for a fixed number of codes.
 _TRANSFORMERS_SETTINGS = (
-    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"),
+    *("do_sample", *FILTERS[1:]),
     *("renormalize_logits", "remove_invalid_values", "max_time", "num_return_sequences"),
     *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"),
     *("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"),
@@ -39,6 +46,13 @@ _SETTINGS = {*_OUR_SETTINGS, *_TRANSFORMERS_SETTINGS}
 
 # Everything that is a setting of some `generate()`, and no argument of a model.
 _KNOWN = _SETTINGS | GenerationConfig._get_default_generation_params().keys() | GenerationConfig().to_dict().keys()
+_KNOWN |= {"prefix_allowed_tokens_fn", "assistant_model", "assistant_tokenizer", "custom_generate"}
+
+# What a caller's `GenerationConfig` may say about text: where it begins and ends, and who wrote it.
+_OF_TEXT = {
+    *("max_length", "max_new_tokens", "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("transformers_version", "_from_model_config", "_commit_hash"),
+}
 
 
 @dataclass
@@ -67,14 +81,17 @@ class ImageGenerationConfig:
 
     def __post_init__(self) -> None:
         self.guidance_scale = 1.0 if self.guidance_scale is None else self.guidance_scale
-        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 1):
+        if not (isinstance(self.guidance_scale, Real) and 1 <= self.guidance_scale < math.inf):
             raise ValueError(
                 f"guidance_scale must be a finite number >= 1 (1 is no guidance), got {self.guidance_scale}."
             )
         # transformers leaves its filter out above 1.
         for name, value in (("guidance_min_p", self.guidance_min_p), ("top_p", self.of_transformers.get("top_p"))):
-            if value is not None and not 0 < value <= 1:
+            if value is not None and not (isinstance(value, Real) and 0 < value <= 1):
                 raise ValueError(f"{name} must be in (0, 1], got {value}.")
+        copies = self.of_transformers.get("num_return_sequences", 1)
+        if not isinstance(copies, int) or copies < 1:
+            raise ValueError(f"num_return_sequences must be a whole number of at least 1, got {copies!r}.")
 
     @classmethod
     def from_call(
@@ -84,7 +101,7 @@ class ImageGenerationConfig:
 
         Args:
             stored (`GenerationConfig`, *optional*): The model's; its `image_generation_config` counts.
-            config (`GenerationConfig`, *optional*): The caller's.
+            config (`GenerationConfig`, *optional*): The caller's; or the result of an earlier call, which stands.
             kwargs (`dict`): The caller's, and arguments of other kinds.
 
         Returns:
@@ -93,11 +110,16 @@ class ImageGenerationConfig:
         Raises:
             ValueError: If one has no meaning for pictures.
         """
-        settings = DEFAULT_IMAGE_GENERATION_CONFIG | (getattr(stored, "image_generation_config", None) or {})
+        if isinstance(config, cls):
+            return config, kwargs
+        stored = getattr(stored, "image_generation_config", None) or {}
+        if not isinstance(stored, dict):
+            raise ValueError(f"The model's image_generation_config must be a dictionary of settings, got {stored!r}.")
+        settings = DEFAULT_IMAGE_GENERATION_CONFIG | stored
         if config is not None:
             # A config with image settings, such as the copy of the model's that pipelines pass, is about text elsewhere.
             given = getattr(config, "image_generation_config", None) or config.to_diff_dict()
-            settings |= {name: value for name, value in given.items() if name in _SETTINGS and value is not None}
+            settings |= {name: value for name, value in given.items() if name not in _OF_TEXT and value is not None}
         settings |= {name: value for name, value in kwargs.items() if name in _KNOWN}
         # A limit for text: the stock any-to-any pipeline passes it whatever it generates.
         settings.pop("max_new_tokens", None)
@@ -107,6 +129,7 @@ class ImageGenerationConfig:
                     f"{name}={value} has no meaning for images: a picture is a whole grid of codes, drawn "
                     f"greedily or by sampling. Settings for images: {', '.join((*_TRANSFORMERS_SETTINGS, *_OUR_SETTINGS))}."
                 )
+        settings["do_sample"] = bool(settings["do_sample"])
         if not settings["do_sample"]:
             # As transformers does not: sampling settings of the repository say nothing against a greedy call.
             settings |= dict.fromkeys(("temperature", "top_k", "top_p"))

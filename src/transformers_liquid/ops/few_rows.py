@@ -44,8 +44,11 @@ def is_transposed_faster() -> bool:
 def few_rows_view(module: nn.Module) -> nn.Module:
     """A view of a module tree with the same weights and [`FewRowsLinear`] in place of every plain `nn.Linear`.
 
-    Subclasses, quantized layers and layers with hooks stay as they are, and so does the original.
+    Subclasses, quantized layers, layers with hooks and modules whose `forward` somebody replaced stay as they are, and so
+    does the original.
     """
+    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):  # accelerate's is no replacement
+        return module
     if is_plain_linear(module):
         # Quantized and distributed weights are tensors of classes of their own.
         if type(module.weight.data) is not torch.Tensor or module.weight.dtype != torch.float32:

@@ -22,12 +22,14 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 def is_plain_linear(module: nn.Module, unsharded: bool = False) -> bool:
     """Whether a product with its weight is all that a layer does: no adapter, quantizer or hook around it.
 
-    A layer that FSDP wrapped is one only while its weight is whole, which `unsharded` says.
+    A layer that FSDP wrapped is one only while its weight is whole, which `unsharded` says; its hooks are FSDP's.
     """
     own_class = type(module)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    is_hooked = any(getattr(module, name) for name in hooks)
     if unsharded and isinstance(module, FSDPModule):
-        own_class = own_class.__mro__[2]  # FSDP puts a class of its own before the module's
-    return own_class is nn.Linear and "forward" not in module.__dict__
+        own_class, is_hooked = own_class.__mro__[2], False  # FSDP puts a class of its own before the module's
+    return own_class is nn.Linear and "forward" not in module.__dict__ and not is_hooked
 
 
 class StandIn(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
+from ..generation.sampling import check_drawn
 from ..models.liquid.image_processing_liquid import LiquidImageProcessor
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 
@@ -118,7 +119,9 @@ class ImageStreamer(BaseStreamer):
         raise NotImplementedError
 
     def _show(self, **kwargs: bool) -> None:
-        ids = self.model.config.image_layout.codes_to_ids(torch.cat(self.codes, dim=1))
+        codes = torch.cat(self.codes, dim=1)
+        check_drawn(codes)
+        ids = self.model.config.image_layout.codes_to_ids(codes)
         pictures = partial_pictures(self.model, ids, self.height, self.width)
         self.on_finalized_images(pictures, len(self.codes), **kwargs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers.utils import logging
 from ..checkpoints import EMOJI_CHECKPOINT
 from ..generation.image_generation import check_context
 from ..generation.sampling import put_codes
-from ..generation.settings import ImageGenerationConfig
+from ..generation.settings import FILTERS, ImageGenerationConfig
 from ..models.liquid.configuration_liquid import LiquidConfig
 from ..models.liquid.model_card import write_model_card
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
@@ -108,7 +109,7 @@ class LiquidImageGenerationPipeline(Pipeline):
                 exception ends the call. [`partial_pictures`] makes pictures of the ids.
             progress_bar (`bool`, *optional*, defaults to `True`): Whether to show one.
             kwargs: Further settings of [`LiquidForCausalLM.generate`], such as `do_sample`, `temperature`,
-                `top_k`, `top_p` or `guidance_min_p`; and `streamer`, such as an [`ImageStreamer`], for one batch.
+                `top_k`, `top_p` or `guidance_min_p`, of which `None` leaves one out; and `streamer`, such as an [`ImageStreamer`], for one batch.
 
         Returns:
             For N pictures a list of N `PIL.Image.Image`; or an array `(N, H, W, 3)` or tensor `(N, 3, H, W)` in [0, 1].
@@ -155,9 +156,18 @@ class LiquidImageGenerationPipeline(Pipeline):
         # What these raise is raised now.
         settings, others = ImageGenerationConfig.from_call(stored, config, during)
         settings.window(settings.num_codes(self.model.config))
+        if "max_time" in settings.of_transformers or others.get("stopping_criteria"):
+            raise ValueError(
+                "The pipeline draws whole pictures: for max_time and stopping_criteria call model.generate()."
+            )
         self.postprocess(torch.zeros(1, 3, 1, 1), **after)
         before = {**self._preprocess_params, **before, "height": settings.height, "width": settings.width}
         batches = self.preprocess(prompt, **before)
+        negatives = before.get("negative_prompt") or ""
+        if settings.guidance_scale == 1 and "".join(negatives).strip():
+            raise ValueError(
+                "A negative prompt acts through guidance, but guidance_scale is 1: raise it, or leave out the prompt."
+            )
         if "streamer" in others and len(batches) > 1:
             raise ValueError(
                 f"A streamer follows one batch, but these are {len(batches)}: pass a batch_size of at least the number "
@@ -166,7 +176,7 @@ class LiquidImageGenerationPipeline(Pipeline):
         return self._draw(batches, settings, after, **others)
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        kwargs = {name: value for name, value in kwargs.items() if value is not None or name in FILTERS}
         for name, instead in _NOT_HERE.items():
             if name in kwargs:
                 raise ValueError(f"The pipeline takes no {name}: {instead}.")
@@ -188,7 +198,7 @@ class LiquidImageGenerationPipeline(Pipeline):
         """Checks everything and makes the inputs of `generate` for each batch of pictures, and their `indices`."""
         # 1. Checks
         for name, value in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
         num_codes = self.model.config.image_layout.num_codes(**size)
         prompts, negatives = self.processor.image_prompts(prompt, negative_prompt, **size, name="prompt")
@@ -199,8 +209,8 @@ class LiquidImageGenerationPipeline(Pipeline):
         number = len(prompts) * num_images_per_prompt
         if seed is not None and generator is not None:
             raise ValueError("Give seed or generator, not both.")
-        seeds = range(seed, seed + number) if isinstance(seed, int) else seed
-        generators = generator if seeds is None else [torch.Generator().manual_seed(one) for one in seeds]
+        seeds = range(int(seed), int(seed) + number) if isinstance(seed, Integral) else seed
+        generators = generator if seeds is None else [torch.Generator().manual_seed(int(one)) for one in seeds]
         if isinstance(generators, (list, tuple)) and len(generators) != number:
             name = "generators" if seeds is None else "seeds"
             raise ValueError(f"Got {len(generators)} {name} for {number} pictures: give one each, or a single one.")
@@ -238,15 +248,18 @@ class LiquidImageGenerationPipeline(Pipeline):
         with self.progress_bar(total=total, disable=not progress_bar) as bar:
             for batch in batches:
                 watcher = _Watcher(self, bar, num_codes, callback_on_step_end, streamer)
-                pixel_values = self.forward(batch, streamer=watcher, **settings.to_dict(), **others)
+                pixel_values = self.forward(batch, streamer=watcher, generation_config=settings, **others)
                 yield from zip(batch["indices"], self.postprocess(pixel_values, **after), strict=True)
 
-    def _forward(self, batch: dict[str, Any], **generate_kwargs: Any) -> torch.Tensor:
+    def _forward(
+        self, batch: dict[str, Any], generation_config: ImageGenerationConfig, **generate_kwargs: Any
+    ) -> torch.Tensor:
         """Draws a batch; pixel values (B, 3, H, W) in [-1, 1]."""
         inputs = {name: value for name, value in batch.items() if name != "indices"}
-        ids = self.model.generate(**inputs, generation_mode="image", **generate_kwargs)
-        size = {name: generate_kwargs.get(name) for name in ("height", "width")}
-        return self.model.decode_image_tokens(ids, **size).float()
+        ids = self.model.generate(
+            **inputs, generation_mode="image", generation_config=generation_config, **generate_kwargs
+        )
+        return self.model.decode_image_tokens(ids, generation_config.height, generation_config.width).float()
 
     def postprocess(self, pixel_values: torch.Tensor, output_type: str = "pil") -> Any:
         """Pixel values to pictures."""

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -127,15 +126,21 @@ def whole_folder(path: Path) -> Iterator[Path]:
     with alone_in(path):
         for left in path.glob(f"*{UNFINISHED}"):
             shutil.rmtree(left)
-        with TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=path) as unfinished:
-            place = Path(unfinished, path.resolve().name)
-            place.mkdir()
-            try:
-                yield place
-            except (SafetensorError, RuntimeError) as error:  # of safetensors and of torch.save
-                raise OSError(f"{path} could not be written, nothing of it is left: {error}") from error
+        unfinished = path / f".{uuid4().hex[:8]}{UNFINISHED}"
+        place = unfinished / path.resolve().name
+        place.mkdir(parents=True)
+        try:
+            yield place
+            for file in place.rglob("*"):
+                if file.is_file():
+                    with open(file, "r+b") as opened:
+                        os.fsync(opened.fileno())
             for part in list(place.iterdir()):
                 os.replace(part, path / part.name)
+        except (SafetensorError, RuntimeError) as error:  # of safetensors and of torch.save
+            raise OSError(f"{path} could not be written, nothing of it is left: {error}") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:

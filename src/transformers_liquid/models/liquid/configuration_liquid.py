@@ -34,6 +34,8 @@ class LiquidConfig(PreTrainedConfig):
         image_size (`int`, *optional*): Default height and width in pixels. Defaults to the codec's `sample_size`.
         max_z_loss_coef (`float`, defaults to 0.0): Weight of the mean squared greatest logit in the training loss, which
             keeps logits from growing. Baichuan 2 (arXiv 2309.10305), where it comes from, uses 2e-4.
+        image_generation_config (`dict`, *optional*): Settings of pictures for a model that is made of its configuration
+            alone; a repository's `generation_config.json` outranks them. Saving a model writes both.
 
     Example:
 
@@ -58,6 +60,7 @@ class LiquidConfig(PreTrainedConfig):
     image_token_id: int = 10
     image_size: int | None = None
     max_z_loss_coef: float = 0.0
+    image_generation_config: dict | None = None
     tie_word_embeddings: bool | None = None
     use_cache: bool = True
 

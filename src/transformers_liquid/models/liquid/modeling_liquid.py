@@ -7,7 +7,9 @@ stays its own. Images exist only as token ids: nothing here but the codec knows 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,7 +43,7 @@ from ...ops.views import StandIn, is_plain_linear, shallow_copy
 from ...utils.versions import CACHE_NAME, CACHE_NAMES
 from .configuration_liquid import LiquidConfig
 from .model_card import write_model_card
-from .reference import ReferenceCheckpoint, check_loading_info
+from .reference import ReferenceCheckpoint, check_loading_info, load_whole
 from .vocabulary import check_generation_mode
 
 
@@ -55,6 +57,8 @@ class LiquidPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # A device map keeps the codec in one piece.
+    _no_split_modules = ["LiquidVQModel"]
     _skip_keys_device_placement = [*CACHE_NAMES]
     # None of its own, the base has them; PEFT looks for a base's tied weights only where there is a mapping.
     _tied_weights_keys = {}
@@ -75,17 +79,19 @@ class LiquidPreTrainedModel(PreTrainedModel):
             kwargs: As in transformers' `from_pretrained`.
 
         Raises:
-            ValueError: If the checkpoint is neither of the two, or holds no codec.
+            ValueError: If the checkpoint is neither of the two, holds no codec, or is not whole: with weights that are
+                missing, unknown, of another shape (unless `ignore_mismatched_sizes`) or not tied as it says.
         """
+        # Code of a checkpoint runs where the caller says so, never by a prompt.
+        kwargs.setdefault("trust_remote_code", False)
         reference = ReferenceCheckpoint.find(pretrained_model_name_or_path, vq_checkpoint=vq_checkpoint, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         if reference is not None:
             kwargs.pop("image_token_offset", None)
             config, codec = reference.config, reference.codec
             # The class itself: AutoModelForCausalLM asks the network for an adapter even if told `local_files_only`.
-            base_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(reference.text_config)]
-            base, info = base_class.from_pretrained(reference.name_or_path, output_loading_info=True, **kwargs)
-            check_loading_info(f"The language model {reference.name_or_path}", info)
+            load = functools.partial(_base_class(config).from_pretrained, reference.name_or_path)
+            base, info = load_whole(load, f"The language model {reference.name_or_path}", **kwargs)
             model = assemble(config, base, codec)
             model = model.model if issubclass(cls, LiquidModel) else model
             return (model, info) if wants_info else model
@@ -94,20 +100,27 @@ class LiquidPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} is a Liquid repository and holds its own codec: `vq_checkpoint` is "
                 "for reference checkpoints."
             )
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        missing = sorted(key for key in info["missing_keys"] if "vq_model." in key)
-        if missing:
+        load = functools.partial(super().from_pretrained, pretrained_model_name_or_path, *model_args)
+        if pretrained_model_name_or_path is None and not kwargs.get("state_dict"):
+            # There is nothing to be whole: transformers' way to ask for new weights.
+            model, info = load(output_loading_info=True, **kwargs)
+        else:
+            model, info = load_whole(load, str(pretrained_model_name_or_path), **kwargs)
+        base, trained = _base_class(model.config).__name__, model.config.text_config.architectures
+        if trained and base not in trained:
             raise ValueError(
-                f"{pretrained_model_name_or_path} has no codec weights ({len(missing)} are missing, the first is "
-                f"{missing[0]!r}). Save the model with its codec, or use `expand_vocabulary` to add one."
+                f"{pretrained_model_name_or_path} holds the weights of {', '.join(trained)}, but its text_config.model_type "
+                f"{model.config.text_config.model_type!r} is that of {base}: correct its config.json."
             )
         model.base_model.vq_model.requires_grad_(False)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As in transformers, and writes a model card (`README.md`) unless there is one; so does `push_to_hub`."""
+        # Some bases' weights have the same names: the configuration says whose they are.
+        self.config.text_config.architectures = [_base_class(self.config).__name__]
+        if self.can_generate():
+            self.config.image_generation_config = self.generation_config.image_generation_config
         super().save_pretrained(save_directory, *args, **kwargs)
         write_model_card(self, save_directory)
 
@@ -152,10 +165,10 @@ class LiquidModel(LiquidPreTrainedModel):
 
     def __init__(self, config: LiquidConfig):
         super().__init__(config)
-        self.text_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.text_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         # One object: what resizing writes to the one must be read from the other.
         config.text_config = self.text_model.config
-        self.vq_model = LiquidVQModel(**config.vq_config).requires_grad_(False)
+        self.vq_model = LiquidVQModel(**config.vq_config).float().requires_grad_(False)
         self._cache_argument = next(
             name for name in CACHE_NAMES if name in inspect.signature(self.text_model.forward).parameters
         )
@@ -172,6 +185,21 @@ class LiquidModel(LiquidPreTrainedModel):
         self.vq_model.eval()
         return self
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LiquidModel:
+        """`.half()`, `.to(torch.bfloat16)`, ... are for the language model: a rounded codec gives other codes."""
+
+        def without_rounding(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        codec, self._modules["vq_model"] = self.vq_model, None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._modules["vq_model"] = codec
+        codec._apply(without_rounding, recurse)
+        return self
+
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
         """Turns pictures into image token ids.
@@ -181,9 +209,17 @@ class LiquidModel(LiquidPreTrainedModel):
 
         Returns:
             N tensors of ids, one for each code, row by row.
+
+        Raises:
+            ValueError: If the codec was rounded, or something is NaN or infinite.
         """
+        if self.vq_model.dtype != torch.float32:
+            raise ValueError(
+                f"The codec is in {self.vq_model.dtype}, in which it gives other codes: load the model with "
+                "`from_pretrained`, which keeps it in float32 whatever the `dtype`."
+            )
         if isinstance(pixel_values, torch.Tensor):
-            codes = self.vq_model.encode_codes(pixel_values.to(self.vq_model.device))
+            codes = self.vq_model.encode_codes(pixel_values)
             return list(self.config.image_layout.codes_to_ids(codes).flatten(1))
         return [self.encode_images(picture[None])[0] for picture in pixel_values]
 
@@ -294,7 +330,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         if config is not None and getattr(config, "image_generation_config", None) is None:
             config = copy.copy(config)
             config.image_generation_config = dict(
-                DEFAULT_IMAGE_GENERATION_CONFIG
+                self.config.image_generation_config or DEFAULT_IMAGE_GENERATION_CONFIG
                 if self.generation_config is None
                 else self.generation_config.image_generation_config
             )
@@ -366,8 +402,9 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         if not skip_logits or routes or is_deepspeed_zero3_enabled():
             outputs = text_model(labels=labels, logits_to_keep=logits_to_keep, use_cache=use_cache, **inputs)
             if has_labels and self.config.max_z_loss_coef:
-                z_loss = max_z_loss(outputs.logits, labels, **kwargs)
-                outputs.loss = outputs.loss + self.config.max_z_loss_coef * z_loss
+                outputs.loss = outputs.loss + self.config.max_z_loss_coef * max_z_loss(
+                    outputs.logits, labels, inputs.get("shift_labels"), inputs.get("num_items_in_batch")
+                )
             return outputs
 
         targets, num_items = inputs.pop("shift_labels", None), inputs.pop("num_items_in_batch", None)
@@ -430,7 +467,8 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         if image_tokens.shape[-1] != grid_height * grid_width:
             raise ValueError(
                 f"A picture of {grid_height} x {grid_width} codes needs {grid_height * grid_width} image ids, got "
-                f"{image_tokens.shape[-1]}. Pass the height and width that the ids were generated with."
+                f"{image_tokens.shape[-1]}. Pass the height and width that the ids were generated with; of a picture that "
+                "was stopped before its end, see `partial_pictures`."
             )
         return self.decode_codes(
             self.config.image_layout.ids_to_codes(image_tokens).view(-1, grid_height, grid_width), dtype=dtype
@@ -439,7 +477,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def decode_codes(self, codes: torch.LongTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Turns codes `(B, grid_height, grid_width)` into pictures `(B, 3, H, W)` in [-1, 1]."""
-        return self.model.vq_model.decode_codes(codes.to(self.model.vq_model.device), dtype=dtype).clamp(-1, 1)
+        return self.model.vq_model.decode_codes(codes, dtype=dtype).clamp(-1, 1)
 
     @torch.no_grad()
     def generate(
@@ -459,8 +497,10 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             inputs (`torch.LongTensor` of shape `(B, L)`, *optional*): The prompts; or as `input_ids`.
             generation_config (`GenerationConfig`, *optional*): Defaults to the model's; in image mode to its
                 `image_generation_config`.
-            logits_processor (`LogitsProcessorList`, *optional*): Yours. In image mode they see scores of shape
-                `(B, codebook_size)`, one for each code, after guidance.
+            logits_processor (`LogitsProcessorList`, *optional*): Yours. In image mode they see all ids so far, and after
+                guidance scores of shape `(B, codebook_size)`: the id of column c is `config.image_token_offset + c`.
+                transformers' own, and yours with an attribute `sees_vocabulary = True`, look for ids among the scores:
+                they see `(B, vocabulary)`, -inf but for the codes.
             generation_mode (`"text"` or `"image"`, defaults to `"text"`): What to generate.
             pixel_values (`torch.Tensor` of shape `(N, 3, H, W)` or a list of N tensors, *optional*): Pictures for
                 the placeholders in the prompts.
@@ -492,7 +532,8 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         check_generation_mode(generation_mode)
         if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             raise ValueError(
-                "Gradient checkpointing keeps no cache: call `model.eval()` before `generate`, `model.train()` after it."
+                "A model that trains with gradient checkpointing keeps no cache, without which nothing right is "
+                "generated: call `model.eval()` before `generate`, and `model.train()` after it."
             )
         input_ids = kwargs.pop("input_ids", inputs)
         if pixel_values is not None and input_ids is None and kwargs.get("inputs_embeds") is not None:
@@ -503,6 +544,8 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             raise ValueError("The prompts hold image placeholders, but no pixel_values were given.")
 
         settings = {"generation_config": generation_config, "logits_processor": logits_processor}
+        if generation_mode == "image" and not suppress_image_tokens:
+            raise ValueError("A picture is made of image tokens: leave out suppress_image_tokens.")
         if generation_mode == "image":
             return generate_image_tokens(self, input_ids, **settings, **kwargs)
         if suppress_image_tokens:
@@ -530,6 +573,10 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             view.model.text_model = few_rows_view(view.model.text_model)
         view.generation_config = GenerationConfig()
         return view
+
+
+def _base_class(config: LiquidConfig) -> type[PreTrainedModel]:
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
 
 
 def assemble(config: LiquidConfig, base_model: PreTrainedModel, codec: LiquidVQModel) -> LiquidForCausalLM:

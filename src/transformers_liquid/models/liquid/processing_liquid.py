@@ -7,6 +7,7 @@ built by one of `image_prompt_ids`, `unconditional_ids`, `caption_ids`, `questio
 
 import copy
 import dataclasses
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ TEXT_TO_IMAGE_INSTRUCTIONS = [
     " Visualize the description you have just read.",
 ]
 CAPTION_INSTRUCTION = "The caption of this image is:"
+
+# Fast tokenizers keep how to pad and cut between calls: one call at a time, whichever thread it is in.
+_TOKENIZING = threading.RLock()
+
+# What of a tokenizer's arguments says what happens in image mode anyway.
+_OF_IMAGE_MODE = {"padding": (True, "longest"), "padding_side": ("left",)}
 
 
 class TooLongError(ValueError):
@@ -129,13 +136,7 @@ class LiquidProcessor(ProcessorMixin):
                 f"but their ids are {tokens}. Name tokens that the tokenizer has, or add them with "
                 "`transformers_liquid.expand_vocabulary`."
             )
-        image_ids = self.image_layout.image_token_range
-        for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-            if index in image_ids:
-                raise ValueError(
-                    f"The tokenizer does not fit: its token {token!r} has id {index}, one of the image ids "
-                    f"{image_ids.start} ... {image_ids.stop - 1}."
-                )
+        self.image_layout.check_vocabulary(self.tokenizer)
         if self.chat_template is None:
             self.chat_template = default_chat_template(tokenizer)
 
@@ -152,6 +153,7 @@ class LiquidProcessor(ProcessorMixin):
         Raises:
             ValueError: If the repository is neither of the two.
         """
+        kwargs.setdefault("trust_remote_code", False)
         quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
         if cached_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub_arguments(kwargs), **quiet) is None:
             reference = ReferenceCheckpoint(pretrained_model_name_or_path, **kwargs)
@@ -176,7 +178,7 @@ class LiquidProcessor(ProcessorMixin):
                 list per text.
             generation_mode (`str`, defaults to `"text"`): `"text"` or `"image"`.
             negative_prompt (`str` or `list[str]`, *optional*): Image mode only: what the picture should not show,
-                one for all prompts or one each. Replaces the unconditional text of guidance.
+                one for all prompts or one each. Replaces the unconditional text of guidance, unless it is empty.
             height (`int`, *optional*): In pixels, of the picture to draw or of the input images. Defaults to the
                 image processor's `size`.
             width (`int`, *optional*): In pixels, like `height`.
@@ -207,7 +209,12 @@ class LiquidProcessor(ProcessorMixin):
             height, width = self.image_layout.size(self.image_layout.grid(height, width))
             if not height == width == self.image_layout.image_size:
                 data |= {"height": height, "width": width}
-            return_tensors = {"return_tensors": "pt", **kwargs.get("text_kwargs", {}), **kwargs}["return_tensors"]
+            nested = {**kwargs.pop("common_kwargs", {}), **kwargs.pop("text_kwargs", {})}
+            given = {"return_tensors": "pt", **nested, **kwargs}
+            return_tensors = given.pop("return_tensors")
+            for name, value in given.items():
+                if value is not None and value not in _OF_IMAGE_MODE.get(name, ()):
+                    raise ValueError(f"{name}={value!r} has no meaning for generation_mode='image': leave it out.")
             return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["height", "width"])
 
         if negative_prompt is not None:
@@ -221,7 +228,11 @@ class LiquidProcessor(ProcessorMixin):
                     kwargs.setdefault(name, value)
         if images is not None and (height is not None or width is not None):
             kwargs.update(height=height, width=width)
-        return super().__call__(images=images, text=text, **kwargs)
+        with _TOKENIZING:
+            inputs = super().__call__(images=images, text=text, **kwargs)
+        for sample, ids in zip(text or (), inputs.get("input_ids", ()), strict=False):
+            self.image_layout.check_ids(self.tokenizer, np.asarray(ids).tolist(), marks=sample.count(IMAGE_MARK))
+        return inputs
 
     # Prompts: lists of ids, matching the reference (FoundationVision/Liquid, liquid/train/train.py and
     # evaluation/app.py) token for token.
@@ -249,14 +260,18 @@ class LiquidProcessor(ProcessorMixin):
         texts = self._check_prompts(text, name)
         ending = self._size_sentence(height, width) + TEXT_TO_IMAGE_INSTRUCTIONS[0]
         prompts = [self._image_prompt(prompt, ending) for prompt in texts]
-        if negative_prompt is None:
-            return prompts, [self.unconditional_ids(height, width)] * len(texts)
-        negatives = self._check_prompts(negative_prompt, "negative_prompt")
-        if isinstance(negative_prompt, str):
-            negatives = negatives * len(texts)
+        is_list = isinstance(negative_prompt, (list, tuple))
+        negatives = negative_prompt if is_list else [negative_prompt or ""] * len(texts)
         if len(negatives) != len(texts):
             raise ValueError(f"Got {len(negatives)} negative prompts for {len(texts)} prompts: give one, or one each.")
-        return prompts, [self._image_prompt(prompt, ending) for prompt in negatives]
+        unconditional = self.unconditional_ids(height, width)
+        return prompts, [
+            # User interfaces send an empty one for none.
+            unconditional
+            if negative == ""
+            else self._image_prompt(*self._check_prompts(negative, "negative_prompt"), ending)
+            for negative in negatives
+        ]
 
     def pad_left(self, sequences: Sequence[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
         """Prompts of one length, pads before them, and their masks."""
@@ -344,6 +359,7 @@ class LiquidProcessor(ProcessorMixin):
             ValueError: If marks and images differ in number, or the text contains one of the processor's image tokens.
         """
         self._check_marks([text], len(images))
+        self.check_plain(text.replace(IMAGE_MARK, ""))
         return [*self.bos_ids, *self._marked_ids(text, map(self.codes_to_ids, images))]
 
     def conversation_ids(self, messages: Sequence[Mapping[str, Any]], images: Sequence) -> list[tuple[list[int], bool]]:
@@ -376,6 +392,8 @@ class LiquidProcessor(ProcessorMixin):
             for part in content if not isinstance(content, str) else ():
                 if part.get("type") == "text":
                     self.check_plain(part["text"])
+            if isinstance(content, str):
+                self.check_plain(content.replace(IMAGE_MARK, ""))
         texts, written = [], ""
         for turn in [turn for turn, role in enumerate(roles) if role == "assistant"]:
             prompt = self.apply_chat_template(messages[:turn], add_generation_prompt=True)
@@ -426,9 +444,10 @@ class LiquidProcessor(ProcessorMixin):
         check_codes(codes, range(self.codebook_size))
         return self.image_layout.codes_to_ids(codes).tolist()
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without the tokens that the tokenizer adds around it."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text, without the tokens that the tokenizer adds around it unless asked for."""
+        with _TOKENIZING:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     @property
     def bos_ids(self) -> list[int]:
@@ -461,8 +480,9 @@ class LiquidProcessor(ProcessorMixin):
         bos_token = self.tokenizer.bos_token
         has_bos = bos_token is not None and text.startswith(bos_token)
         text = text.replace(IMAGE_MARK, self.boi_token + self.image_token + self.eoi_token)
-        ids = []
-        for index in self.tokenizer.encode(text, add_special_tokens=begins and not has_bos):
+        ids, written = [], self.encode(text, add_special_tokens=begins and not has_bos)
+        self.image_layout.check_ids(self.tokenizer, written, marks=text.count(self.image_token))
+        for index in written:
             ids.extend(next(image_ids) if index == self.image_token_id else [index])
         return ids
 
@@ -477,6 +497,7 @@ class LiquidProcessor(ProcessorMixin):
         Raises:
             ValueError: Naming everything that differs.
         """
+        self.image_layout.check_vocabulary(self.tokenizer)
         ours, theirs = self.image_layout, config.image_layout
         different = [
             f"{field.name} is {getattr(ours, field.name)} in the processor, {getattr(theirs, field.name)} in the model"
@@ -500,7 +521,11 @@ class LiquidProcessor(ProcessorMixin):
         return list(texts)
 
     def check_plain(self, text: str) -> None:
-        """Image tokens in a text would read as (a piece of) an image that is not there."""
+        """A text is text alone: no piece of an image, which is not there, and neither bos nor eos."""
+        self._check_pieces(text)
+        self.image_layout.check_ids(self.tokenizer, self.encode(text), ends=False)
+
+    def _check_pieces(self, text: str) -> None:
         for token in (IMAGE_MARK, *self._image_tokens):
             if token in text:
                 raise ValueError(f"The text {text!r} contains {token!r}, which is reserved for images: remove it.")
@@ -510,17 +535,17 @@ class LiquidProcessor(ProcessorMixin):
         prompts = self.check_texts(text, name)
         bos_token = self.tokenizer.bos_token
         for prompt in prompts:
-            self.check_plain(prompt)
             if bos_token is not None and prompt.startswith(bos_token):
                 raise ValueError(
                     f"The prompt begins with {bos_token!r}, which is added here: give a description alone."
                 )
+            self.check_plain(prompt)
         return prompts
 
     def _check_marks(self, texts: list[str], number: int, name: str = "The text") -> None:
         """Texts hold no pieces of images, but together one mark for each of `number` images."""
         for text in texts:
-            self.check_plain(text.replace(IMAGE_MARK, ""))
+            self._check_pieces(text.replace(IMAGE_MARK, ""))
         if (marks := sum(text.count(IMAGE_MARK) for text in texts)) != number:
             raise ValueError(f"{name} has {marks} {IMAGE_MARK} marks for {number} images: write one mark per image.")
 
@@ -537,6 +562,11 @@ class LiquidProcessor(ProcessorMixin):
             self._check_marks(text, len(list(flatten_images(images))), "The input")
 
     # Hooks of ProcessorMixin
+
+    def save_pretrained(self, save_directory, **kwargs) -> list[str]:
+        """As in transformers, if what is saved can be loaded."""
+        self.image_layout.check_vocabulary(self.tokenizer)
+        return super().save_pretrained(save_directory, **kwargs)
 
     @property
     def _image_tokens(self) -> tuple[str, str, str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -82,17 +83,19 @@ class ReferenceCheckpoint:
         self.hub = hub_arguments(kwargs)
         # A codec of another repository has a revision and a folder of its own.
         self.codec_hub = {name: self.hub[name] for name in self.hub if name not in ("revision", "subfolder")}
+        # Neither runs code of the checkpoint, nor asks whether it may, unless the caller says so.
+        trust = {"trust_remote_code": bool(kwargs.get("trust_remote_code"))}
         problem, cause = None, None
         try:
             if not isinstance(config, PreTrainedConfig):
-                config = AutoConfig.from_pretrained(name_or_path if config is None else config, **self.hub)
+                config = AutoConfig.from_pretrained(name_or_path if config is None else config, **self.hub, **trust)
             kind = f"it is of model type {config.model_type!r}"
             if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
                 problem = f"{kind}, which is no causal language model"
         except ValueError as error:
             problem, cause = f"its config.json is of no model that transformers knows. {error}", error
         if problem is None:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **self.hub)
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **self.hub, **trust)
             vocabulary = self.tokenizer.get_vocab()
             num_tokens = max(vocabulary.values()) + 1
             num_rows = getattr(config.get_text_config(), "vocab_size", 0)
@@ -273,9 +276,40 @@ def _is_taming(name_or_path: str | os.PathLike) -> bool:
     return path.is_file() or (path.is_dir() and is_taming_folder)
 
 
-def check_loading_info(name: str, info: dict[str, Any]) -> None:
-    """Raises a `ValueError` if a key was missing, unknown or of another shape when `name` was loaded."""
+def check_loading_info(name: str, info: dict[str, Any], ignore_mismatched_sizes: bool = False) -> None:
+    """Raises a `ValueError` if a key was missing, unknown or (unless ignored) of another shape when `name` was loaded."""
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(map(str, info[what]))
-        if keys:
-            raise ValueError(f"{name} has {len(keys)} {what.replace('_', ' ')}: {', '.join(keys[:10])}.")
+        if keys and not (ignore_mismatched_sizes and what == "mismatched_keys"):
+            raise ValueError(
+                f"{name} has {len(keys)} {what.replace('_', ' ')}: {', '.join(keys[:10])}. Weights and configuration are "
+                "not of one model: save or download them again, together."
+            )
+
+
+def load_whole(load: Callable[..., Any], name: str, ignore_mismatched_sizes: bool = False, **kwargs: Any) -> Any:
+    """The model and the loading info of transformers' `from_pretrained`, which draws what is missing at random.
+
+    Args:
+        load: Some class' `from_pretrained` with the checkpoint, to be called with `kwargs`.
+        name (`str`): What an error calls it.
+        ignore_mismatched_sizes (`bool`, defaults to `False`): As in transformers.
+
+    Raises:
+        ValueError: If a weight is missing, unknown, of another shape, or not tied as the configuration says.
+    """
+    model, info = load(output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    codec = sorted(key for key in info["missing_keys"] if "vq_model." in key)
+    if codec:
+        raise ValueError(
+            f"{name} has no codec weights ({len(codec)} are missing, the first is {codec[0]!r}). Save the model with its "
+            "codec, or use `expand_vocabulary` to add one."
+        )
+    check_loading_info(name, info, ignore_mismatched_sizes)
+    # transformers leaves apart what is stored apart, whatever the configuration says.
+    if apart := sorted(model.get_expanded_tied_weights_keys(all_submodels=True).keys() - model.all_tied_weights_keys):
+        raise ValueError(
+            f"{name} holds {', '.join(apart)} of its own, but its configuration says `tie_word_embeddings`: correct the "
+            "configuration."
+        )
+    return model, info

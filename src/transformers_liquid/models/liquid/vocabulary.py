@@ -122,6 +122,38 @@ class ImageLayout:
         """Where ids are those of codes."""
         return (ids >= self.image_token_range.start) & (ids < self.image_token_range.stop)
 
+    def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises a `ValueError` if a token of the tokenizer has the id of a code."""
+        image_ids = self.image_token_range
+        for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+            if index in image_ids:
+                raise ValueError(
+                    f"The tokenizer does not fit: its token {token!r} has id {index}, one of the image ids "
+                    f"{image_ids.start} ... {image_ids.stop - 1}. In place of a token added to it, use one that the base "
+                    "reserved, or add it before `expand_vocabulary`."
+                )
+
+    def check_ids(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], marks: int = 0, ends: bool = True) -> None:
+        """Raises a `ValueError` if a text became more than text: by a normalizer, or by tokens that were added.
+
+        Args:
+            tokenizer (`PreTrainedTokenizerBase`): What made the ids.
+            ids (list of `int`): The text's.
+            marks (`int`, defaults to 0): For how many images there may be a boi and an eoi.
+            ends (`bool`, defaults to `True`): Whether bos and eos may be there, as a chat template writes them.
+        """
+        forbidden = [] if ends else [tokenizer.bos_token_id, tokenizer.eos_token_id]
+        most = dict.fromkeys([self.uncond_token_id, *forbidden], 0)
+        most |= dict.fromkeys([self.boi_token_id, self.eoi_token_id], marks)
+        for index in set(ids):
+            if index in self.image_token_range:
+                self.check_vocabulary(tokenizer)
+            if ids.count(index) > most.get(index, len(ids)):
+                raise ValueError(
+                    f"The text becomes {tokenizer.convert_ids_to_tokens(index)!r} (id {index}), which is no text but "
+                    "stands around texts and images: remove it."
+                )
+
 
 def is_one_token(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
     """Whether a token is in the vocabulary, and texts are not split within it."""
