@@ -272,7 +272,7 @@ def test_options_of_the_trainer_work(tmp_path, options):
     [
         ({"remove_unused_columns": True}, "remove the codes"),
         ({"label_names": ["targets"]}, "calls them labels"),
-        ({"label_smoothing_factor": 0.1}, "without the logits"),
+        ({"label_smoothing_factor": 0.1}, "needs no logits"),
         ({"use_liger_kernel": True}, "built-in models only"),
         ({"bf16_full_eval": True}, "round the weights"),
         ({"fp16_full_eval": True}, "round the weights"),
@@ -309,7 +309,10 @@ def test_a_best_metric_that_is_not_measured_is_refused_before_training(tmp_path,
     sets = {"held-out": records(4), "other": records(6)}
     arguments = {"data_collator": LiquidDataCollator(tiny_processor()), "eval_dataset": sets}
     trainer.args.metric_for_best_model = metric
-    with pytest.raises(ValueError, match=f"{metric}' is not measured: expected one of held-out_loss, .*other_loss"):
+    with pytest.raises(
+        ValueError,
+        match=f"{metric.removeprefix('eval_')}' is not measured: expected one of held-out_loss, .*other_loss",
+    ):
         LiquidTrainer(model=tiny_model(), args=trainer.args, train_dataset=records(), **arguments)
     trainer.args.metric_for_best_model = "other_loss"
     trainer = LiquidTrainer(model=tiny_model(), args=trainer.args, train_dataset=records(), **arguments)
@@ -457,7 +460,7 @@ def test_a_run_that_goes_on_before_a_damaged_checkpoint_ends_at_the_same_weights
 
 def test_without_any_whole_checkpoint_nothing_begins_anew_in_silence(tmp_path):
     finished_run(tmp_path, save_only_model=True)
-    with pytest.raises(ValueError, match=r"None of the 3 checkpoints .* has no optimizer"):
+    with pytest.raises(ValueError, match=r"No checkpoint in .* can be continued; .* has no optimizer"):
         last_whole_checkpoint(tmp_path)
 
 
@@ -481,7 +484,7 @@ def test_a_checkpoint_of_other_weights_is_refused_and_tied_ones_are_not_called_m
     tensors = load_file(path)
     del tensors["model.text_model.model.norm.weight"]
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"\['model.text_model.model.norm.weight'\] are missing"):
+    with pytest.raises(ValueError, match=r"missing_keys=\['model.text_model.model.norm.weight'\]"):
         build_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 

@@ -14,10 +14,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 
 from .checkpoints import EMOJI_CHECKPOINT
 from .codecs.taming import load_taming_codec, save_taming_codec
@@ -48,7 +45,7 @@ AutoModel.register(LiquidConfig, LiquidModel)
 for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto_class.register(LiquidConfig, LiquidForCausalLM)
 # What goes by the name of the class (the Trainer's label smoothing, `transformers serve`) has tables of its own.
-for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+for names in (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
     names["liquid"] = LiquidForCausalLM.__name__
 AutoImageProcessor.register(LiquidConfig, image_processor_classes={"pil": LiquidImageProcessor})
 AutoProcessor.register(LiquidConfig, LiquidProcessor)

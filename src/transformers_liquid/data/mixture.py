@@ -79,8 +79,8 @@ def load_records(
         files = Path(path).rglob("*") if Path(path).is_dir() else []
         if any(map(_is_picture, values)) or any(_is_picture(file.name) for file in files):
             raise ValueError(
-                f"The data set {str(path)!r} holds pictures, and no codes of them: make these with "
-                "`transformers-liquid tokenize`. To learn its texts alone, give its records a column 'kind' that says text."
+                f"The data set {str(path)!r} holds pictures, and no codes of them: make these with `transformers-liquid "
+                "tokenize`. To learn its texts alone, give its records the 'kind' text."
             )
     dataset = dataset.select_columns([name for name in RECORD_FIELDS if name in columns])
     if streaming:

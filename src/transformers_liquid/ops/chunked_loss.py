@@ -207,16 +207,11 @@ class _ChunkLoss:
         return (of_output @ weight.to(of_output.dtype)).to(hidden_states.dtype)
 
 
-def max_z_loss(
-    logits: torch.Tensor,
-    labels: torch.LongTensor | None,
-    shift_labels: torch.LongTensor | None = None,
-    num_items: torch.Tensor | int | None = None,
-) -> torch.Tensor:
+def max_z_loss(logits, labels, shift_labels=None, num_items_in_batch=None, **kwargs) -> torch.Tensor:
     """The mean squared greatest logit of all logits `(B, L, vocabulary)` that have a target, as in the loss in chunks."""
     labelled = (next_labels(labels) if shift_labels is None else shift_labels).to(logits.device) != IGNORE_INDEX
     best = logits[labelled].float().amax(-1)
-    return best.square().sum() / (len(best) if num_items is None else num_items)
+    return best.square().sum() / (len(best) if num_items_in_batch is None else num_items_in_batch)
 
 
 def image_targets(config: LiquidConfig, targets: torch.LongTensor) -> torch.BoolTensor:

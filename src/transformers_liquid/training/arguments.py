@@ -23,22 +23,19 @@ _LIMITED: dict[str, tuple[tuple, str]] = {
     "label_names": ((None, ["labels"]), "the collator calls them labels"),
     "label_smoothing_factor": (
         (0,),
-        "the loss is computed without the logits of a whole batch, which it needs; `transformers.Trainer` smooths labels",
+        "the loss needs no logits of a whole batch, smoothing does: `transformers.Trainer` can",
     ),
     "use_liger_kernel": ((False,), "it knows built-in models only, and would change nothing here"),
     "bf16_full_eval": ((False,), "it would round the weights for good, the codec's too; bf16 evaluates in bf16"),
     "fp16_full_eval": ((False,), "it would round the weights for good, the codec's too; fp16 evaluates in fp16"),
     "train_sampling_strategy": (
         ("random", "sequential"),
-        "records have no length before the collator makes sequences of them; packing needs no groups of one length",
+        "records have no length before the collator; packing needs none",
     ),
     "debug": (([],), "its hooks know no name for the parts that the loss is computed with; NaN stops the run anyway"),
     "split_batches": ((False,), "per_device_train_batch_size counts the records of one process"),
     "dispatch_batches": ((None, False), "sequences of different lengths cannot be cut out of one process's batch"),
-    "non_data_parallel_size": (
-        (1,),
-        "parallelism_config may not split sequences or layers over processes: use FSDP or DeepSpeed",
-    ),
+    "parallelism_config": ((None,), "sequences and layers are not split over processes: use FSDP or DeepSpeed"),
     "n_gpu": ((0, 1), "each GPU needs a process of its own: start with `accelerate launch`, or show one GPU only"),
 }
 
@@ -50,8 +47,6 @@ def check_arguments(args: TrainingArguments) -> None:
         ValueError: Naming the option, and why.
     """
     options = vars(args.accelerator_config) | vars(args) | {"n_gpu": args.n_gpu}
-    if args.parallelism_config is not None:
-        options["non_data_parallel_size"] = args.parallelism_config.non_data_parallel_size
     for name, (allowed, why) in _LIMITED.items():
         # Not every version of transformers has each of them.
         if (value := options.get(name, allowed[0])) not in allowed:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: which one is the newest, whether it is whole, and that one process alone writes them."""
+"""Checkpoints of a run: which one is the newest, whether it is whole, and that one run alone writes them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,7 @@ _PARTS = {
 
 
 def alone(args: TrainingArguments) -> AbstractContextManager[None]:
-    """Keeps other runs out of the output folder; the processes of one run share it.
-
-    Raises:
-        ValueError: If another run is in it.
-    """
+    """Keeps other runs out of the output folder, with a `ValueError`; the processes of one run share it."""
     if args.process_index:
         return nullcontext()
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -50,26 +46,21 @@ def check_checkpoint(folder: str | Path) -> None:
         if not any(path for pattern in patterns for path in folder.glob(pattern)):
             raise ValueError(f"The checkpoint {folder} has no {part} ({' or '.join(patterns)}).")
     for path in folder.rglob("*"):
-        is_whole = True
-        if path.suffix == ".safetensors":
-            try:
-                with safe_open(path, "pt"):
-                    pass
-            except SafetensorError:
-                is_whole = False
-        elif path.suffix in (".pt", ".pth", ".bin"):
-            is_whole = zipfile.is_zipfile(path)
-        elif path.suffix == ".json":
-            shards = read_json(path).get("weight_map", {}).values()
-            is_whole = all((folder / shard).is_file() for shard in shards)
-        if not is_whole:
-            raise ValueError(f"{path} is damaged, or what it names is missing.")
+        try:
+            if path.suffix == ".safetensors":
+                safe_open(path, "pt")
+            elif path.suffix in (".pt", ".pth", ".bin"):
+                zipfile.ZipFile(path).close()
+            elif path.suffix == ".json":
+                for shard in read_json(path).get("weight_map", {}).values():
+                    (folder / shard).stat()
+        except (SafetensorError, zipfile.BadZipFile, ValueError, OSError) as error:
+            raise ValueError(f"{path} is damaged, or what it names is missing: {error}") from error
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint that was written to its end; its state comes last."""
-    checkpoints = _complete_checkpoints(output_dir)
-    return str(checkpoints[-1]) if checkpoints else None
+    return next((str(folder) for folder in _newest_first(output_dir)), None)
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:
@@ -78,8 +69,8 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     Raises:
         ValueError: If there are checkpoints and none is whole.
     """
-    checkpoints, problem = _complete_checkpoints(output_dir), None
-    for folder in reversed(checkpoints):
+    problem = None
+    for folder in _newest_first(output_dir):
         try:
             check_checkpoint(folder)
             return str(folder)
@@ -87,15 +78,12 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
             problem = error
             logger.warning(f"{folder.name} is passed over: {error}")
     if problem is not None:
-        raise ValueError(
-            f"None of the {len(checkpoints)} checkpoints in {output_dir} can be continued. {problem} Begin anew in "
-            "another output_dir; weights that are whole can be given as the model."
-        ) from problem
+        raise ValueError(f"No checkpoint in {output_dir} can be continued; begin anew in another folder. {problem}")
     return None
 
 
-def _complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """From the oldest to the newest, whatever else the folder holds."""
+def _newest_first(output_dir: str | Path) -> list[Path]:
+    """The checkpoints that were written to their end, whatever else the folder holds."""
     folders = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-    steps = {folder: folder.name.rpartition("-")[2] for folder in folders}
-    return sorted((folder for folder in folders if steps[folder].isdecimal()), key=lambda folder: int(steps[folder]))
+    steps = {int(step): folder for folder in folders if (step := folder.name.rpartition("-")[2]).isdecimal()}
+    return [steps[step] for step in sorted(steps, reverse=True)]

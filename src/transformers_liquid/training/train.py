@@ -28,7 +28,7 @@ from ..models.liquid.processing_liquid import LiquidProcessor
 from ..utils.files import differences, read_json, write_json
 from .adapters import liquid_lora_config, liquid_rows_config
 from .arguments import DataArguments, LiquidTrainingArguments, ModelArguments, parse_arguments
-from .checkpoints import alone, check_checkpoint, last_complete_checkpoint, last_whole_checkpoint
+from .checkpoints import alone, last_complete_checkpoint, last_whole_checkpoint
 from .trainer import LiquidTrainer, PreviewCallback
 
 
@@ -70,8 +70,6 @@ def main(argv: Sequence[str]) -> None:
     *arguments, args = parse_arguments(argv)
     with alone(args):
         checkpoint = args.resume_from_checkpoint or last_whole_checkpoint(args.output_dir)
-        if checkpoint is not None:
-            check_checkpoint(checkpoint)
         trainer = build_trainer(*arguments, args)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -99,10 +97,7 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Li
         model_args.model, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
     )
     if model._hf_peft_config_loaded:
-        raise ValueError(
-            f"{model_args.model} is an adapter: merge it into its base with `transformers-liquid convert "
-            f"{model_args.model} --output FOLDER`, and train that."
-        )
+        raise ValueError(f"{model_args.model} is an adapter: train what `transformers-liquid convert` makes of it.")
     if args.deepspeed_plugin is not None:
         args.deepspeed_plugin.set_deepspeed_weakref()
     processor = LiquidProcessor.from_pretrained(model_args.model)

@@ -19,7 +19,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 
 from ..data.collator import LiquidDataCollator
 from ..models.liquid.image_processing_liquid import contact_sheet
-from ..models.liquid.model_card import write_model_card
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..ops.chunked_loss import IGNORE_INDEX
 from ..ops.packed_attention import use_packed_attention
@@ -66,10 +65,7 @@ class LiquidTrainer(Trainer):
         metrics = [f"{prefix}{metric}" for prefix in sets for metric in METRICS]
         metric = (self.args.metric_for_best_model or "").removeprefix("eval_")
         if metric and self.eval_dataset and self.compute_metrics is None and metric not in metrics:
-            raise ValueError(
-                f"metric_for_best_model={self.args.metric_for_best_model!r} is not measured: expected one of "
-                f"{', '.join(metrics)}."
-            )
+            raise ValueError(f"metric_for_best_model={metric!r} is not measured: expected one of {', '.join(metrics)}.")
         # The Trainer turns the cache off for good, and saved models would draw slowly. With labels none is used anyway.
         self.model.config.use_cache = True
         adapters = {config.peft_type for config in getattr(self.model, "peft_config", {}).values()}
@@ -86,8 +82,6 @@ class LiquidTrainer(Trainer):
             use_packed_attention(liquid_model(self.model))
             if self.args.neftune_noise_alpha is not None:
                 raise ValueError("neftune_noise_alpha goes by the length of a record: train with packing=False.")
-            if self.args.include_num_input_tokens_seen == "non_padding":
-                self.args.include_num_input_tokens_seen = "all"  # no pads, but eos may have their id
         no_draws = {"unconditional_probability": 0.0, "caption_probability": 0.0}
         self.eval_data_collator = dataclasses.replace(data_collator, **no_draws)
         self.add_callback(_EpochCallback(data_collator))
@@ -133,17 +127,12 @@ class LiquidTrainer(Trainer):
         Raises:
             FloatingPointError: If the loss is not finite, naming the step and the records.
         """
-        inputs = dict(inputs)
+        inputs = {**inputs, "skip_logits": True, "use_cache": False}
         indices = inputs.pop("record_indices")
         counts = True
         if not model.training:
             inputs["labels"], counts = self._labels_without_repeats(inputs, len(indices))
-        loss, outputs = super().compute_loss(
-            model,
-            {**inputs, "skip_logits": True, "use_cache": False},
-            return_outputs=True,
-            num_items_in_batch=num_items_in_batch,
-        )
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if not loss.isfinite():
             raise FloatingPointError(
                 f"The loss is {loss.item()} in step {self.state.global_step + 1}, on the records with index "
@@ -212,19 +201,11 @@ class LiquidTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card that `save_pretrained` wrote stays."""
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.is_world_process_zero() and isinstance(self.model, LiquidForCausalLM):
-            write_model_card(self.model, self.args.output_dir)  # of a checkpoint, only weights are taken over
-        super()._push_from_checkpoint(checkpoint_folder)
-
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         tied = liquid_model(self.model).all_tied_weights_keys  # these are not missing
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         if load_result.missing_keys or load_result.unexpected_keys:
-            raise ValueError(
-                f"The checkpoint holds other weights than the model: {load_result.missing_keys} are missing, "
-                f"{load_result.unexpected_keys} are not the model's."
-            )
+            raise ValueError(f"The checkpoint holds other weights than the model: {load_result}.")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if state_dict is not None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -126,21 +127,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
     with alone_in(path):
         for left in path.glob(f"*{UNFINISHED}"):
             shutil.rmtree(left)
-        unfinished = path / f".{uuid4().hex[:8]}{UNFINISHED}"
-        place = unfinished / path.resolve().name
-        place.mkdir(parents=True)
-        try:
-            yield place
-            for file in place.rglob("*"):
-                if file.is_file():
-                    with open(file, "r+b") as opened:
-                        os.fsync(opened.fileno())
+        with TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=path) as unfinished:
+            place = Path(unfinished, path.resolve().name)
+            place.mkdir()
+            try:
+                yield place
+            except (SafetensorError, RuntimeError) as error:  # of safetensors and of torch.save
+                raise OSError(f"{path} could not be written, nothing of it is left: {error}") from error
             for part in list(place.iterdir()):
                 os.replace(part, path / part.name)
-        except (SafetensorError, RuntimeError) as error:  # of safetensors and of torch.save
-            raise OSError(f"{path} could not be written, nothing of it is left: {error}") from error
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -15,7 +15,6 @@ from ...generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 if TYPE_CHECKING:
     from .modeling_liquid import LiquidPreTrainedModel
 
-CARD_NAME = "README.md"
 # What the empty card says that transformers puts into a repository when it pushes one without a card.
 GENERATED_BY_TRANSFORMERS = "This model card has been automatically generated."
 
@@ -59,15 +58,12 @@ def write_model_card(model: LiquidPreTrainedModel, directory: str | Path, name: 
         directory (`str` or `Path`): Where it is saved.
         name (`str`, *optional*): What the repository is called. Defaults to the name of the directory.
     """
-    path, tags = Path(directory) / CARD_NAME, []
+    path = Path(directory) / "README.md"
+    text = model_card(model, name or Path(directory).resolve().name)
     if path.exists():
         before = path.read_text(encoding="utf-8")
         if GENERATED_BY_TRANSFORMERS not in before:
             return
-        tags = ModelCard(before).data.tags or []
-    text = model_card(model, name or Path(directory).resolve().name)
-    if tags:
-        card = ModelCard(text)
-        card.data.tags = list(dict.fromkeys([*card.data.tags, *tags]))
-        text = str(card)
+        tags = [f"- {tag}\n" for tag in ModelCard(before).data.tags or []]
+        text = text.replace("tags:\n", "tags:\n" + "".join(tag for tag in tags if tag not in text), 1)
     path.write_text(text, encoding="utf-8")

@@ -402,9 +402,8 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         if not skip_logits or routes or is_deepspeed_zero3_enabled():
             outputs = text_model(labels=labels, logits_to_keep=logits_to_keep, use_cache=use_cache, **inputs)
             if has_labels and self.config.max_z_loss_coef:
-                outputs.loss = outputs.loss + self.config.max_z_loss_coef * max_z_loss(
-                    outputs.logits, labels, inputs.get("shift_labels"), inputs.get("num_items_in_batch")
-                )
+                z_loss = max_z_loss(outputs.logits, labels, **kwargs)
+                outputs.loss = outputs.loss + self.config.max_z_loss_coef * z_loss
             return outputs
 
         targets, num_items = inputs.pop("shift_labels", None), inputs.pop("num_items_in_batch", None)
@@ -532,8 +531,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         check_generation_mode(generation_mode)
         if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             raise ValueError(
-                "A model that trains with gradient checkpointing keeps no cache, without which nothing right is "
-                "generated: call `model.eval()` before `generate`, and `model.train()` after it."
+                "Gradient checkpointing keeps no cache: call `model.eval()` before `generate`, `model.train()` after it."
             )
         input_ids = kwargs.pop("input_ids", inputs)
         if pixel_values is not None and input_ids is None and kwargs.get("inputs_embeds") is not None:
