@@ -373,3 +373,56 @@ def test_nothing_is_called_missing_that_is_there_and_what_is_missing_is_refused(
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, path)
     with pytest.raises(ValueError, match=r"The adapter .* has 1 missing keys"):
         LiquidForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+@TIED_OR_NOT
+@pytest.mark.parametrize("how", ["linear", "cat", "svd", "ties", "dare_linear", "magnitude_prune"])
+def test_a_weighted_sum_of_adapters_is_one_of_their_rows_too(how, tied, tmp_path):
+    folders = []
+    for seed in range(2):
+        model = _load(tmp_path / "base", tied=tied)
+        adapted = get_peft_model(model, liquid_lora_config(model, r=2))
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.1)
+        folders.append(tmp_path / str(seed))
+        adapted.save_pretrained(folders[-1])
+    model = PeftModel.from_pretrained(_load(tmp_path / "base", tied=tied), folders[0], adapter_name="first")
+    model.load_adapter(folders[1], adapter_name="second")
+    options = {"density": 0.5} if how in ("ties", "dare_linear", "magnitude_prune") else {}
+    model.add_weighted_adapter(["first", "second"], [0.75, -0.5], "mixed", combination_type=how, **options)
+    model.add_weighted_adapter(["first", "second"], [1.0, 0.0], "same", combination_type="linear")
+
+    def rows(name):
+        model.set_adapter(name)
+        liquid = model.get_base_model()
+        ids = torch.arange(VOCAB_SIZE)
+        head = liquid.get_output_embeddings()(torch.eye(32))
+        return torch.cat([liquid.get_input_embeddings()(ids), head.T]).detach()
+
+    base = _load(tmp_path / "base", tied=tied)
+    base = torch.cat([base.get_input_embeddings().weight, base.get_output_embeddings().weight]).detach()
+    expected = base + 0.75 * (rows("first") - base) - 0.5 * (rows("second") - base)
+    torch.testing.assert_close(rows("mixed"), expected)
+    torch.testing.assert_close(rows("same"), rows("first"))
+    mixed = rows("mixed")
+    model.save_pretrained(tmp_path / "all")
+    model = PeftModel.from_pretrained(_load(tmp_path / "base", tied=tied), tmp_path / "all" / "mixed", "mixed")
+    torch.testing.assert_close(rows("mixed"), mixed)
+
+
+def test_adapters_of_different_rows_are_not_combined(tmp_path):
+    model = _load(tmp_path / "base")
+    adapted = get_peft_model(model, liquid_lora_config(model, r=2), adapter_name="all")
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [270]})
+    adapted.add_adapter("one", config)
+    adapted.add_adapter("none", LoraConfig(r=2, target_modules=["q_proj"]))
+    for other in ("one", "none"):
+        with pytest.raises(ValueError, match=f"all, {other} train different rows"):
+            adapted.add_weighted_adapter(["all", other], [0.5, 0.5], "mixed")
+    with pytest.raises(ValueError, match="none, all train different rows"):
+        adapted.add_weighted_adapter(["none", "all"], [0.5, 0.5], "mixed")
+    with pytest.raises(ValueError, match="Adapter another does not exist"):
+        adapted.add_weighted_adapter(["all", "another"], [0.5, 0.5], "mixed")
+    adapted.add_weighted_adapter(["none"], [0.5], "half of none")
+    assert "half of none" not in adapted.get_base_model().get_input_embeddings().token_adapter.token_indices

@@ -229,9 +229,7 @@ def test_bad_data_is_refused(folder, tmp_path, options, message):
 def test_an_adapter_is_merged_before_it_is_trained(folder, tmp_path):
     model = LiquidForCausalLM.from_pretrained(folder / "base")
     get_peft_model(model, liquid_lora_config(model)).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(
-        ValueError, match="adapter is an adapter: merge it into its base with `transformers-liquid convert"
-    ):
+    with pytest.raises(ValueError, match="adapter is an adapter: train what `transformers-liquid convert`"):
         main(config(folder, tmp_path / "run", model=str(tmp_path / "adapter")))
 
 

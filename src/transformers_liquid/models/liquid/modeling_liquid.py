@@ -31,6 +31,7 @@ from ...codecs.vq_model import LiquidVQModel
 from ...generation.guidance import SuppressImageTokensLogitsProcessor
 from ...generation.image_generation import generate_image_tokens
 from ...generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
+from ...ops.adapter_rows import combine_rows_too
 from ...ops.chunked_loss import (
     LiquidCausalLMOutputWithPast,
     chunked_causal_lm_loss,
@@ -123,6 +124,11 @@ class LiquidPreTrainedModel(PreTrainedModel):
             self.config.image_generation_config = self.generation_config.image_generation_config
         super().save_pretrained(save_directory, *args, **kwargs)
         write_model_card(self, save_directory)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "peft_config":  # the first thing that PEFT does to a model
+            combine_rows_too()
+        super().__setattr__(name, value)
 
     def load_adapter(self, peft_model_id=None, *args, **kwargs):
         """As in transformers, but an adapter is loaded whole or not at all.
