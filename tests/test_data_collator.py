@@ -206,10 +206,33 @@ def test_flat_codes_of_a_grid_are_those_in_rows(processor):
         torch.tensor,
         lambda codes: np.array(codes, dtype=np.uint16),
         lambda codes: torch.tensor(codes).view(2, 2),
+        lambda codes: [float(code) for code in codes],
+        lambda codes: torch.tensor(codes, dtype=torch.float64),
+        lambda codes: np.fromiter([np.array(codes[:2]), np.array(codes[2:])], dtype=object),
     ],
 )
 def test_codes_may_be_lists_arrays_and_tensors(processor, convert):
     batch = collate(processor, {**CAPTION, "codes": convert(CODES)})
+    assert torch.equal(batch["input_ids"], collate(processor, CAPTION)["input_ids"])
+
+
+@pytest.mark.parametrize("form", [None, "numpy", "torch"])
+@pytest.mark.parametrize("record", [DRAW, CAPTION, TEXT, INTERLEAVED, CONVERSATION], ids=lambda record: record["kind"])
+def test_records_are_the_same_in_every_format_of_a_data_set(processor, record, form):
+    features = None
+    if "codes" in record:
+        record = {**record, "codes": np.reshape(record["codes"], (2, 2)).tolist()}
+        text = datasets.Value("string")
+        features = {"kind": text, "text": text, "codes": datasets.Array2D((2, 2), "int32")}
+        features = datasets.Features({**features, "grid": datasets.List(datasets.Value("int64"))})
+        record.setdefault("grid", [2, 2])
+    [row] = datasets.Dataset.from_list([record], features=features).with_format(form)
+    assert LiquidDataCollator(processor).encode(row) == LiquidDataCollator(processor).encode(record)
+
+
+@pytest.mark.parametrize("grid", [(2, 2), [2.0, 2.0], np.array([2, 2]), torch.tensor([2, 2])])
+def test_grids_may_be_lists_arrays_and_tensors(processor, grid):
+    batch = collate(processor, {**CAPTION, "grid": grid})
     assert torch.equal(batch["input_ids"], collate(processor, CAPTION)["input_ids"])
 
 
@@ -422,6 +445,11 @@ def test_bad_records_are_refused(processor, record, change, message):
         ([[1, 2, 3], [4, 5, 6]], [3, 2], r"shape \(2, 3\) are no image of 3 x 2 codes"),
         ([1, 2, 3, 4], [-2, -2], "no image of -2 x -2 codes"),
         ([1, 2, 3, 4], [4], "no image of 4 codes"),
+        ([1, 2, 3, 4], 4, "no image of 4 codes"),
+        ([1, 2, 3, 4], [2.5, 2], "no image of 2.5 x 2.0 codes"),
+        ([1, 2, 3, 4], "2x2", "no image of 2x2 codes"),
+        ([True] * 4, [2, 2], "codes must be integers"),
+        ([float("nan")] * 4, [2, 2], "codes must be integers"),
         ([0.5] * 4, [2, 2], "codes must be integers"),
         (None, [2, 2], "needs 'codes', got None among"),
     ],

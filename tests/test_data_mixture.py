@@ -1,6 +1,7 @@
 """Records come from files of many forms, are mixed by weights, and come again in order after an interruption."""
 
 import json
+import os
 from collections import Counter
 
 import datasets
@@ -155,6 +156,48 @@ def test_missing_and_empty_data_sets_are_refused(tmp_path):
         load_records(tmp_path / "empty.parquet")
     with pytest.raises(ValueError, match=r"empty.parquet' cannot be read: split 'train' is empty"):
         load_records(tmp_path / "empty.parquet", streaming=True)
+
+
+def test_data_sets_are_known_by_their_content_not_by_their_names(tmp_path):
+    """`datasets` knows a folder by its name and its card alone."""
+    card = "---\nconfigs:\n- config_name: default\n  data_files: data/*.jsonl\n---\n"
+    for text in ("red", "blue", "gold"):
+        for folder in (tmp_path / text / "codes", tmp_path / "again" / "codes"):
+            (folder / "data").mkdir(parents=True, exist_ok=True)
+            (folder / "README.md").write_text(card)
+            before = (folder / "data" / "a.jsonl").stat() if (folder / "data" / "a.jsonl").exists() else None
+            (folder / "data" / "a.jsonl").write_text(json.dumps({"text": text}))
+            if before is not None:  # as `cp -p` and archives do it
+                os.utime(folder / "data" / "a.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))
+            for streaming in (False, True):
+                for path in (folder, folder / "data" / "a.jsonl"):
+                    records = load_records(path, streaming=streaming)
+                    assert [record["text"] for record in records] == [text]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{oops", "Missing a name for object member"),
+        ('{"text": "a"}\n{oops', "Missing a name for object member. in row 1"),
+        ('{"text": "a \\ud83d"}', "surrogate pair"),
+    ],
+)
+def test_why_a_file_cannot_be_read_is_said_and_which_one(tmp_path, content, reason):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=rf"a\.jsonl' cannot be read: .*{reason}"):
+        load_records(tmp_path / "a.jsonl")
+
+
+def test_a_byte_order_mark_is_no_part_of_records(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n', encoding="utf-8-sig")
+    assert list(load_records(tmp_path / "a.jsonl")) == [{"text": "a", "kind": "text"}]
+
+
+def test_a_record_that_cannot_be_used_is_named_by_its_number(write):
+    path = write("a.jsonl", [RECORDS["text_to_image"], {**RECORDS["text_to_image"], "text": "an <image> tag"}])
+    with pytest.raises(ValueError, match=r"Record 1 of the data set cannot be used: .*reserved for images"):
+        drop_too_long(load_records(path), collator(max_length=80))
 
 
 # Leaving out

@@ -1,18 +1,27 @@
 """Pictures in, pixels out, and back."""
 
 import base64
+import contextlib
+import http.server
 import io
 import json
+import multiprocessing
+import os
+import resource
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zlib
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
+from transformers_liquid.models.liquid import image_processing_liquid
 from transformers_liquid.models.liquid.image_processing_liquid import LiquidImageProcessor, load_image
 
 
@@ -101,8 +110,17 @@ def test_nested_lists_are_flattened_in_reading_order(processor):
         lambda array: array[None],
         lambda array: encoded(PIL.Image.fromarray(array)),
         lambda array: "data:image/png;base64," + base64.b64encode(encoded(PIL.Image.fromarray(array))).decode(),
+        lambda array: base64.b64encode(encoded(PIL.Image.fromarray(array))).decode(),
+        lambda array: base64.encodebytes(encoded(PIL.Image.fromarray(array), "WEBP", lossless=True)).decode(),
+        lambda array: datasets.Dataset.from_dict(
+            {"image": [PIL.Image.fromarray(array)]}, features=datasets.Features({"image": datasets.Image()})
+        )["image"],
+        lambda array: np.fromiter([PIL.Image.fromarray(array)], dtype=object),
     ],
-    ids=["numpy", "channels-first", "torch", "torch-float", "uint16", "batch", "bytes", "data-url"],
+    ids=[
+        *("numpy", "channels-first", "torch", "torch-float", "uint16", "batch", "bytes", "data-url"),
+        *("base64", "base64-lines", "column", "objects"),
+    ],
 )
 def test_every_form_of_a_picture_gives_the_same_pixels(processor, convert):
     array = noise(32, 32)
@@ -205,6 +223,109 @@ def test_files_that_are_no_whole_picture_are_named(tmp_path):
     noise.save(path.with_suffix(".gif"), save_all=True, append_images=[PIL.Image.effect_noise((64, 64), 50)])
     with pytest.raises(ValueError, match=r"picture.gif' as a picture: it has 2 frames"):
         load_image(path.with_suffix(".gif"))
+
+
+def bytes_per_pixel(data, pixels, result):
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    LiquidImageProcessor(size=64)(data)
+    result.value = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024 / pixels
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "I;16", "P", "LA", "RGB", "RGBA"])
+def test_a_picture_takes_no_gigabytes_whatever_its_mode(mode):
+    """The largest one that is read has 2**27 pixels."""
+    data = encoded(PIL.Image.new(mode, (4000, 4000)), compress_level=1)
+    context = multiprocessing.get_context("fork")
+    result = context.Value("d", 0)
+    process = context.Process(target=bytes_per_pixel, args=(data, 4000**2, result))
+    process.start()
+    process.join()
+    assert 0 < result.value < 13
+
+
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded():
+    image = PIL.Image.new("1", (12_000, 12_000))
+    for picture in (image, encoded(image)):
+        with pytest.raises(ValueError, match=r"12000 x 12000 pixels, more than 134,217,728\. Downscale it first"):
+            load_image(picture)
+
+
+def test_a_large_transparent_picture_is_blended_as_a_small_one():
+    pixels = noise(3000, 1500, 4)
+    image = PIL.Image.fromarray(pixels)
+    expected = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    assert np.array_equal(np.asarray(load_image(image)), np.asarray(expected))
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", "/dev/zero", tmp_path):
+        with pytest.raises(ValueError, match=f"Cannot read '{path}' as a picture: it is no regular file"):
+            load_image(path)
+
+
+def test_a_file_of_too_many_bytes_is_not_read_whole(tmp_path):
+    with open(tmp_path / "large.png", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match=r"large\.png' as a picture: it has more than 268,435,456 bytes"):
+        load_image(tmp_path / "large.png")
+
+
+class Web(http.server.BaseHTTPRequestHandler):
+    """Pictures, errors, a body without an end, and one that comes byte by byte."""
+
+    def do_GET(self):
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/picture")
+            self.end_headers()
+            return
+        self.send_response(int(self.path[1:]) if self.path[1:].isdecimal() else 200)
+        self.end_headers()
+        body = encoded(PIL.Image.fromarray(noise(4, 4)))
+        with contextlib.suppress(OSError):
+            self.wfile.write(body if self.path == "/picture" else b"")
+            while self.path in ("/endless", "/slow"):
+                self.wfile.write(b"0" * (2**20 if self.path == "/endless" else 1))
+                time.sleep(0 if self.path == "/endless" else 0.02)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def web(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(image_processing_liquid, "MAX_WEB_SECONDS", 0.3)
+    monkeypatch.setattr(image_processing_liquid, "MAX_FILE_BYTES", 2**22)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_the_web_has_limits_of_size_and_time_and_says_what_is_not_there(web):
+    for path in ("picture", "moved"):
+        assert np.array_equal(np.asarray(load_image(f"{web}/{path}")), noise(4, 4))
+    with pytest.raises(ValueError, match="endless' as a picture: it has more than 4,194,304 bytes"):
+        load_image(f"{web}/endless")
+    with pytest.raises(ConnectionError, match="slow' now: it takes longer than"):
+        load_image(f"{web}/slow")
+    with pytest.raises(ValueError, match="404' as a picture: the web says 404"):
+        load_image(f"{web}/404")
+    for status in ("503", "429"):
+        with pytest.raises(ConnectionError, match=f"Cannot fetch .*{status}' now"):
+            load_image(f"{web}/{status}")
+    with pytest.raises(ConnectionError, match=r"Cannot fetch 'http://127\.0\.0\.1:9/x' now"):
+        load_image("http://127.0.0.1:9/x")
+
+
+@pytest.mark.parametrize(
+    "text", ["data:image/png;base64,no base64!", "data:image/png,%89PNG", "iVBORw0KGgo!", "/9j/abc"]
+)
+def test_what_is_no_base64_is_refused(text):
+    with pytest.raises(ValueError, match=r"Cannot read '.*' as a picture: it is no base64|is corrupt"):
+        load_image(text)
 
 
 @pytest.mark.parametrize("framing", ["crop", "pad"])

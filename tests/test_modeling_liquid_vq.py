@@ -1,5 +1,6 @@
 """The codec: pixels to codes and back."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -82,6 +83,20 @@ def test_pictures_of_a_batch_do_not_influence_each_other(codec):
     pixel_values = pictures(3, 3, 16, 16)
     alone = torch.cat([codec.encode_codes(picture[None]) for picture in pixel_values])
     assert torch.equal(codec.encode_codes(pixel_values), alone)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("what", ["pixel", "latent", "codebook"])
+def test_what_is_not_finite_has_no_codes_and_its_picture_is_named(codec, value, what):
+    codec, pixel_values = copy.deepcopy(codec), pictures(3, 3, 16, 16)
+    if what == "pixel":
+        pixel_values[1, 0, 3, 2] = value
+    elif what == "latent":
+        codec.quant_conv.weight.data *= value
+    else:
+        codec.quantize.embedding.weight.data[5, 1] = value
+    with pytest.raises(ValueError, match=f"of picture {1 if what == 'pixel' else 0} are NaN or infinite"):
+        codec.encode_codes(pixel_values)
 
 
 def test_codes_carry_no_gradient(codec):

@@ -2,6 +2,7 @@
 
 import threading
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -482,6 +483,71 @@ def test_bad_image_requests_are_refused(processor, arguments, message):
 def test_marks_and_images_must_match(processor, text, number, message):
     with pytest.raises(ValueError, match=message):
         processor(text=text, images=[picture()] * number or None)
+
+
+TEXTS = ["red", "dog face"]
+COLUMNS = {
+    "tuple": tuple(TEXTS),
+    "array": np.array(TEXTS),
+    "objects": np.array(TEXTS, dtype=object),
+    "column": datasets.Dataset.from_dict({"text": TEXTS})["text"],
+    "numpy-column": datasets.Dataset.from_dict({"text": TEXTS}).with_format("numpy")["text"],
+}
+
+
+@pytest.mark.parametrize("texts", COLUMNS.values(), ids=COLUMNS)
+def test_a_column_of_texts_is_a_list_of_them(processor, texts):
+    for mode in ("text", "image"):
+        expected = processor(text=TEXTS, generation_mode=mode)
+        for name, value in processor(text=texts, generation_mode=mode).items():
+            assert torch.equal(value, expected[name])
+    assert torch.equal(
+        processor(text=np.array("red"), generation_mode="image")["input_ids"],
+        processor(text="red", generation_mode="image")["input_ids"],
+    )
+
+
+def test_a_column_of_pictures_is_a_list_of_them(processor):
+    images = datasets.Dataset.from_dict(
+        {"image": [picture(), picture()]}, features=datasets.Features({"image": datasets.Image()})
+    )["image"]
+    expected = processor(text=["<image> a", "<image> b"], images=[picture(), picture()])
+    for given in (images, [[images[0]], [images[1]]], np.fromiter(images, dtype=object)):
+        inputs = processor(text=["<image> a", "<image> b"], images=given)
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("images", [[], [[], []], ()])
+def test_lists_without_pictures_are_no_pictures(processor, images):
+    assert processor(text=TEXTS, images=images).keys() == processor(text=TEXTS).keys()
+
+
+@pytest.mark.parametrize("size", [np.int64(4), np.uint8(4), torch.tensor(4)])
+def test_sizes_are_integers_of_any_library(processor, size):
+    expected = processor(text="a dog", generation_mode="image", height=4)
+    inputs = processor(text="a dog", generation_mode="image", height=size)
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
+    assert {type(inputs[name]) for name in ("height", "width")} == {int}
+    shown = processor(text="<image>", images=picture(), height=size)
+    assert torch.equal(shown["pixel_values"], processor(text="<image>", images=picture(), height=4)["pixel_values"])
+
+
+@pytest.mark.parametrize("text", ["red \ud83d apple", "\udcff", "a\udc00"])
+def test_half_a_character_is_refused_wherever_a_text_goes(processor, text):
+    calls = [
+        lambda: processor(text=text, generation_mode="image"),
+        lambda: processor(text="dog", negative_prompt=text, generation_mode="image"),
+        lambda: processor(text=["dog", text]),
+        lambda: processor.question_ids(text),
+        lambda: processor.image_prompt_ids(text),
+        lambda: processor.interleaved_ids(text, []),
+        lambda: processor.conversation_ids(
+            [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}], []
+        ),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="has half a character at position"):
+            call()
 
 
 def test_nested_images_must_match_row_by_row(processor):

@@ -1,8 +1,11 @@
 """Data sets of pictures to data sets of codes: what is written, from which sources, and after which accidents."""
 
+import base64
+import errno
 import functools
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -27,9 +30,12 @@ from transformers_liquid import (
     save_taming_codec,
 )
 from transformers_liquid.codecs.vq_model import codec_identity
+from transformers_liquid.data import tokenize
+from transformers_liquid.data.mixture import load_records
 from transformers_liquid.data.records import read_manifest
 from transformers_liquid.data.tokenize import tokenize_dataset
-from transformers_liquid.models.liquid.image_processing_liquid import load_image
+from transformers_liquid.models.liquid.image_processing_liquid import load_image, open_image
+from transformers_liquid.utils.files import alone_in
 from transformers_liquid_cli import main
 
 
@@ -364,7 +370,7 @@ def test_manifests_are_read_from_the_hub_and_there_is_none_elsewhere(checkpoint,
 # Accidents
 
 
-def run_command(output, source, checkpoint, tmp_path, launcher=("-m",)):
+def run_command(output, source, checkpoint, tmp_path, launcher=("-m",), options=()):
     """`transformers-liquid tokenize` in a process of its own."""
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in source.items()]
     settings = ["--batch-size=3", "--records-per-shard=2", "--grids=4x4", "--grids=4x2"]
@@ -376,7 +382,7 @@ def run_command(output, source, checkpoint, tmp_path, launcher=("-m",)):
     return subprocess.Popen(
         [
             *(sys.executable, *launcher, "transformers_liquid", "tokenize", *arguments),
-            *(f"--model={checkpoint}", f"--output={output}", *settings),
+            *(f"--model={checkpoint}", f"--output={output}", *settings, *options),
         ],
         env=environment,
         text=True,
@@ -384,6 +390,9 @@ def run_command(output, source, checkpoint, tmp_path, launcher=("-m",)):
         stderr=subprocess.PIPE,
     )
 
+
+# A regular file that cannot be read: what a broken disk says.
+BAD_FILE = "/proc/self/mem"
 
 IN_THIS_PROCESS = {"batch_size": 3, "records_per_shard": 2, "grids": [(4, 4), (4, 2)]}
 
@@ -393,16 +402,15 @@ def test_a_killed_run_goes_on_and_the_result_is_identical(checkpoint, photos, tm
     source = as_json(photos, tmp_path)
     tokenize_dataset(checkpoint, tmp_path / "whole", **source, **IN_THIS_PROCESS)
 
-    # A pipe in place of the eighth picture: whoever reads it waits for ever.
+    # In place of the eighth picture a file that gives an error of input and output: whoever reads it tries for seconds.
     (photos / "07.png").rename(tmp_path / "kept.png")
-    os.mkfifo(photos / "07.png")
+    (photos / "07.png").symlink_to(BAD_FILE)
     output = tmp_path / "codes"
-    process = run_command(output, source, checkpoint, tmp_path)
+    process = run_command(output, source, checkpoint, tmp_path, options=["--allow-outside"])
     deadline = time.monotonic() + 120
     while len(list(output.glob("data/*.parquet"))) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
-    os.close(os.open(photos / "07.png", os.O_WRONLY))  # lets the worker go that reads it
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     finished = {path: path.stat().st_mtime_ns for path in output.glob("data/*.parquet")}
@@ -468,7 +476,322 @@ def test_other_settings_are_refused_and_nothing_is_changed(checkpoint, photos, t
     assert files_of(tmp_path / "codes") == before
 
 
+def skipped_of(output):
+    return [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
+
+
+def codes_of(output):
+    return {row["text"]: row["codes"] for row in rows_of(output)}
+
+
+def correct_picture(folder, tmp_path):
+    picture(10, 13, seed=99).save(folder / "00.png")
+
+
+def mend_picture(folder, tmp_path):
+    picture(10, 13, seed=99).save(folder / "05.png")
+
+
+def correct_text(folder, tmp_path):
+    for path in folder.glob("*.jsonl"):
+        path.write_text(path.read_text().replace("text 3", "another text"))
+
+
+def correct_rows(folder, tmp_path):
+    table = datasets.load_dataset("parquet", data_files=str(tmp_path / "photos.parquet"), split="train")
+    table.map(lambda row: {"caption": row["caption"].upper()}).to_parquet(tmp_path / "photos.parquet")
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[60] ^= 0xFF
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("source", "change", "shards"),
+    [
+        (as_folder, correct_picture, [0]),
+        (as_folder, mend_picture, [2]),
+        (as_folder, correct_text, [1]),
+        (as_json, correct_picture, [0]),
+        (as_json, correct_text, [1]),
+        (as_parquet, correct_rows, range(6)),
+        (as_folder, lambda folder, tmp_path: None, []),
+    ],
+)
+def test_what_was_corrected_is_made_anew_and_nothing_else(
+    source, change, shards, streaming, checkpoint, photos, tmp_path
+):
+    source = source(photos, tmp_path) | {"streaming": streaming} | IN_THIS_PROCESS
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("codes/data/*")}
+    change(photos, tmp_path)
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    anew = [path.name for path in tmp_path.glob("codes/data/*") if path.stat().st_mtime_ns != times[path.name]]
+    assert sorted(anew) == [f"train-{shard:05d}.parquet" for shard in shards]
+    tokenize_dataset(checkpoint, tmp_path / "expected", **source)
+    assert codes_of(tmp_path / "codes") == codes_of(tmp_path / "expected")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        damage,
+        lambda path: path.write_bytes(b""),
+        lambda path: os.truncate(path, 300),
+        lambda path: shutil.copy(path.with_name("train-00000.parquet"), path),
+        lambda path: path.unlink(),
+    ],
+)
+def test_a_shard_that_is_not_whole_is_refused_and_made_anew(harm, checkpoint, photos, tmp_path):
+    source = as_json(photos, tmp_path) | IN_THIS_PROCESS
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    whole = files_of(tmp_path / "codes")
+    harm(tmp_path / "codes" / "data" / "train-00001.parquet")
+    with pytest.raises(ValueError, match=r"train-00001\.parquet is missing, damaged, or none of those"):
+        load_records(tmp_path / "codes")
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    assert files_of(tmp_path / "codes") == whole
+    assert len(load_records(tmp_path / "codes")) == 9
+
+
+def test_shards_of_something_else_are_refused_and_named(checkpoint, photos, tmp_path):
+    source = as_json(photos, tmp_path) | IN_THIS_PROCESS
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    for name in ("train-00006.parquet", "other.parquet"):
+        other = tmp_path / "codes" / "data" / name
+        shutil.copy(other.with_name("train-00000.parquet"), other)
+        for streaming in (False, True):
+            with pytest.raises(ValueError, match=f"{name} is missing, damaged, or none"):
+                load_records(tmp_path / "codes", streaming=streaming)
+        with pytest.raises(ValueError, match=f"holds other shards than those of this data set.*{name}.*delete them"):
+            tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+        other.unlink()
+        tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_ends_the_run_and_is_named(checkpoint, photos, tmp_path, monkeypatch):
+    source = as_json(photos, tmp_path) | IN_THIS_PROCESS
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match=r"No space left on device: '.*codes/liquid_codes\.json'"):
+        tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    monkeypatch.undo()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    assert tokenize_dataset(checkpoint, tmp_path / "codes", **source)["num_records"] == 9
+
+
+def stay_in(folder, is_in, may_go):
+    with alone_in(folder):
+        is_in.set()
+        may_go.wait(30)
+
+
+def test_two_runs_do_not_share_a_folder(checkpoint, photos, tmp_path):
+    source = as_json(photos, tmp_path)
+    (tmp_path / "codes").mkdir()
+    context = multiprocessing.get_context("fork")
+    is_in, may_go = context.Event(), context.Event()
+    process = context.Process(target=stay_in, args=(tmp_path / "codes", is_in, may_go))
+    process.start()
+    is_in.wait(30)
+    with pytest.raises(ValueError, match=r"Another process is writing to .*codes"):
+        tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    may_go.set()
+    process.join()
+    assert tokenize_dataset(checkpoint, tmp_path / "codes", **source)["num_records"] == 9
+    assert sorted(path.name for path in (tmp_path / "codes").iterdir()) == [
+        "README.md",
+        "data",
+        "liquid_codes.json",
+        "skipped.jsonl",
+    ]
+
+
+# What fails for a moment
+
+
+def vanish(folder):
+    shutil.rmtree(folder / "more")
+
+
+def empty(folder):
+    for path in (folder / "more").iterdir():
+        path.unlink()
+
+
+def link(target):
+    def change(folder):
+        (folder / "more" / "01.png").unlink()
+        (folder / "more" / "01.png").symlink_to(target)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (vanish, "No such file or directory"),
+        (empty, "No such file or directory"),
+        (link(BAD_FILE), "Input/output error"),
+    ],
+)
+def test_a_disk_or_a_network_that_fails_stops_the_run_and_nothing_is_left_out_for_ever(
+    change, reason, checkpoint, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tokenize, "RETRY_SECONDS", (0, 0))
+    shutil.copytree(photos, photos / "more")
+    (photos / "more" / "metadata.jsonl").unlink()
+    shutil.copytree(photos / "more", tmp_path / "kept")
+    names = ["00.png", "01.png", "02.png", "more/01.png", "more/00.png"]
+    source = write_json(photos / "l.jsonl", [{"image": name, "text": name} for name in names]) | IN_THIS_PROCESS
+    begin = tokenize.begin
+    monkeypatch.setattr(tokenize, "begin", lambda *settings: (begin(*settings), change(photos)))
+    with pytest.raises(OSError, match=rf"Record 3 cannot be read now \(.*{reason}.*Finished shards are kept"):
+        tokenize_dataset(checkpoint, tmp_path / "codes", **source, allow_outside=True)
+    assert [path.name for path in tmp_path.glob("codes/data/*")] == ["train-00000.parquet"]
+    monkeypatch.setattr(tokenize, "begin", begin)
+    shutil.rmtree(photos / "more", ignore_errors=True)
+    if reason.startswith("No such file"):  # it was gone before the run as well
+        tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+        assert [entry["record"] for entry in skipped_of(tmp_path / "codes")] == [3, 4]
+    shutil.copytree(tmp_path / "kept", photos / "more")
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    assert [row["text"] for row in rows_of(tmp_path / "codes")] == names
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "x"), ConnectionError("x"), TimeoutError(), MemoryError(), KeyError("x")]
+)
+def test_a_failure_that_passes_is_tried_again(error, checkpoint, photos, tmp_path, monkeypatch):
+    failed = tmp_path / "failed"
+
+    def fail_once(image):
+        if not failed.exists():
+            failed.touch()
+            raise error
+        return open_image(image)
+
+    monkeypatch.setattr(tokenize, "RETRY_SECONDS", (0,))
+    monkeypatch.setattr(tokenize, "open_image", fail_once)
+    tokenize_dataset(checkpoint, tmp_path / "codes", "imagefolder", data_dir=str(photos))
+    assert failed.exists() and len(rows_of(tmp_path / "codes")) == 9
+
+
+def test_skipping_more_than_half_of_a_shard_warns_and_says_how_to_try_again(checkpoint, photos, tmp_path, caplog):
+    source = {"dataset": "imagefolder", "data_dir": str(photos), "records_per_shard": 3}
+    for name in ("06.png", "07.png"):
+        (photos / name).write_bytes(b"no picture")
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    assert "More than half was skipped of train-00002.parquet" in caplog.text and "delete these files" in caplog.text
+    caplog.clear()
+    for name in ("06.png", "07.png"):
+        picture(10, 13).save(photos / name)
+    (tmp_path / "codes" / "data" / "train-00002.parquet").unlink()
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    assert not caplog.text and len(skipped_of(tmp_path / "codes")) == 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_that_no_record_names_are_listed(streaming, checkpoint, photos, tmp_path):
+    lines = (photos / "metadata.jsonl").read_text().splitlines()
+    (photos / "metadata.jsonl").write_text("\n".join(lines[:-2]))
+    manifest = tokenize_dataset(
+        checkpoint, tmp_path / "codes", "imagefolder", data_dir=str(photos), streaming=streaming
+    )
+    reason = "No record names it."
+    assert skipped_of(tmp_path / "codes")[2:] == [
+        {"record": None, "path": str(photos / name), "reason": reason} for name in ("09.png", "10.png")
+    ]
+    assert manifest["num_skipped"] == 4
+
+
+# What a record may read
+
+
+def test_records_read_below_their_folder_unless_they_are_allowed_more(checkpoint, photos, tmp_path):
+    private = tmp_path / "private.png"
+    picture(9, 9).save(private)
+    (photos / "link.png").symlink_to(private)
+    (photos / "inside.png").symlink_to(photos / "00.png")
+    os.mkfifo(photos / "pipe.png")
+    (photos / "device.png").symlink_to("/dev/zero")
+    (photos / "folder.png").mkdir()
+    (photos / "loop.png").symlink_to("loop.png")
+    zipfile = shutil.make_archive(str(tmp_path / "private"), "zip", tmp_path, "private.png")
+    outside = ["../private.png", str(private), "link.png", "./../photos/../private.png"]
+    urls = [f"file://{private}", f"local://{private}", f"filecache::file://{private}", f"zip://private.png::{zipfile}"]
+    urls += ["ftp://127.0.0.1:9/x.png", "memory://x.png", "file://00.png", "HTTP://127.0.0.1/x.png"]
+    never = ["pipe.png", "device.png", "folder.png", "loop.png", "00.png/x.png", "no/x.png", "a" * 300, "a\0b", ""]
+    good = ["00.png", "../photos/01.png", str(photos / "02.png"), "inside.png"]
+    names = [*outside, *urls, *never, *good]
+    source = write_json(photos / "l.jsonl", [{"image_path": name, "text": f"{name!r}"} for name in names])
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    assert [row["text"] for row in rows_of(tmp_path / "codes")] == [repr(name) for name in good]
+    reasons = {names[entry["record"]]: entry["reason"] for entry in skipped_of(tmp_path / "codes")}
+    assert all("lies outside of" in reasons[name] and "allow_outside" in reasons[name] for name in [*outside, *urls])
+    assert all("no regular file" in reasons[name] for name in ("pipe.png", "folder.png", ""))
+
+    names = [*outside, urls[0], urls[3]]
+    source = write_json(photos / "l.jsonl", [{"image_path": name, "text": name} for name in names])
+    tokenize_dataset(checkpoint, tmp_path / "allowed", **source, allow_outside=True)
+    assert [row["text"] for row in rows_of(tmp_path / "allowed")] == names
+
+
+def test_large_pictures_are_decoded_one_at_a_time(checkpoint, photos, tmp_path, monkeypatch):
+    running = multiprocessing.get_context("fork").Value("i", 0)
+
+    def load(image):
+        with running.get_lock():
+            running.value += 1
+        time.sleep(0.02)
+        others = running.value - 1
+        with running.get_lock():
+            running.value -= 1
+        if others:
+            raise ValueError(f"{others} more")
+        return load_image(image)
+
+    monkeypatch.setattr(tokenize, "load_image", load)
+    monkeypatch.setattr(tokenize, "LARGE_PIXELS", 100)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    tokenize_dataset(checkpoint, tmp_path / "codes", "imagefolder", data_dir=str(photos), num_workers=4)
+    assert len(skipped_of(tmp_path / "codes")) == 2
+
+
+def test_pictures_in_base64_are_records_too(checkpoint, photos, tmp_path):
+    data = base64.b64encode((photos / "00.png").read_bytes()).decode()
+    names = ["00.png", data, f"data:image/png;base64,{data}"]
+    source = write_json(photos / "l.jsonl", [{"image": name, "text": str(row)} for row, name in enumerate(names)])
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    codes = codes_of(tmp_path / "codes")
+    assert codes["0"] == codes["1"] == codes["2"]
+
+
 # Bad input
+
+
+@pytest.mark.parametrize("token", ["<image>", "<boi>", "<eoi>", "<unconditional>"])
+def test_texts_that_training_would_refuse_are_left_out(token, checkpoint, photos, tmp_path):
+    lines = (photos / "metadata.jsonl").read_text().replace("text 3", f"a page with an {token} tag")
+    (photos / "metadata.jsonl").write_text(lines)
+    tokenize_dataset(checkpoint, tmp_path / "codes", "imagefolder", data_dir=str(photos))
+    assert skipped_of(tmp_path / "codes")[0]["reason"] == f"Its text contains {token!r}, which is reserved for images."
+    for record in load_records(tmp_path / "codes"):
+        LiquidDataCollator(tiny_processor()).encode(record)
+
+
+def test_a_codec_that_is_not_finite_raises_naming_the_record(photos, tmp_path):
+    model = tiny_model()
+    model.model.vq_model.quantize.embedding.weight.data[3] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"no codes for record 0 \(.*00\.png\)"):
+        tokenize_dataset(tmp_path / "model", tmp_path / "codes", "imagefolder", data_dir=str(photos))
 
 
 @pytest.mark.parametrize(
@@ -485,6 +808,7 @@ def test_other_settings_are_refused_and_nothing_is_changed(checkpoint, photos, t
         ({"data_dir": "nowhere"}, "cannot be read: .*nowhere"),
         ({"grids": []}, "grids must be"),
         ({"grids": [(4, 0)]}, "all positive"),
+        ({"grids": [(4.5, 4)]}, "grids must be"),
         ({"grids": [(4, 4), (2, 2)]}, "different proportions"),
         ({"framing": "stretch"}, r"framing must be one of \('crop', 'pad'\), got 'stretch'"),
         ({"kind": "text"}, "kind must be one of text_to_image, caption, got 'text'"),

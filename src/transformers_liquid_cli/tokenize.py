@@ -39,6 +39,9 @@ def tokenize(
     batch_size: Annotated[int, Option(min=1, help="Pictures encoded together.")] = 16,
     num_workers: Annotated[int, Option(min=1, help="Workers that read pictures, at most one a core.")] = 8,
     records_per_shard: Annotated[int, Option(min=1, help="Records in a file.")] = 1000,
+    allow_outside: Annotated[
+        bool, Option("--allow-outside", help="Read what records name outside of the folder of the data, too.")
+    ] = False,
 ) -> None:
     """Turns a data set of pictures with texts into codes to train on. An interrupted call goes on where it stopped.
 

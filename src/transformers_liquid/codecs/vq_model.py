@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import operator
 from typing import Any
 
 import torch
@@ -84,6 +85,15 @@ class LiquidVQModel(VQModel):
         Raises:
             ValueError: If the shape does not fit the codec, or pixels or latents are NaN or infinite.
         """
+        codes = self.encode_unchecked(pixel_values)
+        if not codes.is_meta and (codes < 0).any():
+            check_finite(pixel_values, "The pixels")  # which would be the cause
+            check_finite(torch.where(codes < 0, torch.nan, 0.0), "The codec's latents")
+        return codes
+
+    @torch.no_grad()
+    def encode_unchecked(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """As `encode_codes`, but -1 where latents are not finite: for those who look for it later than each batch."""
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"pixel_values must have shape (batch, {self.config.in_channels}, height, width), "
@@ -92,9 +102,6 @@ class LiquidVQModel(VQModel):
         code_grid(*pixel_values.shape[-2:], self.downsample_factor)
         with maybe_autocast(self.execution_device.type, enabled=False):
             latents = self.encode(pixel_values.to(self.execution_device, self.dtype)).latents
-            if latents.device.type != "meta" and not latents.isfinite().all():
-                check_finite(pixel_values, "The pixels")  # which would be the cause
-                check_finite(latents, "The codec's latents")
             return self.nearest_codes(latents)
 
     @torch.no_grad()
@@ -139,14 +146,17 @@ class LiquidVQModel(VQModel):
     def nearest_codes(self, latents: torch.Tensor) -> torch.Tensor:
         """Indices `(B, h, w)` of the codebook vectors nearest to `latents` `(B, C, h, w)`, searched in fp32.
 
-        diffusers' quantizer uses `torch.cdist`, which has no half-precision kernel on CPU.
+        -1 where a distance is not finite. diffusers' quantizer uses `torch.cdist`, which has no half-precision kernel on
+        CPU.
         """
         # By the module's own forward, for whose duration offloading brings its weights.
         codebook = self.quantize.embedding(torch.arange(self.codebook_size, device=latents.device)).float()
         flat = latents.float().permute(0, 2, 3, 1).flatten(0, 2)
         # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, of which |z|^2 is the same for every code.
         distances = torch.addmm((codebook**2).sum(1)[None], flat, codebook.T, alpha=-2.0)
-        return distances.argmin(1).view(latents.shape[0], *latents.shape[-2:])
+        # A minimum keeps every NaN.
+        codes = torch.where(distances.amin(1).isfinite(), distances.argmin(1), -1)
+        return codes.view(latents.shape[0], *latents.shape[-2:])
 
 
 def downsample_factor(vq_config: dict[str, Any]) -> int:
@@ -160,12 +170,16 @@ def code_grid(height: int, width: int, factor: int) -> tuple[int, int]:
     Raises:
         ValueError: Unless both are positive multiples of `factor`, the pixels per code along one side.
     """
-    if any(not isinstance(side, int) or side < factor or side % factor for side in (height, width)):
+    try:
+        grid = tuple(operator.index(side) // factor for side in (height, width))  # numpy's and torch's integers too
+    except TypeError:
+        grid = (0, 0)
+    if min(grid) < 1 or (grid[0] * factor, grid[1] * factor) != (height, width):
         raise ValueError(
             f"height and width must be positive multiples of {factor} pixels (the codec's factor), got "
             f"height={height!r}, width={width!r}."
         )
-    return height // factor, width // factor
+    return grid
 
 
 def check_codes(codes: torch.Tensor, codebook: range, name: str = "Code") -> None:

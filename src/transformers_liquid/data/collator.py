@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from ..models.liquid.processing_liquid import TEXT_TO_IMAGE_INSTRUCTIONS, LiquidProcessor, TooLongError
+from ..models.liquid.vocabulary import as_integers
 from ..ops.chunked_loss import IGNORE_INDEX
 from .records import REQUIRED_FIELDS, required_field
 
@@ -162,7 +163,8 @@ class LiquidDataCollator:
             raise ValueError(f"A record's 'kind' must be one of {', '.join(REQUIRED_FIELDS)}, got {kind!r}.")
         processor, eos_token_id = self.processor, self.processor.tokenizer.eos_token_id
         if kind == "conversation":
-            images = [self._codes(image) for image in record.get("images") or []]
+            images = record.get("images")
+            images = [self._codes(image) for image in ([] if images is None else images)]
             return self._sequence(processor.conversation_ids(required_field(record, "messages"), images))
         text = required_field(record, "text")
         if kind == "interleaved":
@@ -189,11 +191,12 @@ class LiquidDataCollator:
         codes, grid = image, None
         if isinstance(image, Mapping):
             codes, grid = required_field(image, "codes"), image.get("grid")
-        codes = np.asarray(codes)
+        codes = as_integers(codes)
         if grid is None and codes.ndim == 2:
             return codes
-        grid = self.processor.image_layout.grid() if grid is None else tuple(int(side) for side in grid)
-        if len(grid) != 2 or min(grid) < 1 or codes.shape not in (grid, (math.prod(grid),)):
+        grid = self.processor.image_layout.grid() if grid is None else tuple(as_integers(grid).reshape(-1).tolist())
+        is_grid = len(grid) == 2 and all(isinstance(side, int) and side > 0 for side in grid)
+        if not is_grid or codes.shape not in (grid, (math.prod(grid),)):
             raise ValueError(
                 f"Codes of shape {codes.shape} are no image of {' x '.join(map(str, grid))} codes: give those of "
                 "another size than the default one a 'grid' [height, width], or give them in two dimensions. Make codes "

@@ -15,7 +15,7 @@ from PIL.Image import Image
 from transformers.utils import logging
 
 from .collator import LiquidDataCollator
-from .records import RECORD_FIELDS, REQUIRED_FIELDS, read_manifest
+from .records import RECORD_FIELDS, REQUIRED_FIELDS, cache_of, check_shards, read_manifest, root_cause
 
 
 if TYPE_CHECKING:
@@ -54,12 +54,13 @@ def load_records(
 
     try:
         manifest = read_manifest(path)
+        check_shards(path, manifest, streaming)
         dataset = _load(str(path), split, streaming)
         if streaming:
             dataset = dataset._resolve_features()  # before, a stream of JSON has no columns
         first = next(iter(dataset))
     except Exception as error:  # readers raise anything; StopIteration says nothing
-        reason = str(error) or f"split {split!r} is empty"
+        reason = str(root_cause(error)) or f"split {split!r} is empty"
         raise ValueError(f"The data set {str(path)!r} cannot be read: {reason}") from error
     if manifest is not None and codec_identity is not None and manifest["codec"] != codec_identity:
         raise ValueError(
@@ -102,14 +103,14 @@ def _load(name: str, split: str, streaming: bool) -> datasets.Dataset | datasets
     if path.is_file():
         if path.suffix not in FILE_FORMATS:
             raise ValueError(f"files of records end in {', '.join(FILE_FORMATS)}.")
-        files = {split: name}
-        return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=files, split=split, streaming=streaming)
+        how = {"split": split, "streaming": streaming, "cache_dir": cache_of(name)}
+        return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files={split: name}, **how)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         dataset = datasets.load_from_disk(name)
         if isinstance(dataset, datasets.DatasetDict):
             dataset = dataset[split]
         return dataset.to_iterable_dataset() if streaming else dataset
-    return datasets.load_dataset(name, split=split, streaming=streaming)
+    return datasets.load_dataset(name, split=split, streaming=streaming, cache_dir=cache_of(name))
 
 
 def _is_picture(value: Any) -> bool:
@@ -154,11 +155,18 @@ def drop_too_long(
 
     if isinstance(dataset, IterableDataset):
         return dataset.filter(_CountingFilter(collator))
-    kept = dataset.filter(collator.fits, desc="leaving out what is too long")
+    kept = dataset.filter(_fits, True, fn_kwargs={"collator": collator}, desc="leaving out what is too long")
     if len(kept) < len(dataset):
         number = len(dataset) - len(kept)
         logger.warning(f"{number} of {len(dataset)} records do not fit into {collator.max_length} tokens.")
     return kept
+
+
+def _fits(record: Mapping[str, Any], number: int, collator: LiquidDataCollator) -> bool:
+    try:
+        return collator.fits(record)
+    except ValueError as error:
+        raise ValueError(f"Record {number} of the data set cannot be used: {error}") from error
 
 
 @dataclass

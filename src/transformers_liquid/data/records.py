@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from ..utils.files import read_json
+from ..models.liquid.vocabulary import IMAGE_TOKENS
+from ..utils.files import read_json, whole
 
 
 # What a record of each kind must have. One that names no kind is of the first kind whose fields it has.
@@ -28,6 +31,11 @@ RECORD_FIELDS = ("kind", "text", "codes", "grid", "images", "messages")
 
 MANIFEST_NAME = "liquid_codes.json"
 
+# A finished shard lists what it left out in its file's own metadata, so that one rename finishes both.
+SKIPPED_KEY = b"liquid_skipped"
+# Likewise a digest of what it was made of.
+SOURCE_KEY = b"liquid_source"
+
 
 def required_field(record: Mapping[str, Any], name: str) -> Any:
     """A field of a record, or of an image in one; one that Arrow filled with `None` is not there.
@@ -41,6 +49,20 @@ def required_field(record: Mapping[str, Any], name: str) -> Any:
         what = "a 'text' that is a string and not empty" if name == "text" else repr(name)
         raise ValueError(f"A record of its kind needs {what}, got {value!r} among {there}.")
     return value
+
+
+def cells_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record has in each `column`, and in each `column.field`."""
+    nested = {name: value for name, value in record.items() if isinstance(value, Mapping)}
+    return {**record, **{f"{name}.{field}": cell for name, fields in nested.items() for field, cell in fields.items()}}
+
+
+def check_text(text: Any) -> None:
+    """Raises a `ValueError` if training could not read the text of a picture."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("Its text is empty.")
+    if token := next((token for token in IMAGE_TOKENS.values() if token in text), None):
+        raise ValueError(f"Its text contains {token!r}, which is reserved for images.")
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -71,6 +93,77 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
     if manifest["num_records"] is None:
         raise ValueError(f"{path} is not finished: run the same `transformers-liquid tokenize` again.")
     return manifest
+
+
+def shard_name(shard: int) -> str:
+    return f"train-{shard:05d}.parquet"
+
+
+def write_shard(
+    path: Path, records: list[dict[str, Any]], skipped: list[dict[str, Any]], dtype: str, state: str
+) -> None:
+    import pyarrow.parquet
+    from datasets import Features, List, Value
+
+    features = {"kind": Value("string"), "text": Value("string"), "codes": List(Value(dtype))}
+    features |= {"grid": List(Value("int32")), "width": Value("int32"), "height": Value("int32")}
+    schema = Features(features).arrow_schema
+    schema = schema.with_metadata(schema.metadata | {SKIPPED_KEY: json.dumps(skipped), SOURCE_KEY: state})
+    with (
+        whole(path) as unfinished,
+        pyarrow.parquet.ParquetWriter(unfinished, schema, write_page_checksum=True) as writer,
+    ):
+        if records:  # a row group without rows is one that `datasets` cannot read
+            writer.write_table(pyarrow.Table.from_pylist(records, schema))
+
+
+def read_shard(path: Path) -> tuple[int, list[dict[str, Any]], str | None]:
+    """The number of records of a shard that is whole, what was left out of it, and the state of its source."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        metadata = file.metadata.metadata
+        state = metadata.get(SOURCE_KEY)
+        return file.read().num_rows, json.loads(metadata[SKIPPED_KEY]), state and state.decode()
+
+
+def check_shards(path: str | os.PathLike, manifest: Mapping[str, Any] | None, streaming: bool) -> None:
+    """Raises a `ValueError` unless a folder holds the shards that its manifest lists, and, if not streaming, unchanged."""
+    listed, folder = (manifest or {}).get("shards"), Path(path, "data")
+    if listed is None or not folder.is_dir():
+        return
+    files = {file.name: file for file in folder.glob("*.parquet")}
+    wrong = files.keys() ^ listed.keys()
+    if not streaming:
+        wrong |= {name for name in files.keys() & listed.keys() if file_digest(files[name]) != listed[name]}
+    if wrong:
+        raise ValueError(
+            f"{', '.join(sorted(wrong))} is missing, damaged, or none of those that {MANIFEST_NAME} lists: run the same "
+            "`transformers-liquid tokenize` again."
+        )
+
+
+def file_digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What a reader of `datasets` failed of, beneath "an error occurred"."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def cache_of(path: str | os.PathLike) -> str | None:
+    """Where `datasets` is to keep what it reads of a folder: it knows it by its name alone, we by its files."""
+    import datasets
+
+    if not Path(path).exists():
+        return None
+    place = Path(path).resolve()
+    files = [(str(file), file.stat()) for file in [place, *sorted(place.rglob("*"))] if file.is_file()]
+    states = [(name, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for name, state in files]
+    return str(Path(datasets.config.HF_DATASETS_CACHE, hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]))
 
 
 def check_datasets_installed() -> None:

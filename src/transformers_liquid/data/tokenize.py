@@ -5,12 +5,18 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import hashlib
 import itertools
 import json
+import math
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,18 +25,33 @@ import fsspec
 import numpy as np
 import torch
 from accelerate import PartialState
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import safe_open
+from torch.multiprocessing import Lock
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from ..codecs.vq_model import LiquidVQModel, codec_identity
 from ..models.liquid.configuration_liquid import LiquidConfig
-from ..models.liquid.image_processing_liquid import LiquidImageProcessor, load_image
+from ..models.liquid.image_processing_liquid import BASE64, WEB, LiquidImageProcessor, load_image, open_image
 from ..models.liquid.reference import ReferenceCheckpoint
-from ..utils.files import differences, read_json, whole, write_json, write_text
+from ..models.liquid.vocabulary import as_integers
+from ..utils.files import LOCK_NAME, UNFINISHED, alone_in, differences, read_json, write_json, write_text
 from ..utils.processes import launched_processes
-from .records import IMAGE_KINDS, MANIFEST_NAME, check_datasets_installed
+from .records import (
+    IMAGE_KINDS,
+    MANIFEST_NAME,
+    cache_of,
+    cells_of,
+    check_datasets_installed,
+    check_text,
+    file_digest,
+    read_shard,
+    root_cause,
+    shard_name,
+    write_shard,
+)
 
 
 SKIPPED_NAME = "skipped.jsonl"
@@ -39,8 +60,19 @@ SKIPPED_NAME = "skipped.jsonl"
 IMAGE_COLUMNS = ("image", "image_path")
 TEXT_COLUMNS = ("text", "caption", "txt")
 
-# A finished shard lists what it left out in its file's own metadata, so that one rename finishes both.
-SKIPPED_KEY = b"liquid_skipped"
+# Pictures of more pixels than a camera's 24 millions are decoded one at a time, whatever the number of readers.
+LARGE_PIXELS = 25_000_000
+
+# Between tries to read from a disk or a network that fails.
+RETRY_SECONDS = (0.5, 2, 8)
+
+# What an error says of a picture that is not where its record says.
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+# The URLs of `fsspec` that a record may name: on the Hub, or in archives there, on the web or in the folder.
+URLS = (*WEB, "hf://", "zip://", "tar://", "gzip://", "bz2://", "xz://", "zstd://")
+
+logger = logging.get_logger(__name__)
 
 
 def tokenize_dataset(
@@ -61,16 +93,18 @@ def tokenize_dataset(
     batch_size: int = 16,
     num_workers: int = 8,
     records_per_shard: int = 1000,
+    allow_outside: bool = False,
 ) -> dict[str, Any]:
     r"""Writes the codes of pictures as a `datasets` repository: records for [`LiquidDataCollator`].
 
     `data/train-*.parquet` has the fields `kind`, `text`, `codes` (raw codes row by row, int16 or int32), `grid`
     (`[height, width]`), `width` and `height` (pixels, as encoded). `liquid_codes.json` says with which codec and
     settings they were made, `skipped.jsonl` which records were left out and why: pictures that [`load_image`] refuses,
-    missing files, empty texts.
+    missing files, texts that are empty or contain a token of images, pictures of a folder that its metadata do not name.
 
     Under `accelerate launch`, process k of n does the shards k, k + n, ...; the result does not depend on n. After an
-    interruption, the same call does what is missing.
+    interruption, the same call does what is missing: shards that are not there, are damaged, or were made of files that
+    have changed since. To have what was skipped tried again, delete its shard before.
 
     Args:
         model (`str` or `os.PathLike`): A Liquid repository in either layout. Only its codec is loaded, in fp32.
@@ -91,13 +125,17 @@ def tokenize_dataset(
         num_workers (`int`, defaults to 8): Workers of each process, at most one a core, that read and frame pictures
             ahead of the codec.
         records_per_shard (`int`, defaults to 1000): Records of the source per file, the most that a process does twice.
+        allow_outside (`bool`, defaults to `False`): Read what records name outside of the folder of the data set, too:
+            by absolute paths, by links, by URLs of file systems. The web and the Hub are read in any case.
 
     Returns:
         `dict`: The manifest, as [`read_manifest`] reads it.
 
     Raises:
         ValueError: If an argument is wrong, the source cannot be read, is empty or lacks a column, every record had to
-            be skipped, or `output` holds something else, such as codes made with other settings.
+            be skipped, `output` holds something else, such as codes made with other settings, or another process is
+            writing to it.
+        OSError: If a disk or the network fails, again and again. Finished shards are kept.
         ImportError: If `datasets` is not installed.
     """
     # 1. Plan: all that is wrong is found out before anything is written
@@ -111,7 +149,7 @@ def tokenize_dataset(
         "codebook_size": config.codebook_size,
         "downsample_factor": config.downsample_factor,
         "dtype": "int16" if config.codebook_size <= np.iinfo(np.int16).max else "int32",
-        "grids": [list(grid) for grid in ([config.image_layout.grid()] if grids is None else grids)],
+        "grids": [as_integers(grid).tolist() for grid in ([config.image_layout.grid()] if grids is None else grids)],
         "framing": framing,
         "kind": kind,
         "records_per_shard": records_per_shard,
@@ -119,26 +157,31 @@ def tokenize_dataset(
     check_settings(settings, batch_size=batch_size, num_workers=num_workers, records_per_shard=records_per_shard)
     image_processor = LiquidImageProcessor(config.image_size, config.downsample_factor, framing)
     folder = image_folder(source)
-    records, columns = open_source(source, image_column, text_column)
+    records, columns, builder = open_source(source, image_column, text_column)
     settings["source"] = {**source, **columns, "num_records": None if streaming else len(records)}
+    states, unnamed, absent = survey(records, builder, settings, folder)
     output, processes = Path(output), launched_processes()
-    begin(output, settings, processes)
+    check_folder(output)
+    with alone_in(output) if processes.is_main_process else nullcontext():
+        begin(output, settings, processes)
 
-    # 2. Read the share of this process, but for the shards that are there, in workers that are ahead of the codec
-    done = {path.name for path in output.glob("data/*.parquet")}
+        # 2. Read the share of this process, but for the shards that are there, in workers that are ahead of the codec
+        @functools.cache
+        def is_left(shard: int) -> bool:
+            is_ours = shard % processes.num_processes == processes.process_index
+            return is_ours and not is_done(output / "data" / shard_name(shard), states[shard])
 
-    def is_left(number: int) -> bool:
-        shard = number // records_per_shard
-        return shard % processes.num_processes == processes.process_index and shard_name(shard) not in done
-
-    reader = PictureReader(**columns, folder=folder, grids=settings["grids"], kind=kind, frame=image_processor)
-    pictures = read_pictures(records, reader, is_left, num_workers, processes)
-    codec = codec.to(processes.device)
-    for shard, of_shard in itertools.groupby(pictures, lambda picture: picture.number // records_per_shard):
-        # 3. Encode, and 4. write a shard
-        encoded, skipped = encode_pictures(of_shard, codec, batch_size, settings["dtype"])
-        write_shard(output / "data" / shard_name(shard), encoded, skipped, settings["dtype"])
-    return finish(output, settings, processes)
+        where = {"folder": folder, "absent": absent, "allow_outside": allow_outside}
+        reader = PictureReader(**columns, **where, grids=settings["grids"], kind=kind, frame=image_processor)
+        pictures = read_pictures(
+            records, reader, lambda number: is_left(number // records_per_shard), num_workers, processes
+        )
+        codec = codec.to(processes.device)
+        for shard, of_shard in itertools.groupby(pictures, lambda picture: picture.number // records_per_shard):
+            # 3. Encode, and 4. write a shard
+            encoded, skipped = encode_pictures(of_shard, codec, batch_size, settings["dtype"])
+            write_shard(output / "data" / shard_name(shard), encoded, skipped, settings["dtype"], states[shard])
+        return finish(output, settings, unnamed, processes)
 
 
 # Plan
@@ -169,22 +212,29 @@ def load_codec_alone(model: str | os.PathLike) -> tuple[LiquidConfig, LiquidVQMo
 
 def open_source(
     source: Mapping[str, Any], image_column: str | None, text_column: str | None
-) -> tuple[Any, dict[str, str]]:
-    """The records with their pictures as files or bytes, and `image_column` and `text_column` of them."""
+) -> tuple[Any, dict[str, str], Any]:
+    """The records with their pictures as files or bytes, `image_column` and `text_column` of them, and who read them."""
     import datasets
 
     try:
-        records = datasets.load_dataset(**source)
+        where = {name: source[name] for name in ("path", "name", "data_dir", "data_files")}
+        builder = datasets.load_dataset_builder(**where, cache_dir=cache_of(source["path"]))
+        if source["streaming"]:
+            records = builder.as_streaming_dataset(source["split"])
+        else:
+            builder.download_and_prepare()
+            records = builder.as_dataset(source["split"])
         columns = (records.features or {}).items()
         typed = [name for name, feature in columns if isinstance(feature, datasets.Image)]
         for name in typed:
             records = records.cast_column(name, datasets.Image(decode=False))
         first = next(iter(records))
     except Exception as error:  # readers raise anything; StopIteration says nothing
-        reason = " ".join(str(error.__cause__ or error).split()) or "it is empty"
-        raise ValueError(f"The data set {source['path']!r} cannot be read: {reason}") from error
+        reason = " ".join(str(root_cause(error)).split()) or "it is empty"
+        place = source["data_files"] or source["data_dir"] or source["path"]
+        raise ValueError(f"The data set {place!r} cannot be read: {reason}") from error
 
-    cells = _cells(first)
+    cells = cells_of(first)
 
     def choose(what: str, given: str | None, usual: Sequence[str], types: tuple[type, ...]) -> str:
         for column in [given] if given else usual:
@@ -198,7 +248,40 @@ def open_source(
         )
 
     columns = {"image_column": choose("image", image_column, (*IMAGE_COLUMNS, *typed), (str, bytes, Mapping))}
-    return records, columns | {"text_column": choose("text", text_column, TEXT_COLUMNS, (str,))}
+    return records, columns | {"text_column": choose("text", text_column, TEXT_COLUMNS, (str,))}, builder
+
+
+def survey(
+    records: Any, builder: Any, settings: Mapping[str, Any], folder: Path
+) -> tuple[Mapping[int, str], list[str], set[int]]:
+    """What the source of each shard is, as a digest; pictures that no record names; numbers of records without theirs.
+
+    Pictures in files of their own count by path, size, time and text, all others by the files of the data set.
+    """
+    source, files = settings["source"], builder.config.data_files or {}
+    origins = [([Path(file).name for file in of_split], of_split.origin_metadata) for of_split in files.values()]
+    of_all = hashlib.sha256(repr(origins).encode()).hexdigest()
+    states, named, absent = defaultdict(hashlib.sha256), set(), set()
+    with suppress(ValueError):  # a stream that breaks off says so when it is read
+        for number, record in number_stream(records, lambda number: True):
+            image, text = (cells_of(record).get(source[column]) for column in ("image_column", "text_column"))
+            path = image.get("path") if isinstance(image, Mapping) and image.get("bytes") is None else image
+            state = path
+            if isinstance(path, str) and "://" not in path:
+                named.add(os.path.abspath(folder / path))
+                try:
+                    status = os.stat(folder / path)
+                    state = status.st_size, status.st_mtime_ns, os.path.relpath(folder / path, folder)
+                except (OSError, ValueError) as error:
+                    if getattr(error, "errno", None) in NOT_THERE:
+                        absent.add(number)
+            elif not named:
+                return defaultdict(lambda: of_all), [], absent
+            states[number // settings["records_per_shard"]].update(repr((state, text)).encode("utf-8", "replace"))
+    endings = tuple(getattr(builder, "EXTENSIONS", ()))  # of the pictures of a folder
+    pictures = [file for file in files.get(source["split"], ()) if file.lower().endswith(endings)]
+    unnamed = [file for file in pictures if os.path.abspath(file) not in named]
+    return defaultdict(lambda: of_all, {shard: digest.hexdigest() for shard, digest in states.items()}), unnamed, absent
 
 
 def check_settings(settings: Mapping[str, Any], **counts: int) -> None:
@@ -207,7 +290,7 @@ def check_settings(settings: Mapping[str, Any], **counts: int) -> None:
     if kind not in IMAGE_KINDS:
         wrong.append(f"kind must be one of {', '.join(IMAGE_KINDS)}, got {kind!r}.")
     # Of two grids with the same proportions, no picture could choose one.
-    proportions = {height / width for height, width in grids if height > 0 and width > 0}
+    proportions = {grid[0] / grid[1] for grid in grids if all(isinstance(side, int) and side > 0 for side in grid)}
     if not grids or len(proportions) < len(grids):
         wrong.append(f"grids must be (height, width) in codes, all positive, of different proportions, got {grids}.")
     if wrong:
@@ -221,26 +304,45 @@ def image_folder(source: Mapping[str, Any]) -> Path:
     folders = {Path(file).parent for file in source["data_files"] or ()}
     if len(folders) > 1:
         raise ValueError("`data_files` lie in several folders: give `data_dir`, and what they are relative to it.")
-    return next(iter(folders), Path(source["path"]) if Path(source["path"]).is_dir() else Path())
+    return next(iter(folders), Path(source["path"]))
+
+
+def check_folder(output: Path) -> None:
+    """Raises unless a folder is new, or was begun by an earlier call."""
+    files = (path for path in output.rglob("*") if path.is_file())
+    is_ours = (output / MANIFEST_NAME).is_file() or all(path.name.endswith((LOCK_NAME, UNFINISHED)) for path in files)
+    if output.exists() and not (output.is_dir() and is_ours):
+        raise ValueError(f"{output} exists and holds something else ({MANIFEST_NAME} is missing): choose a new folder.")
+    (output / "data").mkdir(parents=True, exist_ok=True)
 
 
 def begin(output: Path, settings: dict[str, Any], processes: PartialState) -> None:
     """Writes the settings down, or compares them with those that an earlier call wrote down."""
     file = output / MANIFEST_NAME
-    has_begun = file.is_file()
-    if has_begun:
-        before = read_json(file)
-        before, now = ({**one, **one["source"], "source": None} for one in (before, settings))
+    if file.is_file():
+        before, now = ({**one, **one["source"], "source": None} for one in (read_json(file), settings))
         if different := differences({name: before.get(name) for name in now}, now):
             raise ValueError(
                 f"{output} was begun with other settings: {different}. Give the same ones to go on, or a new folder."
             )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and holds something else ({MANIFEST_NAME} is missing): choose a new folder.")
     processes.wait_for_everyone()
-    (output / "data").mkdir(parents=True, exist_ok=True)
-    if not has_begun and processes.is_main_process:
+    if processes.is_main_process:
+        for left in output.rglob(f".*{UNFINISHED}"):  # by a process that was killed
+            left.unlink()
         write_json(file, settings | {"num_records": None})
+    processes.wait_for_everyone()
+
+
+def is_done(path: Path, state: str) -> bool:
+    """Whether a shard is there, whole, and made of sources in this state; says why, if it is not."""
+    try:
+        if not path.exists() or read_shard(path)[2] in (None, state):
+            return path.exists()
+        reason = "its pictures or texts have changed"
+    except Exception as error:  # readers raise anything
+        reason = f"it is damaged ({error})"
+    logger.warning(f"{path} is made anew: {reason}.")
+    return False
 
 
 # Read
@@ -248,11 +350,14 @@ def begin(output: Path, settings: dict[str, Any], processes: PartialState) -> No
 
 @dataclass
 class Picture:
-    """A picture on its way to the codec, and what will be its record; without pixels: which one is left out, and why."""
+    """A picture on its way to the codec, and what will be its record; without pixels: why it is left out."""
 
     number: int
-    record: dict[str, Any]
+    path: str | None
+    record: dict[str, Any] | None = None
     pixels: np.ndarray | None = None
+    reason: str = ""
+    is_passing: bool = False  # the picture may be fine, but a disk or the network failed
 
 
 @dataclass
@@ -262,25 +367,46 @@ class PictureReader(torch.utils.data.Dataset):
     image_column: str
     text_column: str
     folder: Path
+    absent: set[int]
+    allow_outside: bool
     grids: list[list[int]]
     kind: str
     frame: LiquidImageProcessor
+    large: Any = field(default_factory=Lock)
 
     def __getitem__(self, numbered: tuple[int, Mapping[str, Any]]) -> Picture:
         number, source = numbered
-        cells = _cells(source)
-        image, text = cells.get(self.image_column), cells.get(self.text_column)
+        image, text = (cells_of(source).get(column) for column in (self.image_column, self.text_column))
         path = image.get("path") if isinstance(image, Mapping) else image
-        skipped = {"record": number, "path": path if isinstance(path, str) else None}
-        if not isinstance(text, str) or not text.strip():
-            return Picture(number, skipped | {"reason": "Its text is empty."})
-        try:
-            if isinstance(image, Mapping):
-                image = image["path"] if image["bytes"] is None else image["bytes"]
-            if isinstance(image, str) and "://" in image:  # as streams name files on the Hub, in archives or on the web
-                with fsspec.open(image) as file:
-                    image = file.read()
-            image = load_image(self.folder / image if isinstance(image, str) else image)
+        path = path[:200] if isinstance(path, str) else None
+        for wait in (*RETRY_SECONDS, None):
+            try:
+                return Picture(number, path, *self.read(image, text))
+            except Exception as error:  # decoders and file systems raise anything
+                # What was there a while ago is gone with its disk.
+                is_passing = not (isinstance(error, (ValueError, TypeError)) or number in self.absent)
+                if wait is None or not is_passing:
+                    return Picture(number, path, reason=str(error) or type(error).__name__, is_passing=is_passing)
+                time.sleep(wait)
+
+    def read(self, image: Any, text: Any) -> tuple[dict[str, Any], np.ndarray]:
+        """The record of a picture but for its codes, and its pixels.
+
+        Raises:
+            ValueError, TypeError: If the text or the picture cannot be used.
+            OSError: If the picture cannot be fetched.
+        """
+        check_text(text)
+        if isinstance(image, Mapping):
+            image = image.get("path") if image.get("bytes") is None else image["bytes"]
+        image = open_image(self.locate(image) if isinstance(image, str) else image)
+        short, long = sorted(image.size)
+        # Framing blows up what is not square.
+        pixels = max(
+            short * long, long**2 if self.frame.framing == "pad" else self.frame.size**2 * long / max(short, 1)
+        )
+        with self.large if pixels > LARGE_PIXELS else nullcontext():
+            image = load_image(image)
             # The grid whose proportions differ from the picture's by the smallest factor; the first of equals.
             sides = [(image.width * grid_height, image.height * grid_width) for grid_height, grid_width in self.grids]
             factors = [max(pair) / min(pair) for pair in sides]
@@ -288,10 +414,30 @@ class PictureReader(torch.utils.data.Dataset):
             height, width = (side * self.frame.downsample_factor for side in grid)
             # No tensor, which would take a file handle and shared memory on its way out of the worker.
             framed = self.frame(image, height=height, width=width, return_tensors="np")
-        except Exception as error:  # decoders and file systems raise anything
-            return Picture(number, skipped | {"reason": str(error)})
         record = {"kind": self.kind, "text": text, "grid": grid, "width": width, "height": height}
-        return Picture(number, record, framed["pixel_values"][0])
+        return record, framed["pixel_values"][0]
+
+    def locate(self, image: str) -> str | Path | bytes:
+        """What `open_image` is to open; a `ValueError` if it is not for a record to read.
+
+        Streams name files on the Hub and in archives by the URLs of `fsspec`, `zip://a.png::hf://datasets/...`.
+        """
+        from datasets import config
+
+        if image.startswith((*WEB, *BASE64)):
+            return image
+        is_url = "://" in image
+        # The folder, links resolved, and the caches of what comes from the Hub.
+        roots = [os.path.realpath(root) for root in (self.folder, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)]
+        for link in image.split("::") if is_url else [image]:
+            place = Path(os.path.realpath(self.folder / link))
+            is_inside = "://" not in link and any(place.is_relative_to(root) for root in roots)
+            if not (is_inside or link.startswith(URLS) or self.allow_outside):
+                raise ValueError(f"{link} lies outside of {self.folder}: it is read only if allow_outside is given.")
+        if not is_url:
+            return self.folder / image
+        with fsspec.open(image) as file:
+            return file.read()
 
 
 def read_pictures(
@@ -306,7 +452,13 @@ def read_pictures(
     loader = DataLoader(reader, sampler=numbered, batch_size=None, num_workers=num_workers, prefetch_factor=4)
     of_all = "" if processes.num_processes == 1 else f" (process 0 of {processes.num_processes})"
     disable = None if processes.is_main_process else True
-    yield from tqdm(iter(loader), f"tokenizing{of_all}", total, unit=" images", disable=disable)
+    for picture in tqdm(iter(loader), f"tokenizing{of_all}", total, unit=" images", disable=disable):
+        if picture.is_passing:
+            raise OSError(
+                f"Record {picture.number} cannot be read now ({picture.reason}). Finished shards are kept: run the same "
+                "again when the disk or the network is back."
+            )
+        yield picture
 
 
 def number_stream(records: Iterable, is_left: Callable[[int], bool]) -> Iterator[tuple[int, Any]]:
@@ -329,59 +481,49 @@ def encode_pictures(
     pictures: Iterable[Picture], codec: LiquidVQModel, batch_size: int, dtype: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The records of one shard in the order of the source, and what was left out of it."""
-    records, skipped, waiting = [], [], defaultdict(list)  # by sizes, until they make a batch
+    kept, skipped, waiting = [], [], defaultdict(list)  # by sizes, until they make a batch
 
     def encode(batch: list[Picture]) -> None:
         pixel_values = torch.from_numpy(np.stack([picture.pixels for picture in batch]))
-        codes = codec.encode_codes(pixel_values.to(codec.device)).flatten(1)
+        codes = codec.encode_unchecked(pixel_values.to(codec.device)).flatten(1)
         for picture, flat in zip(batch, codes, strict=True):
             picture.record["codes"] = flat  # an accelerator may still be at work on it, so that it is fetched later
 
     for picture in pictures:
         if picture.pixels is None:
-            skipped.append(picture.record)
+            skipped.append({"record": picture.number, "path": picture.path, "reason": picture.reason})
             continue
-        records.append(picture.record)
+        kept.append(picture)
         waiting[picture.pixels.shape].append(picture)
         if len(waiting[picture.pixels.shape]) == batch_size:
             encode(waiting.pop(picture.pixels.shape))
     for batch in waiting.values():
         encode(batch)
-    for record in records:
-        record["codes"] = record["codes"].numpy(force=True).astype(dtype)
-    return records, skipped
+    for picture in kept:
+        picture.record["codes"] = picture.record["codes"].numpy(force=True).astype(dtype)
+        if picture.record["codes"].min() < 0:
+            raise ValueError(
+                f"The codec has no codes for record {picture.number} ({picture.path}): its latents are not finite, since "
+                "its weights are damaged."
+            )
+    return [picture.record for picture in kept], skipped
 
 
 # Write
 
 
-def shard_name(shard: int) -> str:
-    return f"train-{shard:05d}.parquet"
-
-
-def write_shard(path: Path, records: list[dict[str, Any]], skipped: list[dict[str, Any]], dtype: str) -> None:
-    import pyarrow.parquet
-    from datasets import Features, List, Value
-
-    features = {"kind": Value("string"), "text": Value("string"), "codes": List(Value(dtype))}
-    features |= {"grid": List(Value("int32")), "width": Value("int32"), "height": Value("int32")}
-    schema = Features(features).arrow_schema
-    schema = schema.with_metadata(schema.metadata | {SKIPPED_KEY: json.dumps(skipped)})
-    with whole(path) as unfinished, pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
-        if records:  # a row group without rows is one that `datasets` cannot read
-            writer.write_table(pyarrow.Table.from_pylist(records, schema))
-
-
-def finish(output: Path, settings: dict[str, Any], processes: PartialState) -> dict[str, Any]:
+def finish(output: Path, settings: dict[str, Any], unnamed: list[str], processes: PartialState) -> dict[str, Any]:
     """Sums up what all processes wrote: the manifest, the list of what was left out, the card."""
-    import pyarrow.parquet
-
     processes.wait_for_everyone()
-    shards = [pyarrow.parquet.read_metadata(path) for path in sorted(output.glob("data/*.parquet"))]
-    skipped = [entry for shard in shards for entry in json.loads(shard.metadata[SKIPPED_KEY])]
+    files = sorted(output.glob("data/*.parquet"))
+    shards = {path.name: read_shard(path) for path in files}
+    check_complete(output, shards, settings)
+    skipped = [entry for _, entries, _ in shards.values() for entry in entries]
+    skipped += [{"record": None, "path": path, "reason": "No record names it."} for path in unnamed]
     manifest = settings | {
-        "num_records": sum(shard.num_rows for shard in shards),
+        "num_records": sum(number for number, _, _ in shards.values()),
         "num_skipped": len(skipped),
+        "shards": {path.name: file_digest(path) for path in files},
         "version": version("transformers-liquid"),
     }
     if not manifest["num_records"]:
@@ -402,7 +544,17 @@ def finish(output: Path, settings: dict[str, Any], processes: PartialState) -> d
     return manifest
 
 
-def _cells(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record has in each `column`, and in each `column.field`."""
-    nested = {name: value for name, value in record.items() if isinstance(value, Mapping)}
-    return {**record, **{f"{name}.{field}": cell for name, fields in nested.items() for field, cell in fields.items()}}
+def check_complete(output: Path, shards: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises if shards are missing or belong to something else; warns of those that are not worth much."""
+    total = sum(number + len(skipped) for number, skipped, _ in shards.values())
+    names = [shard_name(shard) for shard in range(math.ceil(total / settings["records_per_shard"]))]
+    if list(shards) != names or settings["source"]["num_records"] not in (None, total):
+        raise ValueError(
+            f"{output / 'data'} holds other shards than those of this data set, {', '.join(shards)} with {total} records: "
+            "delete them, and run the same again."
+        )
+    if poor := [name for name, (number, skipped, _) in shards.items() if len(skipped) > number]:
+        logger.warning(
+            f"More than half was skipped of {', '.join(poor)}, such as {shards[poor[0]][1][0]}. To have all of it tried "
+            f"again, delete these files in {output / 'data'} and run the same again."
+        )

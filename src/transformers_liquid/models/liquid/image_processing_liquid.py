@@ -3,9 +3,12 @@
 import base64
 import io
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypedDict
+from urllib.parse import urlsplit
 
 import numpy as np
 import PIL.Image
@@ -26,8 +29,18 @@ FRAMINGS = ("crop", "pad")
 # The mean colour of CLIP's training data, which the reference pads questions' pictures with.
 PAD_COLOR = (122, 116, 104)
 
-# A picture so elongated that framing would blow it up beyond this (0.8 GB of RGB) is refused.
-MAX_FRAMED_PIXELS = 2**28
+# A picture beyond this is refused, and one so elongated that framing would blow it up beyond it: half a GB of RGB.
+MAX_PIXELS = 2**27
+
+# Of a picture's file, and of the time that the web may take to send it.
+MAX_FILE_BYTES = 2**28
+MAX_WEB_SECONDS = 60
+
+WEB = ("http://", "https://")
+# Those 4xx that say nothing about the picture: the web is slow, or busy.
+PASSING_STATUS = (408, 425, 429)
+# How pictures in base64 begin: a URL of data, or the first bytes of PNG, JPEG, GIF and WebP.
+BASE64 = ("data:image/", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 
 
 class LiquidImageProcessorKwargs(TypedDict, total=False):
@@ -98,7 +111,8 @@ class LiquidImageProcessor(BaseImageProcessor):
         framing = self.framing if framing is None else framing
         height = self.size if height is None else height
         width = self.size if width is None else width
-        code_grid(height, width, self.downsample_factor)
+        factor = self.downsample_factor
+        height, width = (side * factor for side in code_grid(height, width, factor))
         _check_framing(framing)
         pictures = [_frame(_to_rgb(image), framing, height, width) for image in flatten_images(images)]
         # float64 until the end, as the reference computes it.
@@ -150,61 +164,145 @@ def load_image(image: "str | Path | bytes | PIL.Image.Image") -> PIL.Image.Image
     The EXIF orientation is applied, transparency is blended on white, and 16-bit grey is brought to 8 bits.
 
     Args:
-        image: A path, an `http(s)://` or `data:image/` URL, the bytes of a picture file, or a Pillow picture.
+        image: What [`open_image`] takes, or a Pillow picture.
 
     Returns:
         `PIL.Image.Image` in mode RGB.
 
     Raises:
         ValueError: If the picture is corrupt, truncated, animated, empty, too large to be trusted, or of a kind whose
-            brightness range is unknown.
-        TypeError: If `image` is nothing of the above.
+            brightness range is unknown, or as `open_image`.
+        OSError, TypeError: As `open_image`.
     """
-    name = "the picture" if isinstance(image, (bytes, PIL.Image.Image)) else f"{str(image)[:200]!r}"
-    data = image
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
-        data = get_session().get(image, follow_redirects=True).raise_for_status().content
-    elif isinstance(image, str) and image.startswith("data:image/"):
-        data = base64.b64decode(image.partition(",")[2])
-    elif not isinstance(image, (bytes, PIL.Image.Image)):
-        data = Path(image).read_bytes()
-    cause = None
-    try:
-        image = PIL.Image.open(io.BytesIO(data)) if isinstance(data, bytes) else image
+    is_ours = not isinstance(image, PIL.Image.Image)  # so that nothing is copied
+    image = open_image(image) if is_ours else image
+    with _decoding(image):
         # 16 bits of grey; other pictures of these modes have no known range.
         is_deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
         frames = getattr(image, "n_frames", 1)  # Pillow defines it only for formats that can hold several
         if 0 in image.size:
             problem = f"it has no pixels ({image.width} x {image.height})"
+        elif image.width * image.height > MAX_PIXELS:
+            problem = f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}. Downscale it first"
         elif frames > 1 and image.format != "MPO":  # cameras' MPO: the picture, then thumbnails or depth
             problem = f"it has {frames} frames: choose one and save it as a PNG"
         elif image.mode in ("I", "F") and not is_deep:
             problem = f"pixels of mode {image.mode!r} have no known range: scale them to 8 bits"
         else:
-            image = PIL.ImageOps.exif_transpose(image)
-            if is_deep:
-                image = PIL.Image.fromarray((np.asarray(image) / 257.0).round().astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except PIL.Image.DecompressionBombError as error:
-        problem, cause = f"{error} Downscale it first", error
-    except PIL.UnidentifiedImageError as error:
-        problem, cause = "it is corrupt or of no known format", error
-    except Exception as error:  # decoders raise anything from OSError to struct.error on broken files
-        problem, cause = f"{error}. It may be corrupt or truncated: re-save it as an RGB PNG", error
-    raise ValueError(f"Cannot read {name} as a picture: {problem}.") from cause
+            image = PIL.ImageOps.exif_transpose(image, in_place=is_ours) or image
+            return image if image.mode == "RGB" and not image.has_transparency_data else _in_rgb(image, is_deep)
+    raise ValueError(f"Cannot read {_name(image)} as a picture: {problem}.")
+
+
+def _in_rgb(image: PIL.Image.Image, is_deep: bool) -> PIL.Image.Image:
+    """Strip by strip: whole, what comes between the two would take four times the memory."""
+    canvas = PIL.Image.new("RGB", image.size)
+    rows = math.ceil(2**22 / image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        if is_deep:
+            strip = PIL.Image.fromarray((np.asarray(strip) / 257.0).round().astype(np.uint8))
+        if strip.has_transparency_data:
+            strip = strip.convert("RGBA")
+            strip = PIL.Image.alpha_composite(PIL.Image.new("RGBA", strip.size, "white"), strip)
+        canvas.paste(strip.convert("RGB"), (0, top))
+    return canvas
+
+
+def open_image(image: "str | Path | bytes") -> PIL.Image.Image:
+    """Fetches a picture and reads what it says of itself; its pixels are decoded later, by [`load_image`].
+
+    Args:
+        image: A path, an `http(s)://` or `data:image/` URL, the bytes of a picture file, or these in base64.
+
+    Raises:
+        ValueError: If there is no picture there: it is of no known format, no regular file, too large a file, no
+            base64, or the web says that it has none.
+        OSError: If it cannot be fetched now: a missing file, a disk or a network that fails.
+        TypeError: If `image` is nothing of the above.
+    """
+    data, name = image, _name(image)
+    if isinstance(image, str) and image.startswith(WEB):
+        data = _fetch(image)
+    elif isinstance(image, str) and image.startswith(BASE64):
+        try:
+            data = base64.b64decode("".join(image.removeprefix("data:").rpartition(",")[2].split()), validate=True)
+        except ValueError as error:
+            raise ValueError(f"Cannot read {name} as a picture: it is no base64 ({error}).") from error
+    elif not isinstance(image, bytes):
+        path = Path(image)
+        if path.exists() and not path.is_file():  # a pipe would be waited for, a device be read without end
+            raise ValueError(f"Cannot read {name} as a picture: it is no regular file.")
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"Cannot read {name} as a picture: it has more than {MAX_FILE_BYTES:,} bytes.")
+    with _decoding(image):
+        opened = PIL.Image.open(io.BytesIO(data))
+    opened.filename = "" if isinstance(image, bytes) else str(image)  # for those who tell of it
+    return opened
+
+
+def _fetch(url: str) -> bytes:
+    """What the web has under a URL, at most `MAX_FILE_BYTES` and a bit, within `MAX_WEB_SECONDS`."""
+    data, deadline = bytearray(), time.monotonic() + MAX_WEB_SECONDS
+    if not urlsplit(url).hostname:
+        raise ValueError(f"Cannot read {_name(url)} as a picture: it names no host.")
+    try:
+        with get_session().stream("GET", url, follow_redirects=True, timeout=MAX_WEB_SECONDS / 6) as response:
+            if response.is_client_error and response.status_code not in PASSING_STATUS:
+                status = f"{response.status_code} {response.reason_phrase}"
+                raise ValueError(f"Cannot read {_name(url)} as a picture: the web says {status}.")
+            for chunk in response.raise_for_status().iter_bytes():
+                data += chunk
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"it takes longer than {MAX_WEB_SECONDS} seconds")
+                if len(data) > MAX_FILE_BYTES:
+                    break
+    except ValueError:
+        raise
+    except Exception as error:  # the client's own errors: which client it is, is up to huggingface_hub
+        raise ConnectionError(f"Cannot fetch {_name(url)} now: {error or type(error).__name__}.") from error
+    return bytes(data)
+
+
+@contextmanager
+def _decoding(image: Any) -> Iterator[None]:
+    """Decoders raise anything from OSError to struct.error on broken files."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        problem = f"{error}. It may be corrupt or truncated: re-save it as an RGB PNG"
+        if isinstance(error, PIL.Image.DecompressionBombError):
+            problem = f"{error} Downscale it first"
+        elif isinstance(error, PIL.UnidentifiedImageError):
+            problem = "it is corrupt or of no known format"
+        raise ValueError(f"Cannot read {_name(image)} as a picture: {problem}.") from error
+
+
+def _name(image: Any) -> str:
+    """What an error calls a picture."""
+    name = getattr(image, "filename", None) if isinstance(image, PIL.Image.Image) else image
+    return f"{str(name)[:200]!r}" if name and isinstance(name, (str, Path)) else "the picture"
 
 
 def flatten_images(images: Any) -> Iterator[Any]:
-    """The pictures of a (nested) list or a batch, in reading order."""
+    """The pictures of a (nested) list, of a column of a data set or a table, or of a batch, in reading order."""
     is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
-    if is_batch or isinstance(images, (list, tuple)):
+    if is_batch or is_column(images):
         for image in images:
             yield from flatten_images(image)
     else:
         yield images
+
+
+def is_column(values: Any) -> bool:
+    """Whether values are a list, or of what the ecosystem has in place of one: `datasets.Column`, `pandas.Series`."""
+    is_array = isinstance(values, (np.ndarray, torch.Tensor)) and values.dtype != object
+    is_one = is_array or isinstance(values, (str, bytes, Mapping))
+    return not is_one and all(hasattr(values, name) for name in ("__len__", "__getitem__", "__iter__"))
 
 
 def _to_rgb(image: Any) -> PIL.Image.Image:
@@ -246,7 +344,7 @@ def _frame(image: PIL.Image.Image, framing: str, height: int, width: int) -> PIL
     else:
         full_width = max(image.width, round(image.height * width / height))
         full_height = max(image.height, round(image.width * height / width))
-    if full_width * full_height > MAX_FRAMED_PIXELS:
+    if full_width * full_height > MAX_PIXELS:
         raise ValueError(
             f"A picture of {image.width} x {image.height} is too elongated: framing it would need {full_width} x "
             f"{full_height} pixels. Crop or downscale it first."

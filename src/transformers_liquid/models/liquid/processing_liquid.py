@@ -22,9 +22,9 @@ from transformers.utils import PROCESSOR_NAME, cached_file
 
 from ...codecs.vq_model import check_codes
 from .configuration_liquid import LiquidConfig
-from .image_processing_liquid import LiquidImageProcessor, flatten_images
+from .image_processing_liquid import LiquidImageProcessor, flatten_images, is_column
 from .reference import ReferenceCheckpoint, hub_arguments
-from .vocabulary import IMAGE_MARK, IMAGE_TOKENS, ImageLayout, check_generation_mode, is_one_token
+from .vocabulary import IMAGE_MARK, IMAGE_TOKENS, ImageLayout, as_integers, check_generation_mode, is_one_token
 
 
 # The first one is the reference's sentence at inference; the others vary the wording in training.
@@ -226,7 +226,10 @@ class LiquidProcessor(ProcessorMixin):
             for name, value in (("padding_side", "left"), ("padding", len(text) > 1)):
                 if name not in text_kwargs:
                     kwargs.setdefault(name, value)
+        if not any(True for _ in flatten_images([] if images is None else images)):
+            images = None  # lists without pictures
         if images is not None and (height is not None or width is not None):
+            height, width = self.image_layout.size(self.image_layout.grid(height, width))  # plain integers
             kwargs.update(height=height, width=width)
         with _TOKENIZING:
             inputs = super().__call__(images=images, text=text, **kwargs)
@@ -380,6 +383,7 @@ class LiquidProcessor(ProcessorMixin):
             ValueError: If the messages are not as above, marks and images differ in number, or the template writes a
                 turn in another way once others follow.
         """
+        messages = list(messages)
         roles = [message.get("role") for message in messages]
         if not roles or roles[0] == "assistant" or roles[-1] != "assistant":
             raise ValueError(
@@ -387,7 +391,7 @@ class LiquidProcessor(ProcessorMixin):
                 f"roles {roles}."
             )
         for content in (message.get("content") for message in messages):
-            if not isinstance(content, (str, list, tuple)):
+            if not isinstance(content, str) and not is_column(content):
                 raise ValueError(f"The content of a message must be a string or a list of parts, got {content!r}.")
             for part in content if not isinstance(content, str) else ():
                 if part.get("type") == "text":
@@ -435,7 +439,7 @@ class LiquidProcessor(ProcessorMixin):
         Raises:
             ValueError: If a code is outside the codebook, naming it and its position, or codes are no integers.
         """
-        codes = codes.cpu().numpy() if isinstance(codes, torch.Tensor) else np.asarray(codes)
+        codes = as_integers(codes)
         if codes.ndim not in (1, 2) or codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
             raise ValueError(
                 f"codes must be integers in one or two dimensions, got shape {codes.shape} of type {codes.dtype}."
@@ -512,13 +516,14 @@ class LiquidProcessor(ProcessorMixin):
     def check_texts(self, text: str | list[str], name: str) -> list[str]:
         """The texts as a list; raises a `ValueError` that calls them `name` unless they are strings with something in
         them."""
-        texts = [text] if isinstance(text, str) else text
-        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(sample, str) for sample in texts):
+        text = text.tolist() if isinstance(text, np.ndarray) else text
+        texts = list(text) if is_column(text) else [text]
+        if not texts or not all(isinstance(sample, str) for sample in texts):
             raise ValueError(f"{name} must be a string or a list of strings, got {text!r}.")
         for index, sample in enumerate(texts):
             if not sample.strip():
                 raise ValueError(f"{name} {index} is empty: write what it should say.")
-        return list(texts)
+        return texts
 
     def check_plain(self, text: str) -> None:
         """A text is text alone: no piece of an image, which is not there, and neither bos nor eos."""
@@ -526,6 +531,15 @@ class LiquidProcessor(ProcessorMixin):
         self.image_layout.check_ids(self.tokenizer, self.encode(text), ends=False)
 
     def _check_pieces(self, text: str) -> None:
+        if not isinstance(text, str):
+            raise ValueError(f"A text must be a string, got {text!r}.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"The text {text!a} has half a character at position {error.start}: it was cut within one, or read "
+                "in another encoding than its own."
+            ) from error
         for token in (IMAGE_MARK, *self._image_tokens):
             if token in text:
                 raise ValueError(f"The text {text!r} contains {token!r}, which is reserved for images: remove it.")
@@ -554,7 +568,7 @@ class LiquidProcessor(ProcessorMixin):
         if text is None:
             return super().validate_inputs(images, text)
         images = [] if images is None else images
-        is_nested = isinstance(images, (list, tuple)) and any(isinstance(image, (list, tuple)) for image in images)
+        is_nested = is_column(images) and any(is_column(image) for image in images)
         if is_nested and len(images) == len(text):
             for index, (sample, own) in enumerate(zip(text, images, strict=True)):
                 self._check_marks([sample], len(list(flatten_images(own))), f"Text {index}")

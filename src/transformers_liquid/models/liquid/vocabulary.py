@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +36,15 @@ RESERVED_TOKEN = re.compile(
     r"[<\[]\|?(unused|reserved|reserved_special_token|reserved_token|extra|extra_id|special|placeholder|dummy)_?\d+\|?[>\]]",
     re.IGNORECASE,
 )
+
+
+def as_integers(values: Any) -> np.ndarray:
+    """Integers as the ecosystem has them: lists, arrays, tensors, tables' floats that are whole; others as they are."""
+    values = values.numpy(force=True) if isinstance(values, torch.Tensor) else np.asarray(values)
+    if values.dtype == object:  # arrays in an array
+        values = np.array(values.tolist())
+    is_whole = np.issubdtype(values.dtype, np.floating) and (values % 1 == 0).all()
+    return values.astype(np.int64) if is_whole else values
 
 
 def check_generation_mode(mode: str) -> None:
