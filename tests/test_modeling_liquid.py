@@ -626,7 +626,7 @@ ROUNDED = {
         offload_folder=path / "offloaded",
     ),
     "where there is room": lambda model, path: LiquidForCausalLM.from_pretrained(
-        path, device_map="auto", max_memory={"cpu": 60_000}, offload_folder=path / "offloaded"
+        path, device_map="auto", max_memory={"cpu": 110_000}, offload_folder=path / "offloaded"
     ),
 }
 

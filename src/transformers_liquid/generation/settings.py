@@ -126,7 +126,7 @@ class ImageGenerationConfig:
         for name, value in settings.items():
             if name not in _SETTINGS and value is not None:
                 raise ValueError(
-                    f"{name}={value} has no meaning for images: a picture is a whole grid of codes, drawn "
+                    f"{name}={str(value)[:80]} has no meaning for images: a picture is a whole grid of codes, drawn "
                     f"greedily or by sampling. Settings for images: {', '.join((*_TRANSFORMERS_SETTINGS, *_OUR_SETTINGS))}."
                 )
         settings["do_sample"] = bool(settings["do_sample"])

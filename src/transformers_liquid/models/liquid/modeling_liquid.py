@@ -552,6 +552,9 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             raise ValueError("A picture is made of image tokens: leave out suppress_image_tokens.")
         if generation_mode == "image":
             return generate_image_tokens(self, input_ids, **settings, **kwargs)
+        scale = kwargs.get("guidance_scale", (generation_config or self.generation_config).guidance_scale)
+        if kwargs.get("negative_prompt_ids") is not None and scale in (None, 1):
+            raise ValueError('negative_prompt_ids act through guidance: pass generation_mode="image" or guidance_scale.')
         if suppress_image_tokens:
             suppress = SuppressImageTokensLogitsProcessor(self.config)
             settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), suppress])
