@@ -174,7 +174,9 @@ class LiquidModel(LiquidPreTrainedModel):
         self.text_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         # One object: what resizing writes to the one must be read from the other.
         config.text_config = self.text_model.config
-        self.vq_model = LiquidVQModel(**config.vq_config).float().requires_grad_(False)
+        codec = LiquidVQModel(**config.vq_config)
+        # Whatever the default dtype is; ZeRO-3 has taken the weights apart by now.
+        self.vq_model = (codec if is_deepspeed_zero3_enabled() else codec.float()).requires_grad_(False)
         self._cache_argument = next(
             name for name in CACHE_NAMES if name in inspect.signature(self.text_model.forward).parameters
         )
@@ -554,7 +556,9 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             return generate_image_tokens(self, input_ids, **settings, **kwargs)
         scale = kwargs.get("guidance_scale", (generation_config or self.generation_config).guidance_scale)
         if kwargs.get("negative_prompt_ids") is not None and scale in (None, 1):
-            raise ValueError('negative_prompt_ids act through guidance: pass generation_mode="image" or guidance_scale.')
+            raise ValueError(
+                'negative_prompt_ids act through guidance: pass generation_mode="image" or guidance_scale.'
+            )
         if suppress_image_tokens:
             suppress = SuppressImageTokensLogitsProcessor(self.config)
             settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), suppress])
