@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, Proces
 from transformers.utils import PROCESSOR_NAME, cached_file
 
 from ...codecs.vq_model import check_codes
+from .chat_template import default_chat_template
 from .configuration_liquid import LiquidConfig
 from .image_processing_liquid import LiquidImageProcessor, flatten_images, is_column
 from .reference import ReferenceCheckpoint, hub_arguments
@@ -683,25 +683,3 @@ def build_processor(config: LiquidConfig, tokenizer: PreTrainedTokenizerBase) ->
         codebook_size=config.codebook_size,
         **tokens,
     )
-
-
-def default_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str]:
-    """The chat template of a tokenizer, extended to messages with image and text parts.
-
-    Most bases know only messages whose content is a string: the parts of each message are written into one, an image on
-    its own line. Without a template of its own, a Gemma tokenizer gets the reference's conversation and others plain
-    lines.
-    """
-    folder = Path(__file__).parent / "chat_templates"
-    # On one line each, as they are stored. The first one ends with empty output, which keeps the white space at the
-    # beginning of the base's template.
-    parts_to_text, gemma, plain = (
-        "".join(line.strip() for line in (folder / f"{name}.jinja").read_text(encoding="utf-8").splitlines())
-        for name in ("parts_to_text", "gemma", "plain")
-    )
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        return {name: parts_to_text + content for name, content in template.items()}
-    if template is None:
-        template = gemma if "<start_of_turn>" in tokenizer.get_vocab() else plain
-    return parts_to_text + template
