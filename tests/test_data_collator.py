@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from transformers_liquid import LiquidDataCollator, LiquidImageProcessor, LiquidProcessor
-from transformers_liquid.models.liquid.processing_liquid import TEXT_TO_IMAGE_INSTRUCTIONS
+from transformers_liquid.models.liquid.prompts import TEXT_TO_IMAGE_INSTRUCTIONS
 
 
 TOKENS = ["<pad>", "<bos>", "<eos>", "<boi>", "<eoi>", "<unconditional>", "<image>"]
@@ -112,6 +112,55 @@ def test_interleaved_records_learn_all_text_and_all_images(processor):
     target += [BOI, OFFSET + 1, OFFSET + 2, OFFSET + 3, EOI, *words(processor, "a face"), EOS]
     assert batch["input_ids"].tolist() == [[BOS, *target]]
     assert batch["labels"].tolist() == [[-100, *target]]
+
+
+def test_interleaved_records_learn_nothing_of_the_parts_that_are_given(processor):
+    record = {"kind": "interleaved", "text": "a<image>b<image>", "images": [[1] * 4, [2] * 4]}
+    ids, _ = LiquidDataCollator(processor).encode(record)
+    ends = {0: 1, 1: ids.index(processor.boi_token_id), 2: ids.index(processor.eoi_token_id) + 1}
+    ends[3] = ids.index(processor.boi_token_id, ends[2])
+    for given, end in ends.items():
+        found, labels = LiquidDataCollator(processor).encode(record | {"given": given})
+        assert found == ids
+        assert labels == [-100] * end + ids[end:]
+    for given in (4, -1, "all"):
+        with pytest.raises(ValueError, match=f"given={given!r} of 4 parts leave nothing to learn"):
+            LiquidDataCollator(processor).encode(record | {"given": given})
+
+
+def test_edits_learn_the_new_picture_alone_and_lose_text_and_pictures_at_their_rates(processor):
+    source, codes = [3] * 4, [0, 1, 2, 5]
+    record = {"kind": "edit", "text": "<image> in blue", "images": [source], "codes": codes}
+    target = [*processor.codes_to_ids(codes), processor.eoi_token_id, processor.tokenizer.eos_token_id]
+    picture = [processor.boi_token_id, *processor.codes_to_ids(source), processor.eoi_token_id]
+    forms = {
+        "text": [processor.tokenizer.bos_token_id, *picture, processor.boi_token_id],
+        "both": processor.unconditional_ids(),
+    }
+    collator = LiquidDataCollator(processor, edit_dropout=0.2)
+    counts = dict.fromkeys(("text", "both", "images", "none"), 0)
+    for index in range(400):
+        ids, labels = collator.encode(record | {"index": index})
+        prompt = ids[: -len(target)]
+        assert ids == prompt + target and labels == [-100] * len(prompt) + target
+        form = next((name for name, form in forms.items() if form == prompt), None)
+        if form is None:
+            form = "none" if prompt[1 : len(picture) + 1] == picture else "images"
+            with_text = [processor.tokenizer.bos_token_id, *(picture if form == "none" else [])]
+            wordings = [
+                processor.image_prompt_ids(" in blue" if form == "none" else "in blue", instruction=one)[1:]
+                for one in TEXT_TO_IMAGE_INSTRUCTIONS
+            ]
+            assert prompt in [with_text + wording for wording in wordings]
+        counts[form] += 1
+    assert all(50 < counts[form] < 110 for form in ("text", "images", "both")), counts
+    with pytest.raises(ValueError, match="at least one of 'images'"):
+        collator.encode(record | {"images": [], "text": "in blue"})
+    for missing in ("codes", "images", "text"):
+        with pytest.raises(ValueError, match=f"needs .*{missing}"):
+            collator.encode({name: value for name, value in record.items() if name != missing})
+    with pytest.raises(ValueError, match=r"edit_dropout must be between 0 and a third, got 0\.5"):
+        LiquidDataCollator(processor, edit_dropout=0.5)
 
 
 def test_conversations_learn_the_assistants_turns_alone_images_included(processor):
@@ -416,7 +465,7 @@ def test_fits_refuses_what_is_no_record(processor):
     [
         (
             {"kind": "picture"},
-            "'kind' must be one of conversation, text_to_image, caption, interleaved, text, got 'picture'",
+            "'kind' must be one of conversation, edit, text_to_image, caption, interleaved, text, got 'picture'",
         ),
         ({"text": " "}, "needs a 'text' that is a string and not empty, got ' '"),
         ({"text": None}, "needs a 'text' that is a string and not empty, got None"),

@@ -680,7 +680,7 @@ def test_top_p_that_is_no_fraction_is_refused(llama, top_p):
 
 
 def test_an_unknown_mode_and_image_settings_for_text_are_refused(llama):
-    with pytest.raises(ValueError, match=r"generation_mode must be 'text' or 'image', got 'picture'"):
+    with pytest.raises(ValueError, match=r"generation_mode must be 'text', 'image' or 'interleaved', got 'picture'"):
         llama.generate(torch.tensor([[BOS]]), generation_mode="picture")
     with pytest.raises(ValueError, match=r"not used by the model.*height.*guidance_min_p"):
         llama.generate(torch.tensor([[BOS]]), height=8, guidance_min_p=0.1)

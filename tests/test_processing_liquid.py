@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from transformers_liquid import LiquidConfig, LiquidDataCollator, LiquidImageProcessor, LiquidProcessor
-from transformers_liquid.models.liquid.processing_liquid import TEXT_TO_IMAGE_INSTRUCTIONS
+from transformers_liquid.models.liquid.prompts import TEXT_TO_IMAGE_INSTRUCTIONS
 
 
 SENTENCES = [
@@ -421,7 +421,7 @@ def test_pictures_come_from_pixel_values(processor):
     assert torch.equal(tensor, (pixel_values + 1) / 2)
     with pytest.raises(ValueError, match=r"pass model\.decode_image_tokens"):
         processor.post_process_multimodal_output(torch.tensor([[OFFSET]]), generation_mode="image")
-    with pytest.raises(ValueError, match="must be 'text' or 'image', got 'audio'"):
+    with pytest.raises(ValueError, match="must be 'text', 'image' or 'interleaved', got 'audio'"):
         processor.post_process_multimodal_output(pixel_values, generation_mode="audio")
 
 
@@ -456,9 +456,9 @@ def test_placeholders_in_a_text_are_refused(reserved, mode):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"text": "<image> dog"}, "contains '<image>'"),
+        ({"text": "<image> dog"}, "has 1 <image> marks for 0 images"),
         ({"text": "<bos>dog"}, "begins with '<bos>'"),
-        ({"text": "dog", "images": [PIL.Image.new("RGB", (8, 8))]}, "draws from text alone"),
+        ({"text": "dog", "images": [PIL.Image.new("RGB", (8, 8))]}, "has 0 <image> marks for 1 images"),
         ({"text": "dog", "negative_prompt": " "}, "negative_prompt 0 is empty"),
         ({"text": "dog", "negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"text": "dog", "height": 10}, "multiples of 4 pixels .* height=10, width=8"),
@@ -556,9 +556,9 @@ def test_nested_images_must_match_row_by_row(processor):
 
 
 def test_other_modes_and_a_negative_prompt_for_text_are_refused(processor):
-    with pytest.raises(ValueError, match="must be 'text' or 'image', got 'audio'"):
+    with pytest.raises(ValueError, match="must be 'text', 'image' or 'interleaved', got 'audio'"):
         processor(text="dog", generation_mode="audio")
-    with pytest.raises(ValueError, match="negative_prompt needs generation_mode='image'"):
+    with pytest.raises(ValueError, match="text is generated without guidance"):
         processor(text="dog", negative_prompt="cat")
     with pytest.raises(ValueError, match="at least one input"):
         processor()

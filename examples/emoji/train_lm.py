@@ -36,11 +36,8 @@ from transformers_liquid.data.collator import LiquidDataCollator
 from transformers_liquid.models.liquid.configuration_liquid import LiquidConfig
 from transformers_liquid.models.liquid.image_processing_liquid import LiquidImageProcessor
 from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM
-from transformers_liquid.models.liquid.processing_liquid import (
-    CAPTION_INSTRUCTION,
-    TEXT_TO_IMAGE_INSTRUCTIONS,
-    LiquidProcessor,
-)
+from transformers_liquid.models.liquid.processing_liquid import LiquidProcessor
+from transformers_liquid.models.liquid.prompts import CAPTION_INSTRUCTION, TEXT_TO_IMAGE_INSTRUCTIONS
 
 
 # Besides the standard caption prompt, these ask for the name of a picture too.

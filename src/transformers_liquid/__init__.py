@@ -30,6 +30,7 @@ from .models.liquid.configuration_liquid import LiquidConfig
 from .models.liquid.image_processing_liquid import LiquidImageProcessor
 from .models.liquid.modeling_liquid import LiquidForCausalLM, LiquidModel, LiquidPreTrainedModel
 from .models.liquid.processing_liquid import LiquidProcessor
+from .pipelines.conversation import LiquidConversation
 from .pipelines.streamers import ImageIteratorStreamer, ImageStreamer, partial_pictures
 from .pipelines.text_to_image import LiquidImageGenerationPipeline
 from .training.adapters import liquid_lora_config, liquid_rows_config
@@ -68,6 +69,7 @@ __all__ = [
     "ImageStreamer",
     "ImageTokenLogitsProcessor",
     "LiquidConfig",
+    "LiquidConversation",
     "LiquidDataCollator",
     "LiquidForCausalLM",
     "LiquidImageGenerationPipeline",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from ..models.liquid.processing_liquid import TEXT_TO_IMAGE_INSTRUCTIONS, LiquidProcessor, TooLongError
-from ..models.liquid.vocabulary import as_integers
+from ..models.liquid.processing_liquid import LiquidProcessor
+from ..models.liquid.prompts import TEXT_TO_IMAGE_INSTRUCTIONS, TooLongError
+from ..models.liquid.vocabulary import IMAGE_MARK, as_integers
 from ..ops.chunked_loss import IGNORE_INDEX
 from .records import REQUIRED_FIELDS, required_field
 
@@ -31,12 +33,15 @@ class LiquidDataCollator:
     |                 |                            | or bos `<unconditional>` boi [codes eoi eos]                    |
     | `caption`       | `text`, `codes`, (`grid`)  | bos boi codes eoi `The caption of this image is:` [text eos]    |
     | `text`          | `text`                     | bos [text eos]                                                  |
-    | `interleaved`   | `text`, `images`           | bos [text boi codes eoi text ... eos]                           |
+    | `edit`          | `text`, `images`, `codes`, | bos text with its images, one of ten instructions,              |
+    |                 | (`grid`)                   | boi [codes eoi eos]; without the text, the images, or both      |
+    | `interleaved`   | `text`, `images`,          | bos [text boi codes eoi text ... eos], without the first        |
+    |                 | (`given`)                  | `given` texts and images in brackets                            |
     | `conversation`  | `messages`, (`images`)     | the chat template's prompt [answer] prompt [answer] ...         |
 
     `codes` are raw codes (no offset): flat, with the `grid` [height, width] if that is not the default one, or 2-D;
-    lists, numpy or torch ints. `text` of an interleaved record has an `<image>` mark for each of `images`, which are
-    codes or mappings with `codes` and `grid`. `messages` are as in [`LiquidProcessor.conversation_ids`].
+    lists, numpy or torch ints. `text` of an interleaved record and of an edit (as in "`<image>` in blue") has an
+    `<image>` mark for each of `images`, which are codes or mappings with `codes` and `grid`. `messages` are as in [`LiquidProcessor.conversation_ids`].
 
     bos is there if the tokenizer has one, or the chat template writes it. The first id of a sequence never has a label:
     nothing predicts it. Sequences are padded on the right; pads have label -100 by their position, since pad and eos
@@ -48,6 +53,8 @@ class LiquidDataCollator:
             `<unconditional>`, for classifier-free guidance.
         caption_probability (`float`, defaults to 0.0): Rate of text-to-image records that are turned into captions;
             the paper uses 0.2.
+        edit_dropout (`float`, defaults to 0.05): Rates at which edits lose their text, their images, and both, which
+            become `<unconditional>`, for guidance with two and three sides; as in InstructPix2Pix (arXiv 2211.09800).
         max_length (`int`, *optional*): Longest sequence. Text that is too long loses its end (and then its eos, since it
             does not end there): the description, the caption, what follows the last image, the last answer. Prompts
             and instructions stay, and an image is never cut.
@@ -68,6 +75,7 @@ class LiquidDataCollator:
     processor: LiquidProcessor
     unconditional_probability: float = 0.1
     caption_probability: float = 0.0
+    edit_dropout: float = 0.05
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     packing: bool = False
@@ -82,6 +90,8 @@ class LiquidDataCollator:
         for name in ("unconditional_probability", "caption_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+        if not 0 <= 3 * self.edit_dropout <= 1:
+            raise ValueError(f"edit_dropout must be between 0 and a third, got {self.edit_dropout}.")
         if self.packing and self.pad_to_multiple_of is not None:
             raise ValueError("A packed sequence has no pads: leave out pad_to_multiple_of.")
         if self.processor.tokenizer.eos_token_id is None:
@@ -154,6 +164,13 @@ class LiquidDataCollator:
         if kind == "text_to_image" and draws[0] < self.caption_probability:
             kind = "caption"
         instruction = TEXT_TO_IMAGE_INSTRUCTIONS[int(draws[2] * len(TEXT_TO_IMAGE_INSTRUCTIONS))]
+        if kind == "edit":
+            dropped = [
+                name
+                for index, name in enumerate(("text", "images", "both"))
+                if index * self.edit_dropout <= draws[1] < (index + 1) * self.edit_dropout
+            ]
+            return self._edit(record, instruction, *dropped)
         return self._encode(record, kind, None if draws[1] < self.unconditional_probability else instruction)
 
     def _encode(self, record: Mapping[str, Any], kind: str, instruction: str | None) -> tuple[list[int], list[int]]:
@@ -167,9 +184,13 @@ class LiquidDataCollator:
             images = [self._codes(image) for image in ([] if images is None else images)]
             return self._sequence(processor.conversation_ids(required_field(record, "messages"), images))
         text = required_field(record, "text")
+        if kind == "edit":
+            return self._edit(record, instruction)
         if kind == "interleaved":
             images = [self._codes(image) for image in required_field(record, "images")]
-            return self._sequence([([*processor.interleaved_ids(text, images), eos_token_id], True)])
+            ids = processor.interleaved_ids(text, images)
+            begin = self._end_of_given(text, ids, record.get("given") or 0)
+            return self._sequence([(ids[:begin], False), ([*ids[begin:], eos_token_id], True)])
         if kind == "text_to_image":
             codes = self._codes(record)
             target = [*processor.codes_to_ids(codes), processor.eoi_token_id, eos_token_id]
@@ -185,6 +206,40 @@ class LiquidDataCollator:
         processor.check_plain(text)
         prompt = processor.bos_ids if kind == "text" else processor.caption_ids(self._codes(record))
         return self._sequence([(prompt, False), ([*processor.encode(text), eos_token_id], True)])
+
+    def _edit(
+        self, record: Mapping[str, Any], instruction: str, dropped: str | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Ids and labels of an edit, of which nothing, its `"text"`, its `"images"` or `"both"` are dropped."""
+        processor, codes = self.processor, self._codes(record)
+        text, images = required_field(record, "text"), [self._codes(one) for one in required_field(record, "images")]
+        if not images:
+            raise ValueError("An edit needs at least one of 'images', which it changes, got none.")
+        size = processor.image_layout.size(codes.shape)
+        ids = [processor.codes_to_ids(one) for one in images]
+        (prompt,), _ = processor.image_prompts(text, None, *size, images=ids, instruction=instruction)
+        if dropped == "text":
+            pictures = [token for one in ids for token in (processor.boi_token_id, *one, processor.eoi_token_id)]
+            prompt = [*processor.bos_ids, *pictures, processor.boi_token_id]
+        elif dropped == "images":
+            prompt = processor.image_prompt_ids(text.replace(IMAGE_MARK, " ").strip(), *size, instruction=instruction)
+        elif dropped == "both":
+            prompt = processor.unconditional_ids(*size)
+        target = [*processor.codes_to_ids(codes), processor.eoi_token_id, processor.tokenizer.eos_token_id]
+        self._check_room(len(prompt) + len(target))
+        return self._sequence([(prompt, False), (target, True)])
+
+    def _end_of_given(self, text: str, ids: list[int], given: int) -> int:
+        """Where in the ids of an interleaved text its first `given` parts end."""
+        parts = [part for part in re.split(f"({re.escape(IMAGE_MARK)})", text) if part]
+        if not isinstance(given, int) or not 0 <= given < len(parts):
+            raise ValueError(f"given={given!r} of {len(parts)} parts leave nothing to learn of the record {text!r}.")
+        if not given:
+            return len(self.processor.bos_ids)
+        number, is_text = parts[:given].count(IMAGE_MARK), parts[given - 1] != IMAGE_MARK
+        edge = self.processor.boi_token_id if is_text else self.processor.eoi_token_id
+        places = np.flatnonzero(np.array(ids) == edge)  # a text ends where the next image begins
+        return int(places[number] if is_text else places[number - 1] + 1)
 
     def _codes(self, image: Mapping[str, Any] | Sequence) -> np.ndarray:
         """The codes (grid_height, grid_width) of a record, or of an image in it."""

@@ -19,6 +19,7 @@ from ..utils.files import read_json, whole
 # What a record of each kind must have. One that names no kind is of the first kind whose fields it has.
 REQUIRED_FIELDS = {
     "conversation": ("messages",),
+    "edit": ("text", "codes", "images"),
     "text_to_image": ("text", "codes"),
     "caption": ("text", "codes"),
     "interleaved": ("text", "images"),
@@ -27,7 +28,7 @@ REQUIRED_FIELDS = {
 # Those that one picture and its text make.
 IMAGE_KINDS = ("text_to_image", "caption")
 # All that is ever read of a record, but for its `index`.
-RECORD_FIELDS = ("kind", "text", "codes", "grid", "images", "messages")
+RECORD_FIELDS = ("kind", "text", "codes", "grid", "images", "messages", "given")
 
 MANIFEST_NAME = "liquid_codes.json"
 

@@ -78,7 +78,9 @@ def looks_for_ids(processor: LogitsProcessor) -> bool:
 class GuidanceLogitsProcessor(LogitsProcessor):
     """Classifier-free guidance in one batch: conditional sequences, then as many unconditional ones.
 
-    Both halves of what it returns are the guided scores `u + guidance_scale * (c - u)`, so that in a stock greedy
+    With `image_guidance_scale` there are three sides, in the middle sequences i with the pictures of the context but not
+    its text, and the guided scores are `u + image_guidance_scale * (i - u) + guidance_scale * (c - i)` (InstructPix2Pix,
+    arXiv 2211.09800, section 3.2). All parts of what it returns are the same; with two they are the guided scores `u + guidance_scale * (c - u)`, so that in a stock greedy
     `generate()` call both sequences of a pair get the same token. (When sampling, stock `generate()` draws for each
     sequence apart; `generate(generation_mode="image")` draws once for both.) With `guidance_min_p`, put it after
     restrictions such as [`ImageTokenLogitsProcessor`], so that the best token is an allowed one; else the order does not
@@ -89,27 +91,38 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         guidance_min_p (`float`, *optional*): Choose only among tokens that the conditional sequence gives at least this
             fraction of its best token's probability. Guidance amplifies tokens that neither sequence supports; this
             leaves them out.
+        image_guidance_scale (`float`, *optional*): How strongly the pictures of the context are followed.
 
     Raises:
         ValueError: If `guidance_scale` is below 1 or not finite, or `guidance_min_p` not in (0, 1].
     """
 
-    def __init__(self, guidance_scale: float, guidance_min_p: float | None = None) -> None:
-        ImageGenerationConfig(guidance_scale=guidance_scale, guidance_min_p=guidance_min_p)
-        self.guidance_scale = guidance_scale
+    def __init__(
+        self, guidance_scale: float, guidance_min_p: float | None = None, image_guidance_scale: float | None = None
+    ) -> None:
+        ImageGenerationConfig(
+            guidance_scale=guidance_scale, guidance_min_p=guidance_min_p, image_guidance_scale=image_guidance_scale
+        )
+        self.guidance_scale, self.image_guidance_scale = guidance_scale, image_guidance_scale
+        self.num_sides = 2 if image_guidance_scale is None else 3
         self.log_min_p = None if guidance_min_p is None else math.log(guidance_min_p)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if len(scores) % 2:
+        if len(scores) % self.num_sides:
             raise ValueError(
-                f"Guidance needs conditional and unconditional sequences in equal number, got {len(scores)} sequences."
+                f"Guidance needs conditional and unconditional sequences in equal number, got {len(scores)} sequences "
+                f"for {self.num_sides} sides."
             )
-        return self.guide(scores).repeat(2, 1)
+        return self.guide(scores).repeat(self.num_sides, 1)
 
     def guide(self, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """The guided scores of every pair, once: `(2 B, vocabulary)` to `(B, vocabulary)`."""
-        conditional, unconditional = scores.chunk(2)
-        guided = torch.lerp(unconditional, conditional, self.guidance_scale)
+        """The guided scores of all sides, once: `(num_sides * B, vocabulary)` to `(B, vocabulary)`."""
+        conditional, *pictures, unconditional = scores.chunk(self.num_sides)
+        if pictures:
+            guided = torch.lerp(unconditional, pictures[0], self.image_guidance_scale)
+            guided = guided + self.guidance_scale * (conditional - pictures[0])
+        else:
+            guided = torch.lerp(unconditional, conditional, self.guidance_scale)
         # What is forbidden on both sides stays forbidden: -inf minus -inf would be NaN.
         excluded = conditional == -torch.inf
         if self.log_min_p is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,16 +51,17 @@ def generate_image_tokens(
     window = settings.window(num_codes)
     copies = settings.of_transformers.get("num_return_sequences", 1)
     if input_ids is not None:
-        generator = _generators(generator, len(input_ids) * copies)
+        generator = check_generators(generator, len(input_ids) * copies)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
     guidance = None
-    if settings.guidance_scale > 1:
-        guidance = GuidanceLogitsProcessor(settings.guidance_scale, settings.guidance_min_p)
+    if settings.guidance_scale > 1 or settings.image_guidance_scale is not None:
+        guidance = GuidanceLogitsProcessor(
+            settings.guidance_scale, settings.guidance_min_p, settings.image_guidance_scale
+        )
     conditional, unconditional = (input_ids, attention_mask), (negative_prompt_ids, negative_prompt_attention_mask)
-    input_ids, attention_mask = _sequences(model.config, conditional, unconditional, is_guided=guidance is not None)
+    input_ids, attention_mask = _sequences(model.config, conditional, unconditional, settings, guidance)
     check_context(model.config, input_ids.shape[1], num_codes)
-    if streamer is not None:
-        prompts = input_ids if guidance is None else input_ids.chunk(2)[0]
-        streamer.put(prompts.cpu())
 
     has_own_processors = bool(logits_processor)
     # Room for drafts beyond the last code.
@@ -98,7 +100,7 @@ def generate_image_tokens(
     return drawn
 
 
-def _generators(generator: Any, number: int) -> torch.Generator | list[torch.Generator] | None:
+def check_generators(generator: Any, number: int) -> torch.Generator | list[torch.Generator] | None:
     """Of a call; raises a `ValueError` unless they are one for all of `number` pictures, one each, or none."""
     generators = list(generator) if isinstance(generator, list | tuple) else [generator]
     if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
@@ -141,15 +143,16 @@ def _sequences(
     config: LiquidConfig,
     conditional: tuple[torch.LongTensor | None, torch.Tensor | None],
     unconditional: tuple[torch.LongTensor | None, torch.Tensor | None],
-    is_guided: bool,
+    settings: ImageGenerationConfig,
+    guidance: GuidanceLogitsProcessor | None,
 ) -> tuple[torch.LongTensor, torch.Tensor]:
-    """Ids and masks of the prompts and, for guidance, of as many unconditional ones behind them, padded together.
+    """Ids and masks of the prompts and, for guidance, of as many of each other side behind them, padded together.
 
     Every sequence keeps its own mask, so none attends to a pad. One unconditional prompt serves all; without any it is
     `bos <unconditional> <boi>`, with bos where the prompts have one.
     """
     ids, mask = _checked(config, "input_ids", *conditional)
-    if not is_guided:
+    if guidance is None:
         return ids, mask
     if unconditional[0] is None:
         if unconditional[1] is not None:
@@ -160,13 +163,51 @@ def _sequences(
     other_ids, other_mask = _checked(config, "negative_prompt_ids", *unconditional)
     if len(other_ids) not in (1, len(ids)):
         raise ValueError(f"negative_prompt_ids must be one sequence or {len(ids)} (the prompts), got {len(other_ids)}.")
-    length = max(ids.shape[1], other_ids.shape[1])
+    sides = [(ids, mask), (other_ids.expand(len(ids), -1), other_mask.expand(len(ids), -1))]
+    if guidance.num_sides == 3:
+        sides.insert(1, _pictures_alone(config, sides))
+    elif settings.guidance_context == "images":
+        if not (other_ids == config.uncond_token_id).any(1).all():
+            raise ValueError("A negative prompt and guidance_context='images' both say what guidance leads away from.")
+        sides[1] = _pictures_alone(config, sides)
+    length = max(side.shape[1] for side, _ in sides)
+    return tuple(
+        torch.cat([torch.nn.functional.pad(part.to(ids.device), (length - part.shape[1], 0)) for part in parts])
+        for parts in zip(*sides, strict=True)
+    )
 
-    def stacked(ours: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        both = ours, others.to(ours.device).expand(len(ours), -1)
-        return torch.cat([torch.nn.functional.pad(part, (length - part.shape[1], 0)) for part in both])
 
-    return stacked(ids, other_ids), stacked(mask, other_mask)
+def _pictures_alone(
+    config: LiquidConfig, sides: list[tuple[torch.LongTensor, torch.LongTensor]]
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Ids and masks of the conditional side without its text; where it has no pictures, of the unconditional side."""
+    layout, bos = config.image_layout, getattr(config, "bos_token_id", None)
+    of_pictures = {layout.boi_token_id, layout.eoi_token_id, *layout.image_token_range}
+    conditional, unconditional = (unpadded(*side) for side in sides)
+    found = []
+    for ids, instead in zip(conditional, unconditional, strict=True):
+        kept = [token for token in ids if token in of_pictures]
+        found.append([*ids[: int(ids[0] == bos)], *kept] if len(kept) > 1 else instead)
+    if found == unconditional:
+        raise ValueError(
+            "guidance_context='images' and image_guidance_scale are about pictures in the context, and the prompts have "
+            "none: leave them out, or give the processor images."
+        )
+    return pad_left(found, sides[0][0].device)
+
+
+def unpadded(ids: torch.LongTensor, mask: torch.Tensor | None) -> list[list[int]]:
+    """The ids of each sequence that its mask shows."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+
+
+def pad_left(sequences: list[list[int]], device: torch.device) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Ids and masks `(B, L)` of sequences, pads before them."""
+    length = max(map(len, sequences))
+    ids = [[0] * (length - len(one)) + one for one in sequences]
+    mask = [[0] * (length - len(one)) + [1] * len(one) for one in sequences]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _checked(
@@ -199,10 +240,15 @@ def _checked(
     return ids, mask.to(ids)
 
 
+def context_limit(config: LiquidConfig) -> int:
+    """How many positions the model has."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
 def check_context(config: LiquidConfig, length: int, num_codes: int) -> None:
     """Raises a `ValueError` unless prompts of a length and a picture of `num_codes` codes fit the model's positions."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and length + num_codes > limit:
+    limit = context_limit(config)
+    if length + num_codes > limit:
         raise ValueError(
             f"The prompt has {length} tokens and the picture {num_codes} codes, together more than the "
             f"model's {limit} positions. Shorten the prompt or draw a smaller picture."

@@ -40,8 +40,8 @@ class ImageSequences:
     Args:
         model ([`LiquidForCausalLM`]): A view whose logits are those of the codes
             ([`~LiquidForCausalLM.image_head_view`]).
-        ids (`torch.LongTensor` of shape `(S, L)`): The prompts; S = B, or 2 B with guidance: conditional, then
-            unconditional.
+        ids (`torch.LongTensor` of shape `(S, L)`): The prompts; S = B, or 2 B (3 B) with guidance: conditional, then
+            (with the pictures of the context alone, then) unconditional.
         logits_processor, stopping_criteria, generation_config, kwargs: As prepared by `generate()`.
         guidance ([`GuidanceLogitsProcessor`], *optional*): Merges the halves.
         generator (`torch.Generator` or a list of B of them, *optional*): For the noise.
@@ -61,7 +61,7 @@ class ImageSequences:
     processors_see_ids: bool
 
     def __post_init__(self) -> None:
-        self.num_pictures = len(self.ids) // (1 if self.guidance is None else 2)
+        self.num_pictures = len(self.ids) // (1 if self.guidance is None else self.guidance.num_sides)
         self.prompt_length = self.ids.shape[1]
         self.layout = self.model.config.image_layout
         self.num_codes = self.generation_config.max_length - self.prompt_length
@@ -241,7 +241,7 @@ def draw_codes(
     The noise alone decides by chance, so equal logits and equal noise give equal codes, however they are computed.
 
     Args:
-        logits (`torch.Tensor` of shape `(R, W, codebook_size)`): Of W positions; R = 2 B with guidance, else B.
+        logits (`torch.Tensor` of shape `(R, W, codebook_size)`): Of W positions; R = 2 B or 3 B with guidance, else B.
         ids (`torch.LongTensor`, *optional*): For logits processors that look at them.
         guidance ([`GuidanceLogitsProcessor`], *optional*): Merges the halves.
         logits_processor (`LogitsProcessorList`): See scores of shape `(B * W, codebook_size)`.
@@ -297,6 +297,12 @@ def gumbel_noise(
     uniform = uniform.to(device, non_blocking=True)
     # A uniform of 0 gives -inf: that code is not drawn. 1 does not occur.
     return -torch.log(-torch.log(uniform))
+
+
+def picture_seed(seed: int, index: int) -> int:
+    """The seed of picture `index` of a sequence, from that of its generator: of the first one it is the same."""
+    # By the golden ratio, in 32 bits: generators of the CPU look at no others.
+    return seed if index == 0 else (seed + index * 0x9E3779B9) % 2**32
 
 
 def put_codes(streamer: BaseStreamer | None, codes: torch.LongTensor, layout: ImageLayout) -> None:

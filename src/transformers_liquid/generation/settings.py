@@ -26,7 +26,10 @@ DEFAULT_IMAGE_GENERATION_CONFIG: dict[str, Any] = {
 # Codes per forward of `speculative=True`: with which the embedded checkpoint is fastest on a CPU.
 DEFAULT_WINDOW = 12
 
-_OUR_SETTINGS = ("guidance_scale", "guidance_min_p", "speculative", "height", "width")
+OUR_SETTINGS = (
+    *("guidance_scale", "guidance_min_p", "guidance_context", "image_guidance_scale"),
+    *("speculative", "height", "width"),
+)
 
 # What narrows the choice; `None` leaves it out.
 FILTERS = (
@@ -42,7 +45,7 @@ _TRANSFORMERS_SETTINGS = (
     *("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"),
     *("compile_config", "disable_compile"),
 )
-_SETTINGS = {*_OUR_SETTINGS, *_TRANSFORMERS_SETTINGS}
+_SETTINGS = {*OUR_SETTINGS, *_TRANSFORMERS_SETTINGS}
 
 # Everything that is a setting of some `generate()`, and no argument of a model.
 _KNOWN = _SETTINGS | GenerationConfig._get_default_generation_params().keys() | GenerationConfig().to_dict().keys()
@@ -65,6 +68,10 @@ class ImageGenerationConfig:
         guidance_scale (`float`, *optional*): 1 (or `None`) follows the prompt alone, more follows it more strongly.
         guidance_min_p (`float`, *optional*): Choose only among codes that the prompt alone gives at least this fraction
             of its best code's probability.
+        guidance_context (`"none"` or `"images"`, defaults to `"none"`): What the unconditional side of guidance sees of
+            the context: nothing, or its pictures without its text.
+        image_guidance_scale (`float`, *optional*): Guidance with three sides: how strongly the pictures of the context
+            are followed, beside `guidance_scale`, which then is about the text: see [`GuidanceLogitsProcessor`].
         speculative (`bool` or `int`, *optional*): Draw several codes per forward: `True`, or how many.
         of_transformers (`dict`): Those that transformers' own `GenerationConfig` has, such as `temperature`.
 
@@ -76,6 +83,8 @@ class ImageGenerationConfig:
     width: int | None = None
     guidance_scale: float | None = None
     guidance_min_p: float | None = None
+    guidance_context: str | None = None
+    image_guidance_scale: float | None = None
     speculative: bool | int | None = None
     of_transformers: dict[str, Any] = field(default_factory=dict)
 
@@ -85,6 +94,14 @@ class ImageGenerationConfig:
             raise ValueError(
                 f"guidance_scale must be a finite number >= 1 (1 is no guidance), got {self.guidance_scale}."
             )
+        self.guidance_context = "none" if self.guidance_context is None else self.guidance_context
+        if self.guidance_context not in ("none", "images"):
+            raise ValueError(f"guidance_context must be 'none' or 'images', got {self.guidance_context!r}.")
+        scale = self.image_guidance_scale
+        if scale is not None and not (isinstance(scale, Real) and 0 <= scale < math.inf):
+            raise ValueError(f"image_guidance_scale must be a finite number of at least 0, got {scale!r}.")
+        if scale is not None and self.guidance_context == "images":
+            raise ValueError("image_guidance_scale has a side with the pictures already: leave out guidance_context.")
         # transformers leaves its filter out above 1.
         for name, value in (("guidance_min_p", self.guidance_min_p), ("top_p", self.of_transformers.get("top_p"))):
             if value is not None and not (isinstance(value, Real) and 0 < value <= 1):
@@ -127,20 +144,20 @@ class ImageGenerationConfig:
             if name not in _SETTINGS and value is not None:
                 raise ValueError(
                     f"{name}={str(value)[:80]} has no meaning for images: a picture is a whole grid of codes, drawn "
-                    f"greedily or by sampling. Settings for images: {', '.join((*_TRANSFORMERS_SETTINGS, *_OUR_SETTINGS))}."
+                    f"greedily or by sampling. Settings for images: {', '.join((*_TRANSFORMERS_SETTINGS, *OUR_SETTINGS))}."
                 )
         settings["do_sample"] = bool(settings["do_sample"])
         if not settings["do_sample"]:
             # As transformers does not: sampling settings of the repository say nothing against a greedy call.
             settings |= dict.fromkeys(("temperature", "top_k", "top_p"))
-        ours = {name: settings.get(name) for name in _OUR_SETTINGS}
+        ours = {name: settings.get(name) for name in OUR_SETTINGS}
         of_transformers = {name: settings[name] for name in _TRANSFORMERS_SETTINGS if settings.get(name) is not None}
         other = {name: value for name, value in kwargs.items() if name not in _KNOWN}
         return cls(**ours, of_transformers=of_transformers), other
 
     def to_dict(self) -> dict[str, Any]:
         """All settings that are set, in one dictionary."""
-        ours = {name: getattr(self, name) for name in _OUR_SETTINGS if getattr(self, name) is not None}
+        ours = {name: getattr(self, name) for name in OUR_SETTINGS if getattr(self, name) is not None}
         return ours | self.of_transformers
 
     def num_codes(self, config: LiquidConfig) -> int:

@@ -23,6 +23,7 @@ from ..models.liquid.configuration_liquid import LiquidConfig
 from ..models.liquid.model_card import write_model_card
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
+from ..models.liquid.vocabulary import IMAGE_MARK
 
 
 # Pictures that are drawn side by side unless the caller says otherwise.
@@ -90,6 +91,9 @@ class LiquidImageGenerationPipeline(Pipeline):
 
         Args:
             prompt (`str` or `list[str]`): What the pictures show.
+            image (picture, or list of pictures or of lists of pictures, *optional*): Pictures in the context of the
+                drawing, as for editing: one for all prompts, or one or several for each. `<image>` marks in a prompt say
+                where they stand; without marks they come first.
             negative_prompt (`str` or `list[str]`, *optional*): What they should not show, one for all prompts or one
                 each. It takes the place of "no text" in guidance, so it needs a `guidance_scale` above 1.
             num_images_per_prompt (`int`, *optional*, defaults to 1): Pictures of each prompt.
@@ -181,7 +185,7 @@ class LiquidImageGenerationPipeline(Pipeline):
             if name in kwargs:
                 raise ValueError(f"The pipeline takes no {name}: {instead}.")
         postprocess = {"output_type": kwargs.pop("output_type")} if "output_type" in kwargs else {}
-        only_before = ("negative_prompt", "num_images_per_prompt", "seed", "generator", "batch_size")
+        only_before = ("image", "negative_prompt", "num_images_per_prompt", "seed", "generator", "batch_size")
         preprocess = {name: kwargs.pop(name) for name in only_before if name in kwargs}
         return preprocess, kwargs, postprocess
 
@@ -193,6 +197,7 @@ class LiquidImageGenerationPipeline(Pipeline):
         seed: int | list[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
+        image: Any = None,
         **size: int | None,
     ) -> list[dict[str, Any]]:
         """Checks everything and makes the inputs of `generate` for each batch of pictures, and their `indices`."""
@@ -201,7 +206,8 @@ class LiquidImageGenerationPipeline(Pipeline):
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
         num_codes = self.model.config.image_layout.num_codes(**size)
-        prompts, negatives = self.processor.image_prompts(prompt, negative_prompt, **size, name="prompt")
+        prompt, images = self._in_context(prompt, image, **size)
+        prompts, negatives = self.processor.image_prompts(prompt, negative_prompt, **size, name="prompt", images=images)
         lengths = [max(map(len, pair)) for pair in zip(prompts, negatives, strict=True)]
         check_context(self.model.config, max(lengths), num_codes)
 
@@ -232,6 +238,25 @@ class LiquidImageGenerationPipeline(Pipeline):
                 batch |= zip(pair, torch.tensor(part).chunk(2), strict=True)
             batches.append(batch)
         return batches
+
+    def _in_context(self, prompt: str | list[str], image: Any, **size: int | None) -> tuple[Any, list[list[int]]]:
+        """The prompts with marks for the pictures of their contexts, and the ids of these pictures."""
+        if image is None:
+            return prompt, []
+        prompts = self.processor.check_texts(prompt, "prompt")
+        of_each = list(image) if isinstance(image, (list, tuple)) else [image] * len(prompts)
+        if len(of_each) != len(prompts):
+            raise ValueError(
+                f"Got {len(of_each)} images for {len(prompts)} prompts: give one for all, or a list for each."
+            )
+        of_each = [list(one) if isinstance(one, (list, tuple)) else [one] for one in of_each]
+        for index, (text, own) in enumerate(zip(prompts, of_each, strict=True)):
+            prompts[index] = text if IMAGE_MARK in text else f"{IMAGE_MARK} " * len(own) + text
+        # Read as far as is needed to say what is wrong, before the codec is at work.
+        pictures = [picture for own in of_each for picture in own]
+        self.processor.validate_inputs(of_each, prompts)
+        pixel_values = self.processor.image_processor(pictures, framing="pad", return_tensors="pt", **size)
+        return prompts, [ids.tolist() for ids in self.model.encode_images(pixel_values["pixel_values"])]
 
     def _draw(
         self,

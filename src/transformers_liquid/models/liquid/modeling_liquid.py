@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from ...codecs.vq_model import LiquidVQModel
 from ...generation.guidance import SuppressImageTokensLogitsProcessor
 from ...generation.image_generation import generate_image_tokens
+from ...generation.interleaved import generate_interleaved
 from ...generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 from ...ops.adapter_rows import combine_rows_too
 from ...ops.chunked_loss import (
@@ -508,7 +509,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
                 guidance scores of shape `(B, codebook_size)`: the id of column c is `config.image_token_offset + c`.
                 transformers' own, and yours with an attribute `sees_vocabulary = True`, look for ids among the scores:
                 they see `(B, vocabulary)`, -inf but for the codes.
-            generation_mode (`"text"` or `"image"`, defaults to `"text"`): What to generate.
+            generation_mode (`"text"`, `"image"` or `"interleaved"`, defaults to `"text"`): What to generate.
             pixel_values (`torch.Tensor` of shape `(N, 3, H, W)` or a list of N tensors, *optional*): Pictures for
                 the placeholders in the prompts.
             suppress_image_tokens (`bool`, defaults to `True`): Text mode: never emit an image id or one of the four
@@ -525,13 +526,26 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
                 - `speculative` (`bool` or `int`): Draws several codes per forward; the pictures are the same
                   ([`generation.speculative`]). `True`, or the number of codes in a forward.
 
-                All settings of a picture are those of [`generation.settings.ImageGenerationConfig`].
+                - `guidance_context` (`"none"` or `"images"`), `image_guidance_scale` (`float`): With pictures in the
+                  prompt, as for editing: see [`generation.settings.ImageGenerationConfig`], where all settings of a
+                  picture are.
+
+                Interleaved mode writes and draws by turns. Sampling settings given here are those of the text; the
+                settings above, and `image_generation_config` (`dict`) with any other, are those of the pictures. Beside
+                them:
+
+                - `max_new_tokens` (`int`, defaults to 512): Of text; pictures do not count.
+                - `max_images` (`int`, defaults to 4, or what fits): After so many, the text goes on alone.
+                - `generator`: Of one seed for each sequence. Picture j of a sequence depends on its context, this seed
+                  and j, not on the batch. Text is sampled as transformers does.
+                - `streamer`: With a method `put_event`, called with each [`generation.interleaved.InterleavedEvent`].
+                - `stopping_criteria`: Asked at every step, of pictures too.
 
         Returns:
             Text mode: as in transformers (prompts and continuations). Image mode: `torch.LongTensor` of shape
             `(B * num_return_sequences, number of codes)`, the image ids alone, for
             [`~LiquidForCausalLM.decode_image_tokens`]; or an output with these as `sequences` if
-            `return_dict_in_generate`.
+            `return_dict_in_generate`. Interleaved mode: a [`generation.interleaved.InterleavedOutput`].
 
         Raises:
             ValueError: On settings that cannot be met, before any work.
@@ -546,14 +560,18 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             kwargs["inputs_embeds"] = self.model.fill_image_embeds(kwargs["inputs_embeds"], pixel_values)
         elif pixel_values is not None:
             input_ids = self.model.fill_image_placeholders(input_ids, pixel_values)
+            negative = kwargs.get("negative_prompt_ids")
+            if negative is not None and (negative == self.config.image_token_id).any():
+                kwargs["negative_prompt_ids"] = self.model.fill_image_placeholders(negative, pixel_values)
         elif input_ids is not None and (input_ids == self.config.image_token_id).any():
             raise ValueError("The prompts hold image placeholders, but no pixel_values were given.")
 
         settings = {"generation_config": generation_config, "logits_processor": logits_processor}
-        if generation_mode == "image" and not suppress_image_tokens:
-            raise ValueError("A picture is made of image tokens: leave out suppress_image_tokens.")
-        if generation_mode == "image":
-            return generate_image_tokens(self, input_ids, **settings, **kwargs)
+        if generation_mode != "text":
+            if not suppress_image_tokens:
+                raise ValueError("A picture is made of image tokens: leave out suppress_image_tokens.")
+            draw = generate_image_tokens if generation_mode == "image" else generate_interleaved
+            return draw(self, input_ids, **settings, **kwargs)
         scale = kwargs.get("guidance_scale", (generation_config or self.generation_config).guidance_scale)
         if kwargs.get("negative_prompt_ids") is not None and scale in (None, 1):
             raise ValueError(

@@ -1,14 +1,11 @@
 """The processor: prompts, image placeholders and chat templates on the way in, text and pictures on the way out.
 
-It runs no network: images travel as pixel values, and the model turns them into codes. Every prompt of the package is
-built by one of `image_prompt_ids`, `unconditional_ids`, `caption_ids`, `question_ids`, `interleaved_ids` and
-`conversation_ids`, for inference and for training alike.
+It runs no network: images travel as pixel values, and the model turns them into codes. What a prompt is made of stands in
+`prompts.py`.
 """
 
 import copy
 import dataclasses
-import threading
-from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,38 +16,16 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils import PROCESSOR_NAME, cached_file
 
-from ...codecs.vq_model import check_codes
 from .chat_template import default_chat_template
 from .configuration_liquid import LiquidConfig
 from .image_processing_liquid import LiquidImageProcessor, flatten_images, is_column
+from .prompts import TOKENIZING, LiquidPrompts
 from .reference import ReferenceCheckpoint, hub_arguments
-from .vocabulary import IMAGE_MARK, IMAGE_TOKENS, ImageLayout, as_integers, check_generation_mode, is_one_token
+from .vocabulary import IMAGE_MARK, IMAGE_TOKENS, ImageLayout, check_generation_mode, is_one_token
 
-
-# The first one is the reference's sentence at inference; the others vary the wording in training.
-TEXT_TO_IMAGE_INSTRUCTIONS = [
-    " Generate an image based on this description.",
-    " Draw a picture of what is described.",
-    " Turn the text above into an image.",
-    " Make an image that shows this.",
-    " Paint the scene that these words describe.",
-    " Produce a picture that fits the description.",
-    " Show what this text describes as an image.",
-    " Please render the preceding description as a picture.",
-    " Use the words above to create an image.",
-    " Visualize the description you have just read.",
-]
-CAPTION_INSTRUCTION = "The caption of this image is:"
-
-# Fast tokenizers keep how to pad and cut between calls: one call at a time, whichever thread it is in.
-_TOKENIZING = threading.RLock()
 
 # What of a tokenizer's arguments says what happens in image mode anyway.
 _OF_IMAGE_MODE = {"padding": (True, "longest"), "padding_side": ("left",)}
-
-
-class TooLongError(ValueError):
-    """What may not be cut is longer than `max_length`."""
 
 
 class LiquidImagesKwargs(ImagesKwargs, total=False):
@@ -74,7 +49,7 @@ class LiquidProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"return_tensors": "pt"}, "images_kwargs": {"return_tensors": "pt", "framing": "pad"}}
 
 
-class LiquidProcessor(ProcessorMixin):
+class LiquidProcessor(LiquidPrompts, ProcessorMixin):
     r"""Builds the inputs of a [`LiquidForCausalLM`] and reads its outputs.
 
     Args:
@@ -162,7 +137,7 @@ class LiquidProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        text: str | list[str] | None = None,
+        text: str | list[str] | list[dict] | list[list[dict]] | None = None,
         images: ImageInput | None = None,
         generation_mode: str = "text",
         negative_prompt: str | list[str] | None = None,
@@ -170,16 +145,18 @@ class LiquidProcessor(ProcessorMixin):
         width: int | None = None,
         **kwargs: Unpack[LiquidProcessorKwargs],
     ) -> BatchFeature:
-        """Prepare prompts for drawing (`generation_mode="image"`) or for text about images and text (`"text"`).
+        """Prepare prompts for drawing (`generation_mode="image"`), for text about images and text (`"text"`), or for
+        both by turns (`"interleaved"`).
 
         Args:
-            text (`str` or `list[str]`): One prompt or a batch. In text mode `<image>` marks where an image goes.
-            images (`ImageInput`, *optional*): Text mode only: the images of all marks in reading order, flat or one
-                list per text.
-            generation_mode (`str`, defaults to `"text"`): `"text"` or `"image"`.
-            negative_prompt (`str` or `list[str]`, *optional*): Image mode only: what the picture should not show,
-                one for all prompts or one each. Replaces the unconditional text of guidance, unless it is empty.
-            height (`int`, *optional*): In pixels, of the picture to draw or of the input images. Defaults to the
+            text (`str` or `list[str]`): One prompt or a batch; `<image>` marks where an image goes. In interleaved mode
+                also the messages of a conversation, or a batch of conversations, as in `apply_chat_template`.
+            images (`ImageInput`, *optional*): The images of all marks in reading order, flat or one list per text.
+            generation_mode (`str`, defaults to `"text"`): `"text"`, `"image"` or `"interleaved"`.
+            negative_prompt (`str` or `list[str]`, *optional*): Not in text mode: what pictures should not show, one for
+                all prompts or one each. Replaces the unconditional text of guidance, unless it is empty. Its `<image>`
+                marks, if any, stand for the images of the prompt.
+            height (`int`, *optional*): In pixels, of the picture to draw and of the input images. Defaults to the
                 image processor's `size`.
             width (`int`, *optional*): In pixels, like `height`.
             kwargs: Further arguments of the tokenizer and of the image processor, such as `return_tensors`
@@ -189,9 +166,9 @@ class LiquidProcessor(ProcessorMixin):
             `BatchFeature` with, left-padded and for B texts:
 
             - **input_ids**, **attention_mask** -- int64 (B, T).
-            - **pixel_values** -- text mode with images: float32 (N, 3, H, W) in [-1, 1] of all N images.
-            - **negative_prompt_ids**, **negative_prompt_attention_mask** -- image mode: int64 (B, U).
-            - **height**, **width** -- image mode: ints, if the size is not the default one.
+            - **pixel_values** -- with images: float32 (N, 3, H, W) in [-1, 1] of all N images.
+            - **negative_prompt_ids**, **negative_prompt_attention_mask** -- not in text mode: int64 (B, U).
+            - **height**, **width** -- not in text mode: ints, if the size is not the default one.
 
         Raises:
             ValueError: If a text is empty or no string, contains a token that marks the inside of an image, the
@@ -199,11 +176,21 @@ class LiquidProcessor(ProcessorMixin):
                 of the codec's factor.
         """
         check_generation_mode(generation_mode)
-        if generation_mode == "image":
+        if generation_mode != "text":
+            data, image_ids = {}, []
             if images is not None:
-                raise ValueError("generation_mode='image' draws from text alone: leave out images.")
-            prompts, negatives = self.image_prompts(text, negative_prompt, height, width)
-            data = {}
+                self.image_layout.grid(height, width)
+                framing = {name: kwargs.pop(name) for name in ("framing",) if name in kwargs}
+                framing |= kwargs.pop("images_kwargs", {})
+                data |= self._process_images(images, **{"framing": "pad", "height": height, "width": width, **framing})[
+                    0
+                ]
+                image_ids = [self._image_ids(None, *picture.shape[-2:]) for picture in data["pixel_values"]]
+            if generation_mode == "image":
+                self.validate_inputs(images or [], self.check_texts(text, "text"))
+                prompts, negatives = self.image_prompts(text, negative_prompt, height, width, images=image_ids)
+            else:
+                prompts, negatives = self._interleaved_prompts(text, images, image_ids, negative_prompt, height, width)
             data["input_ids"], data["attention_mask"] = self.pad_left(prompts)
             data["negative_prompt_ids"], data["negative_prompt_attention_mask"] = self.pad_left(negatives)
             height, width = self.image_layout.size(self.image_layout.grid(height, width))
@@ -214,11 +201,11 @@ class LiquidProcessor(ProcessorMixin):
             return_tensors = given.pop("return_tensors")
             for name, value in given.items():
                 if value is not None and value not in _OF_IMAGE_MODE.get(name, ()):
-                    raise ValueError(f"{name}={value!r} has no meaning for generation_mode='image': leave it out.")
+                    raise ValueError(f"{name}={value!r} has no meaning for {generation_mode=}: leave it out.")
             return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["height", "width"])
 
         if negative_prompt is not None:
-            raise ValueError("negative_prompt needs generation_mode='image': text is generated without guidance.")
+            raise ValueError("negative_prompt is about pictures: text is generated without guidance.")
         if text is not None:
             text = self.check_texts(text, "text")
             text_kwargs = kwargs.get("text_kwargs", {})
@@ -231,190 +218,11 @@ class LiquidProcessor(ProcessorMixin):
         if images is not None and (height is not None or width is not None):
             height, width = self.image_layout.size(self.image_layout.grid(height, width))  # plain integers
             kwargs.update(height=height, width=width)
-        with _TOKENIZING:
+        with TOKENIZING:
             inputs = super().__call__(images=images, text=text, **kwargs)
         for sample, ids in zip(text or (), inputs.get("input_ids", ()), strict=False):
             self.image_layout.check_ids(self.tokenizer, np.asarray(ids).tolist(), marks=sample.count(IMAGE_MARK))
         return inputs
-
-    # Prompts: lists of ids, matching the reference (FoundationVision/Liquid, liquid/train/train.py and
-    # evaluation/app.py) token for token.
-
-    def image_prompts(
-        self,
-        text: str | list[str],
-        negative_prompt: str | list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        name: str = "text",
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """The prompts of a batch of pictures and what guidance leads away from, before they are padded.
-
-        Args:
-            text, negative_prompt, height, width: As in a call with `generation_mode="image"`.
-            name (`str`, defaults to `"text"`): What an error calls `text`.
-
-        Returns:
-            Ids of the prompts as in `image_prompt_ids`; and, one for each, of the negative or unconditional prompts.
-
-        Raises:
-            ValueError: As in a call.
-        """
-        texts = self._check_prompts(text, name)
-        ending = self._size_sentence(height, width) + TEXT_TO_IMAGE_INSTRUCTIONS[0]
-        prompts = [self._image_prompt(prompt, ending) for prompt in texts]
-        is_list = isinstance(negative_prompt, (list, tuple))
-        negatives = negative_prompt if is_list else [negative_prompt or ""] * len(texts)
-        if len(negatives) != len(texts):
-            raise ValueError(f"Got {len(negatives)} negative prompts for {len(texts)} prompts: give one, or one each.")
-        unconditional = self.unconditional_ids(height, width)
-        return prompts, [
-            # User interfaces send an empty one for none.
-            unconditional
-            if negative == ""
-            else self._image_prompt(*self._check_prompts(negative, "negative_prompt"), ending)
-            for negative in negatives
-        ]
-
-    def pad_left(self, sequences: Sequence[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
-        """Prompts of one length, pads before them, and their masks."""
-        length = max(map(len, sequences))
-        ids = [[self.pad_token_id] * (length - len(sequence)) + sequence for sequence in sequences]
-        mask = [[0] * (length - len(sequence)) + [1] * len(sequence) for sequence in sequences]
-        return ids, mask
-
-    def image_prompt_ids(
-        self,
-        prompt: str,
-        height: int | None = None,
-        width: int | None = None,
-        instruction: str = TEXT_TO_IMAGE_INSTRUCTIONS[0],
-        max_length: int | None = None,
-    ) -> list[int]:
-        """The prompt for a picture: `bos` prompt [size sentence] instruction `boi`.
-
-        Args:
-            prompt (`str`): What the picture shows.
-            height (`int`, *optional*): In pixels. A size other than the default one is said in the prompt.
-            width (`int`, *optional*): In pixels.
-            instruction (`str`, *optional*): One of `TEXT_TO_IMAGE_INSTRUCTIONS`.
-            max_length (`int`, *optional*): Longest list of ids. A description that is too long loses its end; what
-                follows it stays.
-
-        Raises:
-            ValueError: If the prompt is empty or contains `<image>` or one of the processor's image tokens, or the
-                size does not fit.
-            TooLongError: If `max_length` leaves no room for the description; a `ValueError` too.
-        """
-        (prompt,) = self._check_prompts(prompt, "prompt")
-        return self._image_prompt(prompt, self._size_sentence(height, width) + instruction, max_length)
-
-    def _image_prompt(self, prompt: str, ending: str, max_length: int | None = None) -> list[int]:
-        ids = [*self.bos_ids, *self.encode(prompt + ending), self.boi_token_id]
-        if max_length is None or len(ids) <= max_length:
-            return ids
-        ending_ids = [*self.encode(ending), self.boi_token_id]
-        room = max_length - len(self.bos_ids) - len(ending_ids)
-        if room < 1:
-            raise TooLongError(f"A prompt of {max_length} tokens has no room for text before {ending!r}.")
-        return [*self.bos_ids, *self.encode(prompt)[:room], *ending_ids]
-
-    def unconditional_ids(self, height: int | None = None, width: int | None = None) -> list[int]:
-        """The prompt of the unconditional side of guidance: `bos` [size sentence] `<unconditional>` `boi`."""
-        text = f"{self._size_sentence(height, width)} {self.uncond_token}".lstrip()
-        return [*self.bos_ids, *self.encode(text), self.boi_token_id]
-
-    def caption_ids(self, codes=None, height: int | None = None, width: int | None = None) -> list[int]:
-        """The prompt for a caption: `bos` `boi` codes `eoi` `The caption of this image is:`.
-
-        Args:
-            codes (1-D or 2-D ints, *optional*): The image. Without it a placeholder stands for each code of an image
-                of `height` x `width`.
-            height (`int`, *optional*): In pixels.
-            width (`int`, *optional*): In pixels.
-        """
-        image = [self.boi_token_id, *self._image_ids(codes, height, width), self.eoi_token_id]
-        return [*self.bos_ids, *image, *self.encode(CAPTION_INSTRUCTION)]
-
-    def question_ids(self, question: str, codes=None, height: int | None = None, width: int | None = None) -> list[int]:
-        """The prompt for an answer about an image: one user turn of the chat template, the image before the question.
-
-        Args:
-            question (`str`): The question.
-            codes (1-D or 2-D ints, *optional*): The image, as in `caption_ids`.
-            height (`int`, *optional*): In pixels.
-            width (`int`, *optional*): In pixels.
-        """
-        self.check_texts(question, "question")
-        self.check_plain(question)
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        prompt = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return self._marked_ids(prompt, iter([self._image_ids(codes, height, width)]), begins=True)
-
-    def interleaved_ids(self, text: str, images: Sequence) -> list[int]:
-        """A text with images in it: `bos` text `boi` codes `eoi` text ...
-
-        Args:
-            text (`str`): With one `<image>` mark per image.
-            images (sequence of 1-D or 2-D ints): The codes of the images in reading order.
-
-        Raises:
-            ValueError: If marks and images differ in number, or the text contains one of the processor's image tokens.
-        """
-        self._check_marks([text], len(images))
-        self.check_plain(text.replace(IMAGE_MARK, ""))
-        return [*self.bos_ids, *self._marked_ids(text, map(self.codes_to_ids, images))]
-
-    def conversation_ids(self, messages: Sequence[Mapping[str, Any]], images: Sequence) -> list[tuple[list[int], bool]]:
-        """A conversation as the chat template writes it, in pieces: what is asked and what the assistant answers.
-
-        Pieces are tokenized one by one, so that an answer begins as it does when the model generates it.
-
-        Args:
-            messages (sequence of mappings): With `role` and `content`: a string with `<image>` marks, or a list of
-                parts `{"type": "image"}` and `{"type": "text", "text": ...}`. The first one is not the assistant's, the
-                last one is.
-            images (sequence of 1-D or 2-D ints): The codes of the images in reading order.
-
-        Returns:
-            Pairs of ids and whether they are an answer of the assistant, together the whole conversation.
-
-        Raises:
-            ValueError: If the messages are not as above, marks and images differ in number, or the template writes a
-                turn in another way once others follow.
-        """
-        messages = list(messages)
-        roles = [message.get("role") for message in messages]
-        if not roles or roles[0] == "assistant" or roles[-1] != "assistant":
-            raise ValueError(
-                "A conversation must begin with a turn of another and must end with one of the assistant, got the "
-                f"roles {roles}."
-            )
-        for content in (message.get("content") for message in messages):
-            if not isinstance(content, str) and not is_column(content):
-                raise ValueError(f"The content of a message must be a string or a list of parts, got {content!r}.")
-            for part in content if not isinstance(content, str) else ():
-                if part.get("type") == "text":
-                    self.check_plain(part["text"])
-            if isinstance(content, str):
-                self.check_plain(content.replace(IMAGE_MARK, ""))
-        texts, written = [], ""
-        for turn in [turn for turn, role in enumerate(roles) if role == "assistant"]:
-            prompt = self.apply_chat_template(messages[:turn], add_generation_prompt=True)
-            answered = self.apply_chat_template(messages[: turn + 1])
-            if not prompt.startswith(written) or not answered.startswith(prompt):
-                raise ValueError(
-                    f"The chat template writes what comes before message {turn} in another way once it follows, so "
-                    "that its ids are no longer those of the prompt. Give the turns one by one, or change the template."
-                )
-            texts += [(prompt[len(written) :], False), (answered[len(prompt) :], True)]
-            written = answered
-        self._check_marks([written], len(images))
-        image_ids = map(self.codes_to_ids, images)
-        return [
-            (self._marked_ids(text, image_ids, begins=index == 0), is_answer)
-            for index, (text, is_answer) in enumerate(texts)
-        ]
 
     @property
     def image_layout(self) -> ImageLayout:
@@ -429,68 +237,6 @@ class LiquidProcessor(ProcessorMixin):
             image_size=self.image_processor.size,
             downsample_factor=self.image_processor.downsample_factor,
         )
-
-    def codes_to_ids(self, codes) -> list[int]:
-        """Token ids of codes in reading order.
-
-        Args:
-            codes (list, `np.ndarray` or `torch.Tensor` of ints, 1-D or 2-D): Codes without offset.
-
-        Raises:
-            ValueError: If a code is outside the codebook, naming it and its position, or codes are no integers.
-        """
-        codes = as_integers(codes)
-        if codes.ndim not in (1, 2) or codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
-            raise ValueError(
-                f"codes must be integers in one or two dimensions, got shape {codes.shape} of type {codes.dtype}."
-            )
-        codes = torch.from_numpy(codes.reshape(-1).astype(np.int64))
-        check_codes(codes, range(self.codebook_size))
-        return self.image_layout.codes_to_ids(codes).tolist()
-
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text, without the tokens that the tokenizer adds around it unless asked for."""
-        with _TOKENIZING:
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
-    @property
-    def bos_ids(self) -> list[int]:
-        """`[bos]`, or nothing if the tokenizer has none."""
-        return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-
-    @property
-    def pad_token_id(self) -> int:
-        """The id that fills rows. Pads are always masked, so that a tokenizer without one can use any id."""
-        return 0 if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-
-    def _size_sentence(self, height: int | None, width: int | None) -> str:
-        layout = self.image_layout
-        height, width = layout.size(layout.grid(height, width))
-        if height == width == layout.image_size:
-            return ""
-        return f"Image Size: Width is {width} Height is {height}."
-
-    def _image_ids(self, codes, height: int | None = None, width: int | None = None) -> list[int]:
-        """What stands between boi and eoi: an image's codes, or placeholders for them."""
-        if codes is not None:
-            return self.codes_to_ids(codes)
-        return [self.image_token_id] * self.image_layout.num_codes(height, width)
-
-    def _marked_ids(self, text: str, image_ids: Iterator[list[int]], begins: bool = False) -> list[int]:
-        """Ids of a text with the next of `image_ids` in place of each mark, between boi and eoi.
-
-        A text that begins a row gets what the tokenizer puts there, unless the chat template wrote it.
-        """
-        bos_token = self.tokenizer.bos_token
-        has_bos = bos_token is not None and text.startswith(bos_token)
-        text = text.replace(IMAGE_MARK, self.boi_token + self.image_token + self.eoi_token)
-        ids, written = [], self.encode(text, add_special_tokens=begins and not has_bos)
-        self.image_layout.check_ids(self.tokenizer, written, marks=text.count(self.image_token))
-        for index in written:
-            ids.extend(next(image_ids) if index == self.image_token_id else [index])
-        return ids
-
-    # Checks
 
     def check_fits(self, config: LiquidConfig) -> None:
         """Check that this processor and a model speak of the same ids and sizes.
@@ -512,56 +258,6 @@ class LiquidProcessor(ProcessorMixin):
             raise ValueError(
                 "The processor does not fit the model: " + "; ".join(different) + ". Load both from one repository."
             )
-
-    def check_texts(self, text: str | list[str], name: str) -> list[str]:
-        """The texts as a list; raises a `ValueError` that calls them `name` unless they are strings with something in
-        them."""
-        text = text.tolist() if isinstance(text, np.ndarray) else text
-        texts = list(text) if is_column(text) else [text]
-        if not texts or not all(isinstance(sample, str) for sample in texts):
-            raise ValueError(f"{name} must be a string or a list of strings, got {text!r}.")
-        for index, sample in enumerate(texts):
-            if not sample.strip():
-                raise ValueError(f"{name} {index} is empty: write what it should say.")
-        return texts
-
-    def check_plain(self, text: str) -> None:
-        """A text is text alone: no piece of an image, which is not there, and neither bos nor eos."""
-        self._check_pieces(text)
-        self.image_layout.check_ids(self.tokenizer, self.encode(text), ends=False)
-
-    def _check_pieces(self, text: str) -> None:
-        if not isinstance(text, str):
-            raise ValueError(f"A text must be a string, got {text!r}.")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"The text {text!a} has half a character at position {error.start}: it was cut within one, or read "
-                "in another encoding than its own."
-            ) from error
-        for token in (IMAGE_MARK, *self._image_tokens):
-            if token in text:
-                raise ValueError(f"The text {text!r} contains {token!r}, which is reserved for images: remove it.")
-
-    def _check_prompts(self, text: str | list[str], name: str) -> list[str]:
-        """As `check_texts`, for descriptions of pictures."""
-        prompts = self.check_texts(text, name)
-        bos_token = self.tokenizer.bos_token
-        for prompt in prompts:
-            if bos_token is not None and prompt.startswith(bos_token):
-                raise ValueError(
-                    f"The prompt begins with {bos_token!r}, which is added here: give a description alone."
-                )
-            self.check_plain(prompt)
-        return prompts
-
-    def _check_marks(self, texts: list[str], number: int, name: str = "The text") -> None:
-        """Texts hold no pieces of images, but together one mark for each of `number` images."""
-        for text in texts:
-            self._check_pieces(text.replace(IMAGE_MARK, ""))
-        if (marks := sum(text.count(IMAGE_MARK) for text in texts)) != number:
-            raise ValueError(f"{name} has {marks} {IMAGE_MARK} marks for {number} images: write one mark per image.")
 
     def validate_inputs(self, images=None, text=None, **kwargs) -> None:
         """Check that the texts hold no pieces of images, and one `<image>` mark per image."""
@@ -628,20 +324,29 @@ class LiquidProcessor(ProcessorMixin):
         """Texts or pictures; the hook of `pipeline("any-to-any")`.
 
         Args:
-            generated_outputs (`torch.Tensor`): Text mode: ids (B, T). Image mode: pixel values (B, 3, H, W) in
-                [-1, 1], the result of `model.decode_image_tokens(ids)`.
-            generation_mode (`str`, *optional*, defaults to `"text"`): `"text"` or `"image"`.
-            output_type (`str`, defaults to `"pil"`): Image mode: `"pil"`, `"np"` or `"pt"`.
+            generated_outputs (`torch.Tensor` or [`InterleavedOutput`]): Text mode: ids (B, T). Image mode: pixel values
+                (B, 3, H, W) in [-1, 1], the result of `model.decode_image_tokens(ids)`. Interleaved mode: the result of
+                `model.generate`.
+            generation_mode (`str`, *optional*, defaults to `"text"`): `"text"`, `"image"` or `"interleaved"`.
+            output_type (`str`, defaults to `"pil"`): Of pictures: `"pil"`, `"np"` or `"pt"`.
             kwargs: Text mode: arguments of the tokenizer's `batch_decode`; `skip_special_tokens` defaults to `True`.
 
         Returns:
-            A list of `str`; or the images as the image processor's `postprocess` returns them.
+            A list of `str`; or the images as the image processor's `postprocess` returns them; or for each sequence a list
+            of `{"type": "text", "text": str}` and `{"type": "image", "image": picture}`, as in messages.
         """
         if generation_mode is not None:
             check_generation_mode(generation_mode)
         if generation_mode == "image":
             return self.image_processor.postprocess(generated_outputs, output_type=output_type)
+        if generation_mode == "interleaved":
+            return [[self._part(part, output_type) for part in parts] for parts in generated_outputs.parts]
         return self.post_process_image_text_to_text(generated_outputs, **kwargs)
+
+    def _part(self, part: torch.Tensor, output_type: str) -> dict[str, Any]:
+        if part.ndim == 1:
+            return {"type": "text", "text": self.decode(part, skip_special_tokens=True)}
+        return {"type": "image", "image": self.image_processor.postprocess(part[None], output_type=output_type)[0]}
 
     def _without_image_ids(self, ids, skip_special_tokens: bool):
         if isinstance(ids, (torch.Tensor, np.ndarray)):

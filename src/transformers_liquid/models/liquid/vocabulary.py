@@ -48,9 +48,9 @@ def as_integers(values: Any) -> np.ndarray:
 
 
 def check_generation_mode(mode: str) -> None:
-    """Text or pictures: what can be asked for."""
-    if mode not in ("text", "image"):
-        raise ValueError(f"generation_mode must be 'text' or 'image', got {mode!r}.")
+    """Text, pictures or both by turns: what can be asked for."""
+    if mode not in ("text", "image", "interleaved"):
+        raise ValueError(f"generation_mode must be 'text', 'image' or 'interleaved', got {mode!r}.")
 
 
 @dataclass(frozen=True)

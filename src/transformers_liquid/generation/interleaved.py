@@ -1,0 +1,340 @@
+"""Text and pictures by turns with `generate(generation_mode="interleaved")`.
+
+In phases instead of a switch at every step: all open sequences write text until each begins a picture or ends; those
+that began one draw together, in the loop that draws any picture; the end of the image is set; the text goes on. Who
+waits idles, nothing blocks another, and guidance, compiled steps and speculation are those of
+`generate(generation_mode="image")`. Each phase reads its contexts anew: beside the steps of a picture that is little
+(`docs/benchmarks.md`), and no cache has to follow sequences that join and part.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers.generation import GenerationMode, MaxTimeCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+from .guidance import SuppressImageTokensLogitsProcessor
+from .image_generation import check_generators, context_limit, generate_image_tokens, pad_left, unpadded
+from .sampling import picture_seed
+from .settings import OUR_SETTINGS, ImageGenerationConfig
+
+
+if TYPE_CHECKING:
+    from ..models.liquid.configuration_liquid import LiquidConfig
+    from ..models.liquid.modeling_liquid import LiquidForCausalLM
+
+
+DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_IMAGES = 512, 4
+
+
+@dataclass
+class InterleavedEvent:
+    """What just happened in one sequence; for streamers with a method `put_event(event)`.
+
+    Args:
+        type (`str`): `"text"`, `"image_start"`, `"image_partial"`, `"image"` or `"end"`.
+        sequence (`int`): Which one of the batch.
+        ids (list of `int`): Of a text: the new ids.
+        index (`int`, *optional*): Of a picture: which one of the sequence, from 0 on.
+        codes (`torch.LongTensor` of shape `(n,)`, *optional*): Of `"image_partial"`: the new codes.
+        pixel_values (`torch.Tensor` of shape `(3, H, W)`, *optional*): Of `"image"`, in [-1, 1].
+        seed (`int`, *optional*): Of `"image"`, if the sequence has a generator.
+        reason (`str`, *optional*): Of `"end"`: see [`InterleavedOutput`].
+    """
+
+    type: Literal["text", "image_start", "image_partial", "image", "end"]
+    sequence: int
+    ids: list[int] = field(default_factory=list)
+    index: int | None = None
+    codes: torch.LongTensor | None = None
+    pixel_values: torch.Tensor | None = None
+    seed: int | None = None
+    reason: str | None = None
+
+
+@dataclass
+class InterleavedOutput(ModelOutput):
+    """What every sequence wrote and drew.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(B, L)`): Prompts and everything after them, padded on the left.
+        parts (list of B lists): In order: the ids `(n,)` of a text, or the pixel values `(3, H, W)` in [-1, 1] of a
+            picture. For [`~LiquidProcessor.post_process_multimodal_output`].
+        end_reasons (list of B `str`): `"eos"`; `"length"` (`max_new_tokens`); `"context"` (the model's positions);
+            `"no_room"` (the text ended, but before that a picture had no room in the context); `"stopped"` (by a
+            stopping criterion or `max_time`; a picture that was begun is dropped).
+        seeds (list of B lists, *optional*): Of each picture: with its context, `generate(generation_mode="image")` and a
+            generator of this seed draw it again.
+    """
+
+    sequences: torch.LongTensor | None = None
+    parts: list[list[torch.Tensor]] | None = None
+    end_reasons: list[str] | None = None
+    seeds: list[list[int]] | None = None
+
+
+def generate_interleaved(
+    model: LiquidForCausalLM,
+    input_ids: torch.LongTensor,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    negative_prompt_ids: torch.LongTensor | None = None,
+    negative_prompt_attention_mask: torch.Tensor | None = None,
+    max_images: int | None = None,
+    image_generation_config: dict[str, Any] | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    generation_config: GenerationConfig | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    streamer: BaseStreamer | None = None,
+    **kwargs: Any,
+) -> InterleavedOutput:
+    """`generate(generation_mode="interleaved")`: arguments and result as documented there."""
+    # 1. Settings of the text, and apart from them those of the pictures
+    given = {name: kwargs.pop(name) for name in kwargs.keys() & OUR_SETTINGS} | (image_generation_config or {})
+    settings, _ = ImageGenerationConfig.from_call(model.generation_config, generation_config, given)
+    num_codes = settings.num_codes(model.config)
+    settings.window(num_codes)
+    config = copy.deepcopy(generation_config or model.generation_config)
+    model_kwargs = config.update(**kwargs)
+    copies, config.num_return_sequences = config.num_return_sequences or 1, 1
+    criteria = StoppingCriteriaList(stopping_criteria or [])
+    if config.max_time is not None:  # of the whole call, not of each phase
+        criteria.append(MaxTimeCriteria(config.max_time, time.time()))
+        config.max_time = None
+    budget = config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+
+    # 2. Checks
+    mode = config.get_generation_mode(model_kwargs.get("assistant_model"))
+    limit = context_limit(model.config)
+    if max_images is None:
+        max_images = max(1, min(DEFAULT_MAX_IMAGES, limit // (num_codes + 2)))
+    _check(input_ids, mode, bool(config.return_dict_in_generate), max_images, num_codes, limit)
+    number = len(input_ids) * copies
+    generators = check_generators([generator] if isinstance(generator, torch.Generator) else generator, number)
+
+    # 3. Phases
+    emit = (lambda event: None) if streamer is None else streamer.put_event
+    prompts = [ids for ids in unpadded(input_ids, attention_mask) for _ in range(copies)]
+    sequences = [_Sequence(index, ids, budget, max_images, limit, emit) for index, ids in enumerate(prompts)]
+    negatives = [] if negative_prompt_ids is None else unpadded(negative_prompt_ids, negative_prompt_attention_mask)
+    negatives = [ids for ids in negatives for _ in range(number // len(negatives))]
+    text = config, LogitsProcessorList(logits_processor or []), criteria, num_codes, model_kwargs
+    while writing := [one for one in sequences if one.reason is None]:
+        _write(model, writing, *text)
+        if drawing := [one for one in writing if one.begins_image]:
+            _draw(model, drawing, settings, generators, negatives, criteria)
+    if streamer is not None:
+        streamer.end()
+    return InterleavedOutput(
+        sequences=pad_left([one.ids for one in sequences], model.device)[0],
+        parts=[[torch.tensor(part) if isinstance(part, list) else part for part in one.parts] for one in sequences],
+        end_reasons=[one.reason for one in sequences],
+        seeds=None if generators is None else [one.seeds for one in sequences],
+    )
+
+
+def _check(
+    input_ids: Any, mode: GenerationMode, is_recorded: bool, max_images: Any, num_codes: int, limit: int
+) -> None:
+    """Raises a `ValueError` that says what cannot be met."""
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or is_recorded:
+        raise ValueError(
+            'generation_mode="interleaved" writes text greedily or by sampling, one sequence at a time, and returns an '
+            f"output of its own: got {mode.value} (return_dict_in_generate={is_recorded})."
+        )
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or not input_ids.numel():
+        shape = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else input_ids
+        raise ValueError(f'generation_mode="interleaved" needs input_ids of shape (batch, length), got {shape}.')
+    if input_ids.shape[1] >= limit:
+        raise ValueError(f"The prompt has {input_ids.shape[1]} tokens, the model {limit} positions: shorten it.")
+    if not isinstance(max_images, int) or max_images < 1 or max_images * (num_codes + 2) > limit:
+        raise ValueError(
+            f"max_images must be a whole number of at least 1, and so many pictures of {num_codes} codes must fit into "
+            f"the model's {limit} positions, got {max_images!r}."
+        )
+
+
+@dataclass
+class _Sequence:
+    """One sequence: everything so far, and what it still may do."""
+
+    index: int
+    ids: list[int]
+    budget: int
+    images_left: int
+    limit: int
+    emit: Callable[[InterleavedEvent], None]
+    parts: list[Any] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    begins_image: bool = False
+    was_refused: bool = False
+    reason: str | None = None
+
+    @property
+    def num_images(self) -> int:
+        return sum(not isinstance(part, list) for part in self.parts)
+
+    def tell(self, kind: str, **content: Any) -> None:
+        self.emit(InterleavedEvent(kind, self.index, **content))
+
+    def end(self, reason: str) -> None:
+        self.reason = "no_room" if self.was_refused and reason in ("eos", "length") else reason
+        self.tell("end", reason=self.reason)
+
+    def end_if_used_up(self) -> None:
+        if self.reason is None and self.budget == 0:
+            self.end("length")
+        elif self.reason is None and len(self.ids) >= self.limit:
+            self.end("context")
+
+
+class _TextPhase(StoppingCriteria):
+    """Takes in each token of text; a sequence is done when it begins a picture or ends."""
+
+    def __init__(
+        self,
+        sequences: list[_Sequence],
+        criteria: StoppingCriteriaList,
+        settings: GenerationConfig,
+        config: LiquidConfig,
+    ) -> None:
+        self.sequences, self.criteria, self.boi_token_id = sequences, criteria, config.boi_token_id
+        eos = settings.eos_token_id
+        self.eos_ids = [eos] if isinstance(eos, int) else eos or []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.BoolTensor:
+        is_stopped = [False] * len(input_ids)
+        if self.criteria:
+            is_stopped = self.criteria(input_ids, scores).tolist()
+        for one, token, stopped in zip(self.sequences, input_ids[:, -1].tolist(), is_stopped, strict=True):
+            if one.reason is not None or one.begins_image:
+                continue
+            one.ids.append(token)
+            if token == self.boi_token_id:
+                one.begins_image = True
+                one.tell("image_start", index=one.num_images)
+            elif token in self.eos_ids:
+                one.end("eos")
+            else:
+                one.budget -= 1
+                if not one.parts or not isinstance(one.parts[-1], list):
+                    one.parts.append([])
+                one.parts[-1].append(token)
+                one.tell("text", ids=[token])
+                if stopped:
+                    one.end("stopped")
+                one.end_if_used_up()
+        is_done = [one.reason is not None or one.begins_image for one in self.sequences]
+        return torch.tensor(is_done, device=input_ids.device)
+
+
+class _TextOrImage(LogitsProcessor):
+    """Lets a text begin a picture where one is left and has room; other tokens of images never."""
+
+    def __init__(self, model: LiquidForCausalLM, sequences: list[_Sequence], num_codes: int) -> None:
+        self.suppress, self.boi = SuppressImageTokensLogitsProcessor(model.config), model.config.boi_token_id
+        self.sequences, self.num_codes = sequences, num_codes
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        best, boi_scores = scores.argmax(-1).tolist(), scores[:, self.boi].clone()
+        scores = self.suppress(input_ids, scores)
+        for row, one in enumerate(self.sequences):
+            has_room = len(one.ids) + self.num_codes + 2 <= one.limit
+            if one.images_left and has_room:
+                scores[row, self.boi] = boi_scores[row]
+            elif one.images_left and best[row] == self.boi:
+                one.was_refused = True
+        return scores
+
+
+def _write(
+    model: LiquidForCausalLM,
+    writing: list[_Sequence],
+    config: GenerationConfig,
+    logits_processor: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    num_codes: int,
+    model_kwargs: dict[str, Any],
+) -> None:
+    """Text of each of these sequences, until all have ended or begin a picture of `num_codes` codes."""
+    ids, mask = pad_left([one.ids for one in writing], model.device)
+    config.max_new_tokens = max(min(one.budget, one.limit - len(one.ids)) for one in writing)
+    GenerationMixin.generate(
+        model,
+        ids,
+        attention_mask=mask,
+        generation_config=config,
+        logits_processor=LogitsProcessorList([*logits_processor, _TextOrImage(model, writing, num_codes)]),
+        stopping_criteria=StoppingCriteriaList([_TextPhase(writing, criteria, config, model.config)]),
+        **model_kwargs,
+    )
+
+
+def _draw(
+    model: LiquidForCausalLM,
+    drawing: list[_Sequence],
+    settings: ImageGenerationConfig,
+    generators: list[torch.Generator] | None,
+    negatives: list[list[int]],
+    criteria: StoppingCriteriaList,
+) -> None:
+    """The next picture of each of these sequences, which end with the begin of an image."""
+    ids, mask = pad_left([one.ids for one in drawing], model.device)
+    inputs: dict[str, Any] = {"attention_mask": mask, "stopping_criteria": criteria}
+    if negatives:
+        given = pad_left([negatives[one.index] for one in drawing], model.device)
+        inputs["negative_prompt_ids"], inputs["negative_prompt_attention_mask"] = given
+    seeds: list[int | None] = [None] * len(drawing)
+    if generators is not None:
+        seeds = [picture_seed(generators[one.index].initial_seed(), one.num_images) for one in drawing]
+        inputs["generator"] = [
+            torch.Generator(generators[one.index].device).manual_seed(seed)
+            for one, seed in zip(drawing, seeds, strict=True)
+        ]
+    if not any(one.num_images or model.config.eoi_token_id in one.ids for one in drawing):
+        # Sides of guidance about pictures of the context are, without any, the unconditional one.
+        settings = dataclasses.replace(settings, guidance_context=None, image_guidance_scale=None)
+    height, width = model.config.grid(settings.height, settings.width)
+    codes = model.config.image_layout.ids_to_codes(
+        generate_image_tokens(model, ids, streamer=_PictureStreamer(drawing), generation_config=settings, **inputs)
+    )
+    if codes.shape[1] < height * width:
+        for one in drawing:
+            one.ids.pop()
+            one.end("stopped")
+        return
+    pictures = model.decode_codes(codes.view(-1, height, width)).float().cpu()
+    for row, (one, picture, its_codes) in enumerate(zip(drawing, pictures, codes, strict=True)):
+        one.ids += [*model.config.image_layout.codes_to_ids(its_codes).tolist(), model.config.eoi_token_id]
+        one.begins_image, one.images_left = False, one.images_left - 1
+        one.seeds.append(seeds[row])
+        one.tell("image", index=one.num_images, pixel_values=picture, seed=seeds[row])
+        one.parts.append(picture)
+        one.end_if_used_up()
+
+
+@dataclass
+class _PictureStreamer(BaseStreamer):
+    """Tells each sequence of its new codes."""
+
+    drawing: list[_Sequence]
+
+    def put(self, value: torch.LongTensor) -> None:
+        """The prompts: known."""
+
+    def put_codes(self, codes: torch.LongTensor) -> None:
+        for one, new in zip(self.drawing, codes, strict=True):
+            one.tell("image_partial", index=one.num_images, codes=new)
+
+    def end(self) -> None:
+        """Nothing is kept back."""

@@ -1,0 +1,201 @@
+"""A conversation with text and pictures on both sides: messages in, ordered parts out, as they come if you like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from queue import Queue
+from threading import Event, Thread
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from ..generation.interleaved import InterleavedEvent
+from ..models.liquid.modeling_liquid import LiquidForCausalLM
+from ..models.liquid.processing_liquid import LiquidProcessor
+from .streamers import partial_pictures
+
+
+class LiquidConversation:
+    """Answers messages with text and pictures by turns.
+
+    Args:
+        model ([`LiquidForCausalLM`]): The model.
+        processor ([`LiquidProcessor`]): Its processor.
+
+    Example:
+
+    ```python
+    >>> converse = LiquidConversation(model, processor)
+    >>> messages = [{"role": "user", "content": "Tell me a story about a cat."}]
+    >>> reply = converse(messages, max_images=2, seed=0)
+    >>> messages.append({"role": "assistant", "content": reply})  # to go on
+    ```
+    """
+
+    def __init__(self, model: LiquidForCausalLM, processor: LiquidProcessor) -> None:
+        processor.check_fits(model.config)
+        self.model, self.processor = model, processor
+
+    def __call__(self, messages: str | Sequence[dict[str, Any]], **kwargs: Any) -> list[dict[str, Any]]:
+        """The reply, whole.
+
+        Args:
+            messages (list of `dict`): With `role` and `content`: a string, or parts `{"type": "text", "text": ...}` and
+                `{"type": "image", "image": ...}` with anything that the image processor loads. Or a `str`, which is to be
+                continued as it stands.
+            kwargs: `seed` (`int`) of the pictures, and what [`~LiquidForCausalLM.generate`] knows in interleaved mode:
+                `max_new_tokens`, `max_images`, `height`, `guidance_scale`, `do_sample`, ...
+
+        Returns:
+            Parts as above, in order; a message's content. Pictures are `PIL.Image.Image`.
+
+        Raises:
+            ValueError: On messages or settings that cannot be met, before any work.
+        """
+        parts: list[dict[str, Any]] = []
+        for event in self.stream(messages, **kwargs):
+            if event["type"] == "text" and parts and parts[-1]["type"] == "text":
+                parts[-1]["text"] += event["text"]
+            elif event["type"] in ("text", "image"):
+                parts.append({name: event[name] for name in ("type", event["type"])})
+        return parts
+
+    def stream(
+        self,
+        messages: str | Sequence[dict[str, Any]],
+        seed: int | None = None,
+        every: int | None = None,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        **kwargs: Any,
+    ) -> Iterator[dict[str, Any]]:
+        """The reply as it comes. Closing the iterator stops the model within a step.
+
+        Args:
+            messages: As in a call.
+            seed (`int`, *optional*): Of the first picture; those of later ones follow from it.
+            every (`int`, *optional*): Codes from one preview of a picture to the next, each of which costs one decoding of
+                the codec. Without it there are none.
+            negative_prompt (`str`, *optional*): What pictures should not show.
+            height (`int`, *optional*): Of pictures in pixels; defaults to the model's size.
+            width (`int`, *optional*): Likewise.
+            kwargs: As in a call.
+
+        Returns:
+            An iterator of `{"type": "text", "text": new text}`, `{"type": "image_start", "index": j}`, `{"type":
+            "image_partial", "index": j, "image": preview, "num_codes": k}`, `{"type": "image", "index": j, "image":
+            picture, "seed": seed or None}` and at last `{"type": "end", "reason": as in InterleavedOutput}`.
+
+        Raises:
+            ValueError: As in a call, at once.
+        """
+        images = [
+            part["image"]
+            for message in (() if isinstance(messages, str) else messages)
+            for part in (() if isinstance(message["content"], str) else message["content"])
+            if part["type"] == "image"
+        ]
+        inputs = self.processor(
+            messages,
+            images=images or None,
+            generation_mode="interleaved",
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+        ).to(self.model.device)
+        if seed is not None:
+            kwargs["generator"] = torch.Generator().manual_seed(seed)
+        events = _EventQueue(self.model, self.processor, every, height, width)
+        cancel = _Cancelled()
+        kwargs["stopping_criteria"] = [*kwargs.get("stopping_criteria", []), cancel]
+        work = Thread(target=events.follow, args=(inputs,), kwargs=kwargs, daemon=True)
+        work.start()
+        first = events.queue.get()
+        if isinstance(first, Exception):
+            raise first
+        return self._events(first, events, cancel, work)
+
+    def _events(self, event: Any, events: _EventQueue, cancel: _Cancelled, work: Thread) -> Iterator[dict[str, Any]]:
+        try:
+            while event["type"] != "end":
+                yield event
+                event = events.queue.get()
+                if isinstance(event, Exception):
+                    raise event
+            yield event
+        finally:
+            cancel.is_set.set()
+            work.join()
+
+
+class _Cancelled(StoppingCriteria):
+    def __init__(self) -> None:
+        self.is_set = Event()
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.is_set.is_set(), device=input_ids.device)
+
+
+class _EventQueue(BaseStreamer):
+    """Events of one sequence on their way to the thread that reads them, ids as text and codes as pictures."""
+
+    def __init__(
+        self,
+        model: LiquidForCausalLM,
+        processor: LiquidProcessor,
+        every: int | None,
+        height: int | None,
+        width: int | None,
+    ) -> None:
+        if every is not None and (not isinstance(every, int) or every < 1):
+            raise ValueError(f"every must be a whole number of codes, at least 1, got {every!r}.")
+        self.model, self.processor, self.every, self.size = model, processor, every, (height, width)
+        self.queue: Queue[dict[str, Any] | Exception] = Queue()
+        self.ids: list[int] = []
+        self.told = ""
+        self.codes: list[torch.LongTensor] = []
+
+    def follow(self, inputs: Any, **kwargs: Any) -> None:
+        try:
+            self.model.generate(**inputs, generation_mode="interleaved", streamer=self, **kwargs)
+        except Exception as error:  # raised again in the thread that reads
+            self.queue.put(error)
+
+    def put_event(self, event: InterleavedEvent) -> None:
+        if event.type == "text":
+            self.ids += event.ids
+            self._tell_text()
+            return
+        self._tell_text(is_over=True)
+        told: dict[str, Any] = {"type": event.type, "index": event.index}
+        if event.type == "end":
+            told = {"type": "end", "reason": event.reason}
+        elif event.type == "image_start":
+            self.ids, self.told, self.codes = [], "", []
+        elif event.type == "image_partial":
+            self.codes.append(event.codes)
+            codes = torch.cat(self.codes)[None]
+            if self.every is None or codes.shape[1] % self.every:
+                return
+            ids = self.model.config.image_layout.codes_to_ids(codes)
+            told |= {"image": partial_pictures(self.model, ids, *self.size)[0], "num_codes": codes.shape[1]}
+        else:
+            pictures = self.processor.image_processor.postprocess(event.pixel_values[None])
+            told |= {"image": pictures[0], "seed": event.seed}
+        self.queue.put(told)
+
+    def _tell_text(self, is_over: bool = False) -> None:
+        """What is new in the text, but for characters of which a part of the bytes is still to come."""
+        text = self.processor.decode(self.ids, skip_special_tokens=True)
+        if len(text) > len(self.told) and (is_over or not text.endswith("\N{REPLACEMENT CHARACTER}")):
+            self.queue.put({"type": "text", "text": text[len(self.told) :]})
+            self.told = text
+
+    def put(self, value: Any) -> None:
+        """Events tell everything."""
+
+    def end(self) -> None:
+        """The last event has told so."""
