@@ -61,7 +61,7 @@ def pixels(path):
 
 
 def run(command, checkpoint=None):
-    name, *arguments = shlex.split(command) or [""]
+    name, *arguments = (command if isinstance(command, list) else shlex.split(command)) or [""]
     model = ["--model", checkpoint, "--device", "cpu"] if checkpoint else []
     return main([name, *model, *arguments] if name else [])
 

@@ -5,11 +5,14 @@ classes, which costs torch, transformers and diffusers, seconds before `--help` 
 same reason a command imports what it needs when it runs, after all that can be checked without. `models` and `pictures`
 are for running commands only.
 
-Bad input ends with exit code 2 and one line on stderr, before any long work.
+Bad input ends with exit code 2 and one line on stderr, before any long work. `python -X dev -m transformers_liquid ...`
+shows where in the code it was found.
 """
 
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stdout, suppress
 from importlib.metadata import version
 from typing import Annotated
 
@@ -22,7 +25,7 @@ from .describe import describe
 from .expand import expand
 from .generate import generate
 from .info import info
-from .options import PROG
+from .options import PROG, VisibleStream, one_line, visible
 from .tokenize import tokenize
 from .train import train
 
@@ -65,8 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         `int`: The exit code: 0; 2 on bad input, with one line on stderr; 130 when interrupted.
     """
+    out = sys.stdout  # None where it is closed
     try:
-        code = app(argv, prog_name=PROG, standalone_mode=False) or 0
+        with redirect_stdout(out and VisibleStream(out)):
+            code = app(argv, prog_name=PROG, standalone_mode=False) or 0
+            print(end="", flush=True)  # what cannot be written is found out now
         if code == 130:
             print(f"{PROG}: interrupted", file=sys.stderr)
         return code
@@ -74,8 +80,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         context = getattr(error, "ctx", None)
         message = f"{error.format_message()} (see `{context.command_path if context else PROG} --help`)"
     except SafetensorError as error:
-        message = f"a file of weights is damaged or incomplete, download it again: {error}"
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        message = str(error)
-    print(f"{PROG}: error: {' '.join(message.split())}", file=sys.stderr)
+        is_damaged = "I/O error" not in str(error)  # such as "I/O error: No space left on device"
+        message = "a file of weights is damaged or incomplete, download it again: " * is_damaged + str(error)
+    except Exception as error:
+        if sys.flags.dev_mode:
+            traceback.print_exc()
+        # An end of file within a command comes as an abort.
+        message = one_line(error.__cause__ if isinstance(error, typer.Abort) and error.__cause__ else error)
+    finally:
+        # The interpreter would try to write again, and end with a traceback and a code of its own.
+        try:
+            print(end="", file=out, flush=True)
+        except OSError:
+            with suppress(OSError):
+                out.close()
+    print(f"{PROG}: error: {visible(' '.join(message.split()))}", file=sys.stderr)
     return 2

@@ -1,6 +1,7 @@
 """`transformers-liquid chat`"""
 
 import itertools
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +49,7 @@ def chat(
     streamer = TextStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages, images = [], []
     print("/image PATH shows a picture, /draw PROMPT draws one, /new starts over, /quit ends.")
-    while True:
+    while sys.stdin is not None:  # closed
         try:
             command, _, rest = (line := input("> ").strip()).partition(" ")
             if command == "/quit":
@@ -75,5 +76,5 @@ def chat(
                 images = []
         except EOFError:
             return
-        except (ValueError, OSError) as error:
-            print(f"error: {' '.join(str(error).split())}")
+        except Exception as error:  # the conversation goes on
+            print(f"error: {options.one_line(error)}")

@@ -31,7 +31,7 @@ def convert(
     from .models import load
 
     codec = {} if vq_checkpoint is None else {"vq_checkpoint": vq_checkpoint}  # a tokenizer would keep None
-    pipe = load(model, device, dtype, **codec)
+    pipe = load(model, device, dtype, merge=True, **codec)
     with whole_folder(output) as place:
         if to_base:
             export_base_model(pipe.model, pipe.processor, place)

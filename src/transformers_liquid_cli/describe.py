@@ -1,10 +1,16 @@
 """`transformers-liquid describe`"""
 
+import os
+import re
 from typing import Annotated
 
 from typer import Argument
 
 from . import options
+
+
+# A path or an address of a picture: a question has spaces.
+PICTURE = re.compile(r"\S+\.(png|jpe?g|webp|gif|bmp|tiff?|avif|heic)|(https?|file|data):\S+", flags=re.IGNORECASE)
 
 
 def describe(
@@ -17,12 +23,14 @@ def describe(
     dtype: options.DType = "auto",
     seed: options.Seed = None,
 ) -> None:
-    """Says what a picture shows, or answers a question about it.
+    """Says what one picture shows, or answers a question about it.
 
     \b
     Example:
       transformers-liquid describe apple.png "What colour is it?"
     """
+    if question is not None and (os.path.exists(question) or PICTURE.fullmatch(question)):
+        raise ValueError(f"{question} is a picture or a file, not a question: describe reads one picture at a time.")
     import torch
 
     from transformers_liquid.models.liquid.image_processing_liquid import load_image

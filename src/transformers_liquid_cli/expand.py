@@ -27,17 +27,21 @@ def expand(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from transformers_liquid import expand_vocabulary
-    from transformers_liquid.models.liquid.reference import load_codec
+    from transformers_liquid.models.liquid.reference import adapter_base, check_loading_info, load_codec, naming
     from transformers_liquid.utils.files import whole_folder
 
     from .models import find_device, silence_libraries
 
     silence_libraries()
     vq_model = load_codec(codec)
-    base_model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False).to(
-        find_device(device)
-    )
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    with naming(base):
+        if adapter_base(base) is not None:
+            raise ValueError(f"{base} is an adapter: merge it into its base with PEFT (merge_and_unload), then expand.")
+        kwargs = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
+        base_model, info = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        check_loading_info(base, info | {"unexpected_keys": ()})  # such as heads for other tasks
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    base_model = base_model.to(find_device(device))
     model, processor = expand_vocabulary(base_model, tokenizer, vq_model, image_size=image_size, init=init, seed=seed)
     with whole_folder(output) as place:
         model.save_pretrained(place)

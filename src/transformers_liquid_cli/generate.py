@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from . import options
 
@@ -24,6 +24,7 @@ OutputDir = Annotated[
 
 
 def generate(
+    context: Context,
     prompts: Annotated[list[str], Argument(metavar="PROMPT", help="What to draw.")] = (),
     prompts_file: PromptsFile = None,
     output: Annotated[
@@ -31,7 +32,7 @@ def generate(
     ] = None,
     output_dir: OutputDir = None,
     sheet: Annotated[Path | None, Option(writable=True, help="Also write all pictures on one sheet, a .png.")] = None,
-    num_images: Annotated[int, Option(min=1, help="Pictures of each prompt.")] = 1,
+    num_images: Annotated[int, Option(min=1, max=10**6, help="Pictures of each prompt.")] = 1,
     batch_size: Annotated[int, Option(min=1, help="Pictures drawn side by side.")] = 8,
     negative_prompt: options.NegativePrompt = None,
     height: options.Height = None,
@@ -58,11 +59,17 @@ def generate(
     given = dict(locals())
     lines = _read_lines(prompts_file)
     _check(given, lines)
+    from transformers_liquid.utils.files import UNFINISHED, alone_in
+
     from .models import find_processes, load
-    from .pictures import Drawing, in_order, of_lines, without_file
+    from .pictures import Drawing, check_apart, in_order, of_lines, without_file
 
     # 2. What needs it: what is wrong with a prompt is raised, what is wrong with a line is reported
     processes, device = find_processes(device, output_dir)
+    if output_dir is not None and processes.is_main_process:
+        context.with_resource(alone_in(output_dir))
+        for unfinished in output_dir.glob(f".*{UNFINISHED}"):  # by a process that was killed
+            unfinished.unlink()
     drawing = Drawing(load(model, device, dtype), given)
     drawing.check(prompts or "a")
     good, bad = drawing.sort_out(lines)
@@ -73,6 +80,7 @@ def generate(
     else:
         pictures = of_lines(good, num_images, seed or 0, output_dir)
         left = without_file(drawing, pictures, output_dir)
+    check_apart(pictures, sheet, prompts_file)
 
     # 3. Every process draws its share of what is left, once all of them have seen what that is
     processes.wait_for_everyone()

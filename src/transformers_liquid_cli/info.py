@@ -27,32 +27,35 @@ def info(
         return
     import torch
     from transformers import GenerationConfig
-    from transformers.utils import cached_file
+    from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
     from transformers_liquid import EMOJI_CHECKPOINT, LiquidConfig, LiquidForCausalLM
     from transformers_liquid.generation.settings import ImageGenerationConfig
-    from transformers_liquid.models.liquid.reference import ReferenceCheckpoint
+    from transformers_liquid.models.liquid.reference import ReferenceCheckpoint, adapter_base
+    from transformers_liquid.utils.files import read_text
 
-    from .models import silence_libraries
+    from .models import reading, silence_libraries
 
     silence_libraries()
-    name = model or EMOJI_CHECKPOINT
-    reference = ReferenceCheckpoint.find(name)
-    config = LiquidConfig.from_pretrained(name) if reference is None else reference.config
-    with torch.device("meta"):
-        empty = LiquidForCausalLM(config)
+    name = EMOJI_CHECKPOINT if model is None else model
+    with reading(name):
+        base = adapter_base(name)
+        reference = ReferenceCheckpoint.find(base or name)
+        config = LiquidConfig.from_pretrained(base or name) if reference is None else reference.config
+        with torch.device("meta"):
+            empty = LiquidForCausalLM(config)
+        optional = {"_raise_exceptions_for_missing_entries": False}
+        has_settings = cached_file(base or name, GENERATION_CONFIG_NAME, **optional) is not None
+        stored = GenerationConfig.from_pretrained(base or name) if has_settings else None
+        settings, _ = ImageGenerationConfig.from_call(stored, None, {})
+        card = cached_file(name, "README.md", **optional)
     of_codec = empty.model.vq_model.num_parameters()
-    try:
-        stored = GenerationConfig.from_pretrained(name)
-    except OSError:
-        stored = None
-    settings, _ = ImageGenerationConfig.from_call(stored, None, {})
-    card = cached_file(name, "README.md", _raise_exceptions_for_missing_entries=False)
     text, ids, factor = config.get_text_config(), config.image_token_range, config.downsample_factor
     positions = getattr(text, "max_position_embeddings", "unlimited")
     height, width = config.grid()
+    layout = ("" if base is None else f"adapter of {base}, ") + ("liquid" if reference is None else "reference")
     lines = {
-        "checkpoint": f"{name} ({'liquid' if reference is None else 'reference'} layout)",
+        "checkpoint": f"{name} ({layout} layout)",
         "base model": f"{text.model_type}, {text.num_hidden_layers} layers of {text.hidden_size}, {positions} positions",
         "parameters": f"{empty.num_parameters() - of_codec:,} + {of_codec:,} of the codec",
         "vocabulary": f"{text.vocab_size:,} rows, image ids {ids.start} ... {ids.stop - 1}",
@@ -61,7 +64,7 @@ def info(
         "codec": f"{config.codebook_size:,} codes, {factor} x {factor} pixels each",
         "picture": f"{height * factor} x {width * factor} pixels = {height} x {width} codes",
         "settings": ", ".join(f"{name}={value}" for name, value in settings.to_dict().items()),
-        "card": "none" if card is None else _first_paragraph(Path(card).read_text(encoding="utf-8")),
+        "card": "none" if card is None else _first_paragraph(read_text(card)),
     }
     for name, value in lines.items():
         print(f"{name:<12} {value}")

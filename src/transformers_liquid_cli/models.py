@@ -1,6 +1,9 @@
-"""Models on their devices, for the commands that need one."""
+"""Models on their devices, for the commands that need one, and what each command does with an adapter."""
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +11,22 @@ import diffusers
 import torch
 import transformers
 from accelerate import PartialState
+from safetensors import SafetensorError
+from transformers.utils import PROCESSOR_NAME, cached_file
 
 from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidImageGenerationPipeline, LiquidProcessor
+from transformers_liquid.models.liquid.reference import adapter_base
+from transformers_liquid.utils.optional import require
 from transformers_liquid.utils.processes import launched_processes
+
+from .options import one_line
 
 
 def silence_libraries() -> None:
     """Errors are ours to tell; bars are shown on a terminal only."""
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
-        if not sys.stderr.isatty():
+        if sys.stderr is None or not sys.stderr.isatty():
             library.utils.logging.disable_progress_bar()
 
 
@@ -25,7 +34,9 @@ def find_device(name: str | None) -> torch.device:
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.empty(0, device=name).device
+        empty = torch.empty(0, device=name)
+        empty.tolist()  # meta tensors have no numbers
+        return empty.device
     except (RuntimeError, AssertionError) as error:  # torch raises either for what it was not built with
         raise ValueError(f"--device {name} cannot be used here: {error}") from error
 
@@ -41,13 +52,53 @@ def find_processes(device: str | None, output_dir: Path | None) -> tuple[Partial
     return processes, device if processes.num_processes == 1 else str(processes.device)
 
 
-def load(name: str | None, device: str | None, dtype: str, **kwargs: Any) -> LiquidImageGenerationPipeline:
-    """Model and processor of a checkpoint in either layout, on the device."""
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """What libraries stumble over in a damaged or foreign checkpoint is told with its name."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, SafetensorError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} is damaged, or not as its configuration says: {one_line(error)}") from error
+
+
+def load(
+    name: str | None, device: str | None, dtype: str, merge: bool = False, **kwargs: Any
+) -> LiquidImageGenerationPipeline:
+    """Model and processor of a checkpoint in either layout, on the device; of an adapter, on top of its base.
+
+    Args:
+        merge (`bool`, defaults to `False`): Whether an adapter becomes part of the weights.
+    """
     silence_libraries()
-    name, place = name or EMOJI_CHECKPOINT, find_device(device)
-    model = LiquidForCausalLM.from_pretrained(name, dtype=dtype, **kwargs).to(place)
-    processor = LiquidProcessor.from_pretrained(name, **kwargs)
+    name, place = EMOJI_CHECKPOINT if name is None else name, find_device(device)
+    with reading(name):
+        base = adapter_base(name)
+        if base is not None:
+            require("peft", f"{name} is an adapter: that")
+        model = LiquidForCausalLM.from_pretrained(base or name, dtype=dtype, **kwargs)
+        if base is not None:
+            model = add_adapter(model, name, merge)
+        # Trainers save the processor beside the adapter, PEFT does not.
+        quiet = dict.fromkeys(
+            ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
+        )
+        has_processor = base is None or cached_file(name, PROCESSOR_NAME, **quiet) is not None
+        processor = LiquidProcessor.from_pretrained(name if has_processor else base, **kwargs)
+    model = model.to(place)
     return LiquidImageGenerationPipeline(model=model, processor=processor, device=model.device)
+
+
+def add_adapter(model: LiquidForCausalLM, adapter: str, merge: bool) -> LiquidForCausalLM:
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        # All that PEFT says about weights that an adapter lacks. They would be drawn at random.
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        warnings.simplefilter("ignore", FutureWarning)  # of PEFT's own calls
+        adapted = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
+    return adapted.merge_and_unload() if merge else adapted.get_base_model()
 
 
 def write_answer(pipe: LiquidImageGenerationPipeline, max_new_tokens: int, seed: int | None, **inputs: Any) -> str:

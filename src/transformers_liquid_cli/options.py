@@ -1,8 +1,11 @@
-"""The options that several commands have, and the checks of where they write."""
+"""The options that several commands have, the checks of where they write, and how all of them print."""
 
+import json
 import tempfile
+import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 from typer import Option
 
@@ -57,3 +60,38 @@ def check_new_folder(path: Path) -> None:
     if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise ValueError(f"{path} is not empty: choose a new folder, nothing is overwritten.")
     check_writable(path, folder=True)
+
+
+def visible(text: str) -> str:
+    """Text of models, cards and pictures with what would steer a terminal written out, as JSON does: `\\u001b`."""
+
+    def steers(character: str) -> bool:
+        # Controls, lone surrogates, separators of lines, and the invisible ones, such as those that turn the direction;
+        # emoji and scripts need the (non-)joiners U+200C and U+200D.
+        is_of_kind = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        return is_of_kind and character not in "\n\t\u200c\u200d"
+
+    return "".join(json.dumps(character)[1:-1] if steers(character) else character for character in text)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says; those that nobody wrote for users, with their names."""
+    is_meant = isinstance(error, ValueError | OSError | ImportError | FloatingPointError) and str(error)
+    return visible(" ".join((str(error) if is_meant else f"{type(error).__name__}: {error}").split()))
+
+
+@dataclass
+class VisibleStream:
+    """Standard output, on which everything that is printed is `visible`, whatever the terminal's encoding."""
+
+    stream: TextIO
+
+    def write(self, text: str) -> int:
+        if not isinstance(text, str):
+            return self.stream.write(text)  # says that it takes no bytes, which is how typer finds out
+        encoding = self.stream.encoding or "utf-8"
+        self.stream.write(visible(text).encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)

@@ -1,14 +1,18 @@
 """How the pictures of a command are drawn, and PNGs that say how they were."""
 
+import hashlib
 import json
+import os
 import random
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image, PngImagePlugin
 
 from transformers_liquid import EMOJI_CHECKPOINT, LiquidImageGenerationPipeline
@@ -16,7 +20,8 @@ from transformers_liquid.generation.settings import ImageGenerationConfig
 from transformers_liquid.models.liquid.image_processing_liquid import contact_sheet, load_image
 from transformers_liquid.utils.files import differences, parse_json, whole
 
-from .options import PROG, is_folder
+from .models import reading
+from .options import PROG, is_folder, one_line
 
 
 # Where a PNG says how it was drawn: JSON, under this key.
@@ -26,7 +31,12 @@ METADATA_KEY = "transformers_liquid"
 SETTINGS = ("guidance_scale", "guidance_min_p", "speculative", "temperature", "top_k", "top_p")
 
 # What of its record says how it was drawn, but does not change it.
-NO_MATTER = ("settings", "device", "version", "command", "speculative", "batch_size")
+# Speculation draws the same; the checkpoint's content is compared by itself.
+NO_MATTER = ("settings", "device", "version", "command", "speculative", "batch_size", "note", "identity")
+
+# What a configuration says of where and by what it was saved.
+NO_CONTENT = ("_name_or_path", "architectures", "dtype", "transformers_version")
+NO_CONTENT += ("base_model_name_or_path", "peft_version")  # of an adapter
 
 
 class Picture(NamedTuple):
@@ -49,10 +59,11 @@ class Drawing:
         given = {name: options[name] for name in SETTINGS if options[name] is not None}
         if options["greedy"]:
             given["do_sample"] = False
-        settings, _ = ImageGenerationConfig.from_call(pipe.model.generation_config, None, given)
+        with reading(options["model"] or EMOJI_CHECKPOINT):
+            settings, _ = ImageGenerationConfig.from_call(pipe.model.generation_config, None, given)
         layout = pipe.model.config.image_layout
         height, width = layout.size(layout.grid(options["height"], options["width"]))
-        self.pipe, self.model, self.batch_size = pipe, options["model"], 1
+        self.pipe, self.model, self.identity, self.batch_size = pipe, options["model"], identity(pipe), 1
         self.settings = settings.to_dict()
         self.shared = {"negative_prompt": options["negative_prompt"], "height": height, "width": width}
 
@@ -68,7 +79,7 @@ class Drawing:
                 self.check(line)
                 good[number] = line
             except ValueError as error:
-                bad[number] = " ".join(str(error).split())
+                bad[number] = one_line(error)
         return good, bad
 
     def draw(self, pictures: Sequence[Picture], batch_size: int = 1) -> Iterator[Picture]:
@@ -85,7 +96,7 @@ class Drawing:
     def save_sheet(self, pictures: Sequence[Picture], path: Path, columns: int | None = None) -> None:
         """Writes pictures that are drawn on one sheet."""
         sheet = contact_sheet([load_image(picture.path) for picture in pictures], columns)
-        save_png(sheet, path, [self.record(picture) for picture in pictures])
+        save_png(sheet, path, [read_metadata(picture.path) for picture in pictures])
 
     def record(self, picture: Picture) -> dict[str, Any]:
         """Everything that a picture depends on, and the command that makes it again."""
@@ -94,11 +105,12 @@ class Drawing:
         options = {"model": self.model, "seed": picture.seed, **self.shared, **settings, **place}
         # With "=", and after "--", a value may begin with a dash.
         words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
-        words += ["--greedy"] * (not self.settings["do_sample"]) + ["--"] * picture.prompt.startswith("-")
-        return {
+        words += ["--greedy"] * (not self.settings.get("do_sample")) + ["--"] * picture.prompt.startswith("-")
+        record = {
             "prompt": picture.prompt,
             "seed": picture.seed,
             "model": self.model or Path(EMOJI_CHECKPOINT).name,
+            "identity": self.identity,
             **self.shared,
             "settings": self.settings,
             **place,
@@ -107,6 +119,38 @@ class Drawing:
             "version": version("transformers-liquid"),
             "command": shlex.join([PROG, "generate", *words, picture.prompt]),
         }
+        if self.pipe.dtype.itemsize < 4 and self.batch_size > 1:
+            record["note"] = (
+                f"In {place['dtype']}, what is drawn beside a picture decides how sums are rounded: the command draws this one "
+                "alone, and may now and then draw another."
+            )
+        return record
+
+
+def identity(pipe: LiquidImageGenerationPipeline) -> str:
+    """What checkpoints share that draw the same, wherever they lie: sha256 of the configuration, the tokenizer, and a
+    checksum of each weight, which is exact on every device and takes as long as reading the weights once."""
+
+    def content(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if name not in NO_CONTENT}
+
+    config = json.loads(pipe.model.config.to_json_string(), object_hook=content)
+    adapters = [content(adapter.to_dict()) for adapter in getattr(pipe.model, "peft_config", {}).values()]
+    # A fast tokenizer, but for what its last call said of pads and cuts.
+    tokenizer = json.loads(pipe.tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    known, sets = [config, adapters, tokenizer], lambda value: sorted(value) if isinstance(value, set) else str(value)
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=sets).encode())
+    # Words of 64 bits, each with a factor: these are odd and differ, so that no word changes, and no two change places,
+    # without the sum. Pieces of 8 MB stay in a processor's cache.
+    factors = torch.arange(2**20, device=pipe.model.device) * 2 + 1
+    for name, weight in sorted(pipe.model.state_dict().items()):
+        data, checksum = weight.flatten().view(torch.uint8), 0
+        if len(data) % 8 or data.storage_offset() % 8:
+            data = torch.nn.functional.pad(data, (0, -len(data) % 8))
+        for words in data.view(torch.int64).split(len(factors)):
+            checksum = (31 * checksum + int((words * factors[: len(words)]).sum())) % 2**64
+        digest.update(f"{name} {tuple(weight.shape)} {checksum}".encode())
+    return digest.hexdigest()
 
 
 def of_lines(lines: dict[int, str], num_images: int, seed: int, folder: Path) -> list[Picture]:
@@ -138,27 +182,53 @@ def _slug(prompt: str) -> str:
     return re.sub(r"\W+", "-", prompt.lower())[:40].strip("-")
 
 
+def check_apart(pictures: list[Picture], sheet: Path | None, prompts_file: Path | None) -> None:
+    """Nothing is written over what a command reads, or has just written."""
+    paths = {os.path.realpath(picture.path) for picture in pictures}
+    for path in filter(None, (sheet, prompts_file)):
+        if (real := os.path.realpath(path)) in paths:
+            raise ValueError(
+                f"A picture would be written to {path}, which is another file of this command: rename one."
+            )
+        paths.add(real)
+
+
 def without_file(drawing: Drawing, pictures: list[Picture], folder: Path) -> list[Picture]:
     """The pictures that are still to be drawn. Raises if the folder holds one that would be drawn in another way."""
-    wanted = {picture.path: picture for picture in pictures}
+    wanted, damaged = {picture.path: picture for picture in pictures}, set()
     for path in sorted(folder.glob("*.png")):
         if not re.match(r"\d{6,}-", path.name):
             continue
         wrong = "belongs to no line of the prompts file, nor to --num-images as given"
         if path in wanted:
-            different = differences(_identity(read_metadata(path)), _identity(drawing.record(wanted[path])))
-            wrong = different and f"was drawn otherwise: {different}"
-        if wrong:
-            raise ValueError(
-                f"{path} {wrong}. Give the same arguments as before, choose another --output-dir, or delete the file."
-            )
-    return [picture for picture in pictures if not picture.path.exists()]
+            try:
+                before, now = read_metadata(path), drawing.record(wanted[path])
+            except DamagedPictureError as error:
+                damaged.add(path)
+                print(f"{PROG}: {one_line(error)} It is drawn again.", file=sys.stderr)
+                continue
+            if not isinstance(before, dict) or not isinstance(before.get("settings"), dict):
+                wrong = "does not say how it was drawn"
+            elif different := differences(_settings(before), _settings(now)):
+                wrong = f"was drawn otherwise: {different}"
+            elif before.get("identity") != now["identity"]:
+                wrong = "was drawn by other weights or with another tokenizer, or does not say by which"
+            else:
+                continue
+        raise ValueError(
+            f"{path} {wrong}. Give the same arguments as before, choose another --output-dir, or delete the file."
+        )
+    return [picture for picture in pictures if picture.path in damaged or not picture.path.exists()]
 
 
-def _identity(record: dict[str, Any]) -> dict[str, Any]:
-    """All that pictures must share to be the same, as JSON keeps it. Speculation does not change them."""
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """All that pictures of one checkpoint must share to be the same, as JSON keeps it."""
     same = {name: value for name, value in (record | record["settings"]).items() if name not in NO_MATTER}
     return json.loads(json.dumps(same))
+
+
+class DamagedPictureError(ValueError):
+    """A file that holds no whole picture."""
 
 
 def save_png(image: Image.Image, path: Path, record: Any) -> None:
@@ -180,10 +250,17 @@ def read_metadata(path: str | Path) -> dict[str, Any] | list[dict[str, Any]]:
         sheet of pictures.
 
     Raises:
+        DamagedPictureError: If it cannot be read to its end.
         ValueError: If the picture does not say.
     """
-    with Image.open(path) as image:
-        text = image.info.get(METADATA_KEY)
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(METADATA_KEY)
+            image.verify()
+    except Exception as error:  # decoders raise anything on broken files; those of the file system have a number
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise DamagedPictureError(f"{path} is damaged, or no picture: {one_line(error)}.") from error
     if text is None:
         raise ValueError(f"{path} does not say how it was drawn: only the PNGs of `{PROG} generate` do.")
     return parse_json(text, f"What {path} says of how it was drawn")

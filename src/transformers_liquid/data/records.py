@@ -14,6 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..models.liquid.vocabulary import IMAGE_TOKENS
 from ..utils.files import read_json, whole
+from ..utils.optional import require
 
 
 # What a record of each kind must have. One that names no kind is of the first kind whose fields it has.
@@ -169,7 +170,4 @@ def cache_of(path: str | os.PathLike) -> str | None:
 
 def check_datasets_installed() -> None:
     """Raises an `ImportError` that says what to install, unless `datasets` is there."""
-    try:
-        import datasets  # noqa: F401
-    except ImportError as error:
-        raise ImportError('Data sets need another library: pip install "transformers-liquid[train]".') from error
+    require("datasets", "A data set")

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.versions import require_version
 
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
+from ..utils.optional import require
 
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def liquid_lora_config(
     >>> model = get_peft_model(model, liquid_lora_config(model, r=64))
     ```
     """
+    require("peft", "An adapter")
     from peft import LoraConfig
 
     rows = _trainable_rows(model)
@@ -100,6 +102,7 @@ def liquid_rows_config(model: LiquidForCausalLM) -> TrainableTokensConfig:
     Raises:
         ValueError, ImportError: As in [`liquid_lora_config`].
     """
+    require("peft", "An adapter")
     from peft import TrainableTokensConfig
 
     rows = _trainable_rows(model)

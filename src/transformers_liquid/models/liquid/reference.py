@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -20,6 +22,7 @@ from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_fil
 
 from ...codecs.taming import TAMING_CHECKPOINT_NAME, TAMING_CONFIG_NAME, load_taming_codec, load_taming_config
 from ...codecs.vq_model import LiquidVQModel
+from ...utils.files import read_json
 from .configuration_liquid import LiquidConfig
 from .vocabulary import IMAGE_MARK, REFERENCE_TOKENS, free_tokens
 
@@ -134,8 +137,11 @@ class ReferenceCheckpoint:
             return None
         hub = hub_arguments(kwargs)
         try:
-            config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
+            with naming(name_or_path):
+                config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
         except OSError:
+            if not os.path.exists(name_or_path):
+                raise
             return None
         if config_dict.get("model_type") == LiquidConfig.model_type:
             return None
@@ -267,6 +273,34 @@ def codec_config(name_or_path: str | os.PathLike, **hub: Any) -> dict[str, Any]:
             f"{problem or 'Its config.json is of another model.'}"
         ) from problem
     return config
+
+
+@contextmanager
+def naming(name_or_path: str | os.PathLike) -> Iterator[None]:
+    """Errors about a repository that is not there name it: those of transformers speak of the network alone."""
+    try:
+        yield
+    except (OSError, HFValidationError) as error:
+        if os.path.exists(name_or_path):
+            raise
+        raise OSError(f"There is no {str(name_or_path)!r} here, nor was it found on the Hub: {error}") from error
+
+
+def adapter_base(name_or_path: str | os.PathLike, **hub: Any) -> str | None:
+    """The model that an adapter (PEFT) belongs to; `None` for what is no adapter.
+
+    Raises:
+        ValueError: If the adapter does not say.
+    """
+    with naming(name_or_path):
+        file = find_adapter_config_file(name_or_path, **hub)
+    if file is None:
+        return None
+    if not (base := read_json(file).get("base_model_name_or_path")):
+        raise ValueError(
+            f"The adapter {name_or_path} does not say of which model: add base_model_name_or_path to {file}."
+        )
+    return base
 
 
 def _is_taming(name_or_path: str | os.PathLike) -> bool:
