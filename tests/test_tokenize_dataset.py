@@ -885,7 +885,7 @@ def test_a_folder_of_something_else_is_left_alone(checkpoint, photos):
 
 def test_without_datasets_the_message_says_what_to_install(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r'pip install "transformers-liquid\[train\]"'):
+    with pytest.raises(ImportError, match=r"A data set needs datasets, .*`pip install datasets`"):
         tokenize_dataset(checkpoint, tmp_path / "codes", "imagefolder")
 
 
