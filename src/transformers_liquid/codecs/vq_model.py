@@ -136,12 +136,17 @@ class LiquidVQModel(VQModel):
         # No cache: it would hold the weights a second time.
         with maybe_autocast(codes.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
             # (B, h, w, C) seen as (B, C, h, w) is channels-last already, in which CPUs convolve faster.
-            quantized = self.quantize.embedding(codes).permute(0, 3, 1, 2)
+            quantized = self._embed(codes).permute(0, 3, 1, 2)
             pieces = quantized.split(1 if self.use_slicing else len(quantized))
             decoded = [self.decode(piece, force_not_quantize=True).sample.to(self.dtype) for piece in pieces]
         pixel_values = torch.cat(decoded)
         check_finite(pixel_values, "The decoded pixels")
         return pixel_values
+
+    def _embed(self, codes: torch.Tensor) -> torch.Tensor:
+        """Vectors of codes: by the module's own forward, for whose duration offloading brings the weights."""
+        embedding = self.quantize.embedding
+        return embedding(codes if embedding.weight.is_meta else codes.to(embedding.weight.device))
 
     def nearest_codes(self, latents: torch.Tensor) -> torch.Tensor:
         """Indices `(B, h, w)` of the codebook vectors nearest to `latents` `(B, C, h, w)`, searched in fp32.
@@ -149,8 +154,7 @@ class LiquidVQModel(VQModel):
         -1 where a distance is not finite. diffusers' quantizer uses `torch.cdist`, which has no half-precision kernel on
         CPU.
         """
-        # By the module's own forward, for whose duration offloading brings its weights.
-        codebook = self.quantize.embedding(torch.arange(self.codebook_size, device=latents.device)).float()
+        codebook = self._embed(torch.arange(self.codebook_size, device=latents.device)).to(latents.device).float()
         flat = latents.float().permute(0, 2, 3, 1).flatten(0, 2)
         # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, of which |z|^2 is the same for every code.
         distances = torch.addmm((codebook**2).sum(1)[None], flat, codebook.T, alpha=-2.0)

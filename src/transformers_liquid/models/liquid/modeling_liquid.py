@@ -59,8 +59,6 @@ class LiquidPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # A device map keeps the codec in one piece.
-    _no_split_modules = ["LiquidVQModel"]
     _skip_keys_device_placement = [*CACHE_NAMES]
     # None of its own, the base has them; PEFT looks for a base's tied weights only where there is a mapping.
     _tied_weights_keys = {}
