@@ -10,8 +10,9 @@ import torch
 import transformers
 from packaging.requirements import Requirement
 from tiny import tiny_model
-from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel, ProcessorMixin
+from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel, ProcessorMixin, Trainer
 from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.utils import PushToHubMixin
 
 from transformers_liquid.utils.versions import CACHE_NAME, CACHE_NAMES
 
@@ -38,7 +39,12 @@ INTERNALS = {
         ["activate_past_recording", "crop", "reorder_cache"],
     ),
     "generation/sampling.py: static caches": (StaticCache, ["is_compileable", "get_seq_length"]),
-    "models/liquid/processing_liquid.py: defaults of a call": (ProcessorMixin, ["_merge_kwargs"]),
+    "models/liquid/processing_liquid.py: a call of text mode": (
+        ProcessorMixin,
+        ["get_text_with_replacements", "validate_inputs", "_process_images"],
+    ),
+    "models/liquid/model_card.py: cards that are pushed": (PushToHubMixin, ["_upload_modified_files"]),
+    "training/trainer.py: what is missing in a checkpoint": (Trainer, ["_issue_warnings_after_load"]),
 }
 
 
