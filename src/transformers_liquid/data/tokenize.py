@@ -219,11 +219,10 @@ def open_source(
     try:
         where = {name: source[name] for name in ("path", "name", "data_dir", "data_files")}
         builder = datasets.load_dataset_builder(**where, cache_dir=cache_of(source["path"]))
-        if source["streaming"]:
-            records = builder.as_streaming_dataset(source["split"])
-        else:
+        if not source["streaming"]:
             builder.download_and_prepare()
-            records = builder.as_dataset(source["split"])
+        read = builder.as_streaming_dataset if source["streaming"] else builder.as_dataset
+        records = read(source["split"])
         columns = (records.features or {}).items()
         typed = [name for name, feature in columns if isinstance(feature, datasets.Image)]
         for name in typed:
@@ -454,9 +453,9 @@ def read_pictures(
     disable = None if processes.is_main_process else True
     for picture in tqdm(iter(loader), f"tokenizing{of_all}", total, unit=" images", disable=disable):
         if picture.is_passing:
+            reason = f"Record {picture.number} cannot be read now ({picture.reason})."
             raise OSError(
-                f"Record {picture.number} cannot be read now ({picture.reason}). Finished shards are kept: run the same "
-                "again when the disk or the network is back."
+                f"{reason} Finished shards are kept: run the same again when the disk or the network is back."
             )
         yield picture
 
