@@ -535,9 +535,8 @@ def finish(output: Path, settings: dict[str, Any], unnamed: list[str], processes
         if not (output / "README.md").exists():
             template = Path(__file__).with_name("dataset_card_template.md").read_text(encoding="utf-8")
             grids = ", ".join(f"{height} × {width}" for height, width in manifest["grids"])
-            write_text(
-                output / "README.md", template.format(**manifest | {"name": output.resolve().name, "grids": grids})
-            )
+            card = template.format(**manifest | {"name": output.resolve().name, "grids": grids})
+            write_text(output / "README.md", card)
         write_json(output / MANIFEST_NAME, manifest)
     processes.wait_for_everyone()
     return manifest
