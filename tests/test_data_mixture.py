@@ -181,6 +181,8 @@ def test_data_sets_are_known_by_their_content_not_by_their_names(tmp_path):
         ("{oops", "Missing a name for object member"),
         ('{"text": "a"}\n{oops', "Missing a name for object member. in row 1"),
         ('{"text": "a \\ud83d"}', "surrogate pair"),
+        ("null\n", "begins with `null`, which is no record"),
+        (' \n null,{"text": "a"}', "begins with `null`, which is no record"),
     ],
 )
 def test_why_a_file_cannot_be_read_is_said_and_which_one(tmp_path, content, reason):

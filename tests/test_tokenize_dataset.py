@@ -838,10 +838,12 @@ def test_pictures_without_texts_raise_and_the_message_says_how_to_give_them(chec
         ("json", "broken.jsonl", True, "cannot be read: .*quotation mark"),
         ("parquet", "empty.parquet", False, "cannot be read: .*no data"),
         ("parquet", "empty.parquet", True, "is empty"),
+        ("json", "null.jsonl", False, "null.jsonl begins with `null`"),
         ("json", "missing.jsonl", False, "cannot be read: Unable to find .*missing.jsonl"),
     ],
 )
 def test_unreadable_and_empty_sources_raise(dataset, name, streaming, message, checkpoint, tmp_path):
+    (tmp_path / "null.jsonl").write_text("null")
     (tmp_path / "broken.jsonl").write_text('{"image_path": "a.png", "te')
     datasets.Dataset.from_dict({"image": [], "text": []}).to_parquet(tmp_path / "empty.parquet")
     arguments = {"dataset": dataset, "data_files": str(tmp_path / name), "streaming": streaming}

@@ -15,7 +15,7 @@ from PIL.Image import Image
 from transformers.utils import logging
 
 from .collator import LiquidDataCollator
-from .records import RECORD_FIELDS, REQUIRED_FIELDS, cache_of, check_shards, read_manifest, root_cause
+from .records import RECORD_FIELDS, REQUIRED_FIELDS, cache_of, check_json, check_shards, read_manifest, root_cause
 
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ def _load(name: str, split: str, streaming: bool) -> datasets.Dataset | datasets
     if path.is_file():
         if path.suffix not in FILE_FORMATS:
             raise ValueError(f"files of records end in {', '.join(FILE_FORMATS)}.")
+        check_json(name)
         how = {"split": split, "streaming": streaming, "cache_dir": cache_of(name)}
         return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files={split: name}, **how)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():

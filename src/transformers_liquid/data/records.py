@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,19 @@ def check_text(text: Any) -> None:
         raise ValueError("Its text is empty.")
     if token := next((token for token in IMAGE_TOKENS.values() if token in text), None):
         raise ValueError(f"Its text contains {token!r}, which is reserved for images.")
+
+
+def number_stream(records: Iterable, is_left: Callable[[int], bool]) -> Iterator[tuple[int, Any]]:
+    """The records that are left with their numbers."""
+    number = -1
+    try:
+        for number, record in enumerate(records):
+            if is_left(number):
+                yield number, record
+    except Exception as error:  # readers raise anything
+        raise ValueError(
+            f"The data set cannot be read after record {number} ({error}). Finished shards are kept: run the same again."
+        ) from error
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -147,6 +160,14 @@ def check_shards(path: str | os.PathLike, manifest: Mapping[str, Any] | None, st
 
 def file_digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def check_json(file: str | os.PathLike) -> None:
+    """Raises a `ValueError` for JSON that would end the process: pyarrow dies of a `null` in front."""
+    if Path(file).is_file() and Path(file).suffix in (".json", ".jsonl"):
+        with open(file, "rb") as opened:
+            if opened.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"null"):
+                raise ValueError(f"{file} begins with `null`, which is no record.")
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -45,8 +45,10 @@ from .records import (
     cache_of,
     cells_of,
     check_datasets_installed,
+    check_json,
     check_text,
     file_digest,
+    number_stream,
     read_shard,
     root_cause,
     shard_name,
@@ -217,6 +219,8 @@ def open_source(
     import datasets
 
     try:
+        for file in source["data_files"] or ():
+            check_json(file)
         where = {name: source[name] for name in ("path", "name", "data_dir", "data_files")}
         builder = datasets.load_dataset_builder(**where, cache_dir=cache_of(source["path"]))
         if not source["streaming"]:
@@ -458,19 +462,6 @@ def read_pictures(
                 f"{reason} Finished shards are kept: run the same again when the disk or the network is back."
             )
         yield picture
-
-
-def number_stream(records: Iterable, is_left: Callable[[int], bool]) -> Iterator[tuple[int, Any]]:
-    """The records that are left with their numbers."""
-    number = -1
-    try:
-        for number, record in enumerate(records):
-            if is_left(number):
-                yield number, record
-    except Exception as error:  # readers raise anything
-        raise ValueError(
-            f"The data set cannot be read after record {number} ({error}). Finished shards are kept: run the same again."
-        ) from error
 
 
 # Encode
