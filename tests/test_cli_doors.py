@@ -21,6 +21,7 @@ from transformers_liquid import (
     liquid_lora_config,
     liquid_rows_config,
 )
+from transformers_liquid.data.records import read_manifest
 from transformers_liquid_cli import main
 from transformers_liquid_cli.models import load
 from transformers_liquid_cli.options import VisibleStream, visible
@@ -245,6 +246,18 @@ def test_an_adapter_without_its_base_says_so(command, base, message, adapter, ca
     adapter()
     edit("adapter/adapter_config.json", lambda config: config.update(base_model_name_or_path=base))
     assert message in error_of(command, capsys)
+
+
+def test_an_adapter_reads_pictures_as_its_base(adapter):
+    adapter()
+    Path("photos").mkdir()
+    shutil.copy("a.png", "photos")
+    Path("photos/metadata.jsonl").write_text('{"file_name": "a.png", "text": "red"}\n')
+    manifests = []
+    for model in ("adapter", "ours"):
+        assert run(f"tokenize --dataset imagefolder --data-dir photos --model {model} --output {model}-codes") == 0
+        manifests.append(read_manifest(f"{model}-codes"))
+    assert manifests[0]["codec"] == manifests[1]["codec"]
 
 
 def test_an_adapter_cannot_be_expanded(adapter, capsys):

@@ -11,6 +11,7 @@ from . import options
 
 DEFAULT_OUTPUT = Path("liquid.png")
 
+Output = Annotated[Path | None, Option(writable=True, help="A .png, or a folder.", show_default=str(DEFAULT_OUTPUT))]
 PromptsFile = Annotated[
     Path | None, Option(help="More prompts, one in a line. What cannot be drawn is told and left out (exit code 2).")
 ]
@@ -27,9 +28,7 @@ def generate(
     context: Context,
     prompts: Annotated[list[str], Argument(metavar="PROMPT", help="What to draw.")] = (),
     prompts_file: PromptsFile = None,
-    output: Annotated[
-        Path | None, Option(writable=True, help="A .png, or a folder.", show_default=str(DEFAULT_OUTPUT))
-    ] = None,
+    output: Output = None,
     output_dir: OutputDir = None,
     sheet: Annotated[Path | None, Option(writable=True, help="Also write all pictures on one sheet, a .png.")] = None,
     num_images: Annotated[int, Option(min=1, max=10**6, help="Pictures of each prompt.")] = 1,
@@ -59,22 +58,17 @@ def generate(
     given = dict(locals())
     lines = _read_lines(prompts_file)
     _check(given, lines)
-    from transformers_liquid.utils.files import UNFINISHED, alone_in
-
     from .models import find_processes, load
     from .pictures import Drawing, check_apart, in_order, of_lines, without_file
 
     # 2. What needs it: what is wrong with a prompt is raised, what is wrong with a line is reported
     processes, device = find_processes(device, output_dir)
     if output_dir is not None and processes.is_main_process:
-        context.with_resource(alone_in(output_dir))
-        for unfinished in output_dir.glob(f".*{UNFINISHED}"):  # by a process that was killed
-            unfinished.unlink()
+        _go_alone(context, output_dir)
     drawing = Drawing(load(model, device, dtype), given)
     drawing.check(prompts or "a")
     good, bad = drawing.sort_out(lines)
-    for number, reason in bad.items() if processes.is_main_process else ():
-        print(f"{options.PROG}: {prompts_file}, line {number} is left out: {reason}", file=sys.stderr)
+    _tell(bad if processes.is_main_process else {}, prompts_file)
     if output_dir is None:
         pictures = left = in_order([*prompts, *good.values()], num_images, seed, output or DEFAULT_OUTPUT)
     else:
@@ -101,6 +95,20 @@ def generate(
         print(sheet)
     if bad:
         raise ValueError(f"{len(bad)} of {len(lines)} lines of {prompts_file} were left out, as said above.")
+
+
+def _go_alone(context: Context, folder: Path) -> None:
+    """Keeps other runs out of the folder until the command ends, and removes what a killed one left there half written."""
+    from transformers_liquid.utils.files import UNFINISHED, alone_in
+
+    context.with_resource(alone_in(folder))
+    for unfinished in folder.glob(f".*{UNFINISHED}"):
+        unfinished.unlink()
+
+
+def _tell(bad: dict[int, str], prompts_file: Path | None) -> None:
+    for number, reason in bad.items():
+        print(f"{options.PROG}: {prompts_file}, line {number} is left out: {reason}", file=sys.stderr)
 
 
 def _read_lines(prompts_file: Path | None) -> list[str]:

@@ -53,11 +53,13 @@ def tokenize(
     from accelerate import PartialState
 
     from transformers_liquid.data.tokenize import SKIPPED_NAME, tokenize_dataset
+    from transformers_liquid.models.liquid.reference import adapter_base
 
     from .models import silence_libraries
 
     silence_libraries()
-    manifest = tokenize_dataset(**given)
+    # The codec of an adapter is its base's.
+    manifest = tokenize_dataset(**given | {"model": adapter_base(model) or model})
     if PartialState().is_main_process:
         skipped = f", {manifest['num_skipped']:,} skipped (see {SKIPPED_NAME})" if manifest["num_skipped"] else ""
         print(f"{output}: {manifest['num_records']:,} pictures as codes{skipped}.")
