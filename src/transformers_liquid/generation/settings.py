@@ -94,8 +94,7 @@ class ImageGenerationConfig:
             raise ValueError(
                 f"guidance_scale must be a finite number >= 1 (1 is no guidance), got {self.guidance_scale}."
             )
-        self.guidance_context = "none" if self.guidance_context is None else self.guidance_context
-        if self.guidance_context not in ("none", "images"):
+        if self.guidance_context not in (None, "none", "images"):
             raise ValueError(f"guidance_context must be 'none' or 'images', got {self.guidance_context!r}.")
         scale = self.image_guidance_scale
         if scale is not None and not (isinstance(scale, Real) and 0 <= scale < math.inf):
