@@ -143,6 +143,17 @@ def test_seeds_can_be_listed(pipe):
     assert same(pipe(["a", "b"], seed=[4, 9]), [pipe("a", seed=4)[0], pipe("b", seed=9)[0]])
 
 
+@pytest.mark.parametrize("seed", [np.int64(4), np.array([4]), torch.tensor(4), 4.0])
+def test_a_seed_is_a_number_as_the_ecosystem_has_them(pipe, seed):
+    assert same(pipe("a", seed=seed), pipe("a", seed=4))
+
+
+@pytest.mark.parametrize("seed", ["4", 4.5, [1, "x"]])
+def test_a_seed_that_is_no_whole_number_is_refused(pipe, seed):
+    with pytest.raises(ValueError, match="seed must be a whole number, or one each, got"):
+        pipe(["a", "b"] if isinstance(seed, list) else "a", seed=seed)
+
+
 def test_a_seed_is_the_same_as_a_generator_of_it_per_picture(pipe):
     generators = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
     assert same(pipe(["a", "b"], generator=tuple(generators), batch_size=1), pipe(["a", "b"], seed=4))

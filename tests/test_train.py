@@ -272,6 +272,16 @@ def test_a_run_does_not_go_on_with_other_settings(folder, tmp_path):
     main([*argv, "--logging_steps", "1"])  # this one decides nothing
 
 
+def test_a_run_does_not_go_on_with_other_records_under_the_same_name(folder, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"kind": "text", "text": "red"}\n' * 4)
+    argv = config(folder, tmp_path / "run", datasets=[str(file)], save_steps=1)
+    main(argv)
+    file.write_text('{"kind": "text", "text": "blue"}\n' * 4)
+    with pytest.raises(ValueError, match="of another run: contents was "):
+        main(argv)
+
+
 def test_the_codec_of_the_model_is_not_trained(folder, tmp_path):
     main(config(folder, tmp_path / "run"))
     codec = LiquidForCausalLM.from_pretrained(tmp_path / "run").model.vq_model.state_dict()

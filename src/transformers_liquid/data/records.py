@@ -162,6 +162,12 @@ def file_digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def content_of(path: str | os.PathLike) -> str | None:
+    """A digest of what a local data set holds: of its manifest, which lists its shards, or of its one file."""
+    file = next((file for file in (Path(path, MANIFEST_NAME), Path(path)) if file.is_file()), None)
+    return None if file is None else file_digest(file)
+
+
 def check_json(file: str | os.PathLike) -> None:
     """Raises a `ValueError` for JSON that would end the process: pyarrow dies of a `null` in front."""
     if Path(file).is_file() and Path(file).suffix in (".json", ".jsonl"):

@@ -23,7 +23,7 @@ from ..models.liquid.configuration_liquid import LiquidConfig
 from ..models.liquid.model_card import write_model_card
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
-from ..models.liquid.vocabulary import IMAGE_MARK
+from ..models.liquid.vocabulary import IMAGE_MARK, as_integers
 
 
 # Pictures that are drawn side by side unless the caller says otherwise.
@@ -215,8 +215,12 @@ class LiquidImageGenerationPipeline(Pipeline):
         number = len(prompts) * num_images_per_prompt
         if seed is not None and generator is not None:
             raise ValueError("Give seed or generator, not both.")
-        seeds = range(int(seed), int(seed) + number) if isinstance(seed, Integral) else seed
-        generators = generator if seeds is None else [torch.Generator().manual_seed(int(one)) for one in seeds]
+        seeds = None if seed is None else as_integers(seed)
+        if seeds is not None and not np.issubdtype(seeds.dtype, np.integer):
+            raise ValueError(f"seed must be a whole number, or one each, got {seed!r}.")
+        seeds = None if seeds is None else seeds.tolist()
+        seeds = range(seeds, seeds + number) if isinstance(seeds, int) else seeds
+        generators = generator if seeds is None else [torch.Generator().manual_seed(one) for one in seeds]
         if isinstance(generators, (list, tuple)) and len(generators) != number:
             name = "generators" if seeds is None else "seeds"
             raise ValueError(f"Got {len(generators)} {name} for {number} pictures: give one each, or a single one.")

@@ -22,7 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from ..codecs.vq_model import codec_identity
 from ..data.collator import LiquidDataCollator
 from ..data.mixture import drop_too_long, load_records, mix_records
-from ..data.records import check_datasets_installed
+from ..data.records import check_datasets_installed, content_of
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor
 from ..utils.files import differences, read_json, write_json
@@ -170,10 +170,11 @@ def check_setup(model_args: ModelArguments, data_args: DataArguments, args: Liqu
     setup = dataclasses.asdict(model_args) | dataclasses.asdict(data_args)
     setup |= {name: getattr(args, name) for name in _DECISIVE}
     setup.pop("eval_datasets")
+    setup["contents"] = [content_of(argument.rpartition("=")[0] or argument) for argument in data_args.datasets]
     setup = json.loads(json.dumps(setup, default=str))
     path = Path(args.output_dir) / SETUP_NAME
     if last_complete_checkpoint(args.output_dir) is not None and path.is_file():
-        before = read_json(path)
+        before = {"contents": setup["contents"]} | read_json(path)  # those of former versions have none
         if different := differences(before, setup):
             raise ValueError(
                 f"{args.output_dir} holds checkpoints of another run: {different}. Use these settings to go on, "
