@@ -80,3 +80,9 @@ def test_a_codec_config_with_tuples_or_private_keys_becomes_plain_json():
     private = {**TINY_VQ_CONFIG, "block_out_channels": tuple(TINY_VQ_CONFIG["block_out_channels"]), "_class_name": "x"}
     config = tiny_config(tiny_text_config("llama", tied=True), vq_config=private)
     assert config.vq_config == TINY_VQ_CONFIG
+
+
+@pytest.mark.parametrize("text_config", [[], "llama", 5])
+def test_a_text_config_that_is_none_is_refused(text_config):
+    with pytest.raises(ValueError, match="text_config must be a configuration or its dictionary, got "):
+        LiquidConfig(text_config=text_config)

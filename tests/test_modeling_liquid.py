@@ -576,6 +576,15 @@ def test_new_weights_can_be_asked_for():
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
+def test_who_asks_for_the_loading_info_may_load_a_checkpoint_without_any_weight(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    save_file({"placeholder": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, info = LiquidForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] >= {name for name, _ in model.named_parameters()}
+    with pytest.raises(ValueError, match="has no codec weights"):
+        LiquidForCausalLM.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["model", "tokenizer"])
 @pytest.mark.parametrize("liquid", [True, False])
 def test_code_of_a_checkpoint_runs_only_where_the_caller_says_so(kind, liquid, tmp_path, monkeypatch):

@@ -65,6 +65,8 @@ class LiquidConfig(PreTrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs):
+        if not isinstance(self.text_config, (dict, PreTrainedConfig, type(None))):
+            raise ValueError(f"text_config must be a configuration or its dictionary, got {self.text_config!r}.")
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**{"model_type": "llama"} | (self.text_config or {}))
         super().__post_init__(**kwargs)

@@ -80,7 +80,8 @@ class LiquidPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: If the checkpoint is neither of the two, holds no codec, or is not whole: with weights that are
-                missing, unknown, of another shape (unless `ignore_mismatched_sizes`) or not tied as it says.
+                missing, unknown, of another shape (unless `ignore_mismatched_sizes`) or not tied as it says. (With
+                `output_loading_info`, none at all are fine, as in transformers.)
         """
         # Code of a checkpoint runs where the caller says so, never by a prompt.
         kwargs.setdefault("trust_remote_code", False)
@@ -105,7 +106,8 @@ class LiquidPreTrainedModel(PreTrainedModel):
             # There is nothing to be whole: transformers' way to ask for new weights.
             model, info = load(output_loading_info=True, **kwargs)
         else:
-            model, info = load_whole(load, str(pretrained_model_name_or_path), **kwargs)
+            name = str(pretrained_model_name_or_path)
+            model, info = load_whole(load, name, output_loading_info=wants_info, **kwargs)
         base, trained = _base_class(model.config).__name__, model.config.text_config.architectures
         if trained and base not in trained:
             raise ValueError(

@@ -321,18 +321,28 @@ def check_loading_info(name: str, info: dict[str, Any], ignore_mismatched_sizes:
             )
 
 
-def load_whole(load: Callable[..., Any], name: str, ignore_mismatched_sizes: bool = False, **kwargs: Any) -> Any:
+def load_whole(
+    load: Callable[..., Any],
+    name: str,
+    ignore_mismatched_sizes: bool = False,
+    output_loading_info: bool = False,
+    **kwargs: Any,
+) -> tuple[Any, dict[str, Any]]:
     """The model and the loading info of transformers' `from_pretrained`, which draws what is missing at random.
 
     Args:
         load: Some class' `from_pretrained` with the checkpoint, to be called with `kwargs`.
         name (`str`): What an error calls it.
         ignore_mismatched_sizes (`bool`, defaults to `False`): As in transformers.
+        output_loading_info (`bool`, defaults to `False`): Whether the caller gets the loading info too: then a checkpoint
+            that has no weight of the model at all is loaded, as transformers does it.
 
     Raises:
         ValueError: If a weight is missing, unknown, of another shape, or not tied as the configuration says.
     """
     model, info = load(output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    if output_loading_info and info["missing_keys"] >= model.state_dict().keys() - model.all_tied_weights_keys.keys():
+        return model, info
     codec = sorted(key for key in info["missing_keys"] if "vq_model." in key)
     if codec:
         raise ValueError(
