@@ -431,7 +431,7 @@ def test_settings_of_images_are_refused_for_text_and_unknown_modes_are_named():
     model = tiny_model()
     with pytest.raises(ValueError, match=r"not used by the model.*height.*guidance_min_p"):
         model.generate(_ids(), height=8, guidance_min_p=0.1)
-    with pytest.raises(ValueError, match=r"generation_mode must be 'text' or 'image', got .*'video'"):
+    with pytest.raises(ValueError, match=r"generation_mode must be 'text', 'image' or 'interleaved', got .*'video'"):
         model.generate(_ids(), generation_mode="video")
 
 
