@@ -20,17 +20,23 @@ import transformers
 import typer
 from accelerate import PartialState
 from PIL import Image
-from tiny import EOS_ID, tiny_base, tiny_codec, tiny_model, tiny_processor, tiny_tokenizer
+from tiny import BOI_ID, EOS_ID, tiny_base, tiny_codec, tiny_model, tiny_processor, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import transformers_liquid
-from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidProcessor, load_taming_codec
+from transformers_liquid import (
+    EMOJI_CHECKPOINT,
+    LiquidConversation,
+    LiquidForCausalLM,
+    LiquidProcessor,
+    load_taming_codec,
+)
 from transformers_liquid.training.train import DataArguments, ModelArguments
 from transformers_liquid_cli import app, main
 from transformers_liquid_cli.pictures import read_metadata
 
 
-COMMANDS = ["generate", "describe", "chat", "expand", "convert", "tokenize", "info", "train"]
+COMMANDS = ["generate", "describe", "chat", "story", "expand", "convert", "tokenize", "info", "train"]
 TAMING_EXPRESSIBLE = {"norm_num_groups": 32, "block_out_channels": [32, 32]}
 
 
@@ -451,6 +457,41 @@ def test_chat_talks_looks_and_draws(checkpoint, picture, tmp_path, monkeypatch, 
     assert "drawing-0.png" in said and read_metadata("drawing-0.png")["prompt"] == "red apple"
     assert "none.png" in said and "There is no /what" in said
     assert next(lines, None) is None
+
+
+@pytest.fixture
+def painter(tmp_path):
+    """A model that begins a picture as soon as it may."""
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        model.model.text_model.transformer.ln_f.bias[0] = 20.0
+        row = model.get_output_embeddings().weight[BOI_ID]
+        row.zero_()
+        row[0] = 20.0
+    model.save_pretrained(tmp_path / "painter")
+    tiny_processor().save_pretrained(tmp_path / "painter")
+    return "painter"
+
+
+def test_the_model_draws_in_a_chat_where_it_wants_to(painter, monkeypatch, capsys):
+    lines = iter(["hello", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert run("chat --max-new-tokens 3 --seed 2 --guidance-scale 2", painter) == 0
+    said = capsys.readouterr().out
+    assert "drawing-0.png" in said and "drawing-1.png" in said and "error" not in said
+    assert Image.open("drawing-0.png").size == (8, 8)
+
+
+def test_a_story_is_written_down_with_its_pictures(painter, capsys):
+    assert run("story dog --max-images 2 --max-new-tokens 3 --seed 2 --output tale.md", painter) == 0
+    text = Path("tale.md").read_text(encoding="utf-8")
+    assert text.startswith("dog") and "![](tale-0.png)" in text and "![](tale-1.png)" in text
+    model, processor = LiquidForCausalLM.from_pretrained(painter), LiquidProcessor.from_pretrained(painter)
+    parts = LiquidConversation(model, processor)("dog", max_images=2, max_new_tokens=3, seed=2)
+    drawn = [part["image"] for part in parts if part["type"] == "image"]
+    assert [np.asarray(one).tolist() for one in drawn] == [pixels(f"tale-{index}.png").tolist() for index in (0, 1)]
+    assert "tale.md" in error_of("story dog --output tale.md", capsys, painter)
+    assert "ends with .md" in error_of("story dog --output tale.png", capsys, painter)
 
 
 def test_chat_ends_with_its_input_and_keeps_earlier_drawings(checkpoint, tmp_path, monkeypatch):

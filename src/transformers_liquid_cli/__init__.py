@@ -26,6 +26,7 @@ from .expand import expand
 from .generate import generate
 from .info import info
 from .options import PROG, VisibleStream, one_line, visible
+from .story import story
 from .tokenize import tokenize
 from .train import train
 
@@ -39,7 +40,7 @@ app = typer.Typer(
 )
 # --sheet was called --grid, which was too close to tokenize's --grids.
 app.command(context_settings={"token_normalize_func": lambda name: "sheet" if name == "grid" else name})(generate)
-for command in (describe, chat, expand, convert, tokenize, info):
+for command in (describe, chat, story, expand, convert, tokenize, info):
     app.command()(command)
 # What `train` does not know are options of the Trainer.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)

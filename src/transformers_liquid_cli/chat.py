@@ -28,7 +28,7 @@ def chat(
     dtype: options.DType = "auto",
     seed: options.Seed = None,
 ) -> None:
-    """Talks on the terminal, with pictures in both directions.
+    """Talks on the terminal, with pictures in both directions: the model draws where it begins a picture itself.
 
     \b
     Example:
@@ -36,18 +36,25 @@ def chat(
     """
     given = dict(locals())
     options.check_writable(output, folder=True)
-    from transformers import TextStreamer
+    import transformers
 
+    from transformers_liquid import LiquidConversation
     from transformers_liquid.models.liquid.image_processing_liquid import load_image
+    from transformers_liquid.pipelines.conversation import add_event
 
-    from .models import load, write_answer
+    from .models import load
     from .pictures import Drawing, in_order
 
     pipe = load(model, device, dtype)
     pipe.set_progress_bar_config(disable=None, leave=False)
     drawing = Drawing(pipe, given)
-    streamer = TextStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    converse = LiquidConversation(pipe.model, pipe.processor)
     messages, images = [], []
+
+    def new_path() -> Path:
+        paths = (output / f"drawing-{number}.png" for number in itertools.count())
+        return next(path for path in paths if not path.exists())
+
     print("/image PATH shows a picture, /draw PROMPT draws one, /new starts over, /quit ends.")
     while sys.stdin is not None:  # closed
         try:
@@ -59,20 +66,30 @@ def chat(
             elif command == "/image":
                 images.append({"type": "image", "image": load_image(rest.strip())})
             elif command == "/draw":
-                paths = (output / f"drawing-{number}.png" for number in itertools.count())
-                path = next(path for path in paths if not path.exists())
-                for picture in drawing.draw(in_order([rest.strip()], 1, seed, path)):
+                for picture in drawing.draw(in_order([rest.strip()], 1, seed, new_path())):
                     print(picture.path)
             elif command.startswith("/"):
                 print(f"error: There is no {command}: only /image PATH, /draw PROMPT, /new and /quit.")
             elif line:
                 pipe.processor.check_plain(line)
                 asked = [*messages, {"role": "user", "content": [*images, {"type": "text", "text": line}]}]
-                inputs = pipe.processor.apply_chat_template(
-                    asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+                if seed is not None:
+                    transformers.set_seed(seed)
+                answer, settings = [], drawing.settings | drawing.shared
+                size = {name: settings.pop(name) for name in ("negative_prompt", "height", "width")}
+                told = converse.stream(
+                    asked, seed=seed, max_new_tokens=max_new_tokens, image_generation_config=settings, **size
                 )
-                answer = write_answer(pipe, max_new_tokens, seed, streamer=streamer, **inputs)
-                messages = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+                for event in told:
+                    if event["type"] == "text":
+                        print(event["text"], end="", flush=True)
+                    elif event["type"] == "image":
+                        path = new_path()
+                        event["image"].save(path)
+                        print(f"\n{path}")
+                    add_event(answer, event)
+                print()
+                messages = [*asked, {"role": "assistant", "content": answer}]
                 images = []
         except EOFError:
             return

@@ -156,7 +156,9 @@ def _check(
         shape = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else input_ids
         raise ValueError(f'generation_mode="interleaved" needs input_ids of shape (batch, length), got {shape}.')
     if input_ids.shape[1] >= limit:
-        raise ValueError(f"The prompt has {input_ids.shape[1]} tokens, the model {limit} positions: shorten it.")
+        raise ValueError(
+            f"The prompt has {input_ids.shape[1]} tokens, the model {limit} positions: no room for an answer."
+        )
     if not isinstance(max_images, int) or max_images < 1 or max_images * (num_codes + 2) > limit:
         raise ValueError(
             f"max_images must be a whole number of at least 1, and so many pictures of {num_codes} codes must fit into "

@@ -56,10 +56,7 @@ class LiquidConversation:
         """
         parts: list[dict[str, Any]] = []
         for event in self.stream(messages, **kwargs):
-            if event["type"] == "text" and parts and parts[-1]["type"] == "text":
-                parts[-1]["text"] += event["text"]
-            elif event["type"] in ("text", "image"):
-                parts.append({name: event[name] for name in ("type", event["type"])})
+            add_event(parts, event)
         return parts
 
     def stream(
@@ -129,6 +126,14 @@ class LiquidConversation:
         finally:
             cancel.is_set.set()
             work.join()
+
+
+def add_event(parts: list[dict[str, Any]], event: dict[str, Any]) -> None:
+    """Adds what an event of a stream brings to the parts of the reply so far."""
+    if event["type"] == "text" and parts and parts[-1]["type"] == "text":
+        parts[-1]["text"] += event["text"]
+    elif event["type"] in ("text", "image"):
+        parts.append({name: event[name] for name in ("type", event["type"])})
 
 
 class _Cancelled(StoppingCriteria):
