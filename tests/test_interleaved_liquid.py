@@ -16,7 +16,7 @@ from tiny import IMAGE_ID as PLACEHOLDER
 from tiny import IMAGE_TOKEN_OFFSET as OFFSET
 from tiny import UNCOND_ID as UNCONDITIONAL
 from tiny import tiny_model, tiny_processor
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from transformers_liquid.generation.image_generation import pad_left
 from transformers_liquid.generation.sampling import gumbel_noise, picture_seed
@@ -64,8 +64,8 @@ def run(model, prompts, seeds, **kwargs):
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     settings = {"max_new_tokens": 14, "max_images": 3, "do_sample": False, "logits_processor": [OftenAnImage()]}
     settings |= {"image_generation_config": {"temperature": 0.9, "top_k": None, "top_p": None}, "guidance_scale": 1.0}
-    settings |= {"generator": generators, "generation_mode": "interleaved"} | kwargs
-    return model.generate(ids, attention_mask=mask, **settings)
+    settings |= {"generator": generators, "generation_mode": "interleaved", "attention_mask": mask} | kwargs
+    return model.generate(ids, **settings)
 
 
 @torch.no_grad()
@@ -223,7 +223,7 @@ def test_a_stopping_criterion_ends_the_call_within_a_step_also_while_it_draws(mo
 
 
 class _After(LogitsProcessor):
-    """After the first text token, begin a picture."""
+    """After any id but `last`, this token."""
 
     def __init__(self, last, token):
         self.last, self.token = last, token
@@ -264,6 +264,14 @@ def test_settings_of_the_text_and_of_the_pictures_are_apart(model):
         ({"image_guidance_scale": 1.0, "guidance_context": "images"}, "leave out guidance_context"),
         ({"image_generation_config": {"num_beams": 3}}, "has no meaning for images"),
         ({"suppress_image_tokens": False}, "leave out suppress_image_tokens"),
+        ({"image_generation_config": {"tempurature": 9}}, "holds tempurature: only settings of a picture"),
+        ({"image_generation_config": {"num_return_sequences": 2}}, "only settings of a picture"),
+        ({"max_length": 40}, "pass max_new_tokens"),
+        ({"stop_strings": ["a"]}, "stop_strings need the tokenizer"),
+        ({"negative_prompt_ids": torch.tensor([[BOS, 30, BOI]] * 3), "guidance_scale": 2.0}, "one sequence or 2"),
+        ({"negative_prompt_ids": torch.tensor([[BOS, 30, BOI]])}, "guidance_scale is 1"),
+        ({"negative_prompt_ids": torch.tensor([[BOS, 30]]), "guidance_scale": 2.0}, "must end with"),
+        ({"attention_mask": torch.ones(2, 3)}, "attention mask of input_ids"),
     ],
 )
 def test_what_cannot_be_met_is_refused_before_any_work(model, settings, message):
@@ -284,6 +292,50 @@ def test_a_prompt_that_fills_the_context_and_guidance_about_pictures_that_are_no
     for settings in ({"image_guidance_scale": 2.0}, {"guidance_context": "images"}):
         with pytest.raises(ValueError, match="are about pictures in the context, and the prompts have none"):
             model.generate(torch.tensor([[BOS, 21, BOI]]), generation_mode="image", guidance_scale=2.0, **settings)
+
+
+def test_a_generation_config_of_the_text_is_completed_by_the_models_and_says_nothing_about_pictures(model):
+    class End(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores[:, EOS] += 1000
+            return scores
+
+    config = GenerationConfig(max_new_tokens=6, repetition_penalty=1.3)
+    output = run(model, [[BOS, 20]], seeds=[1], generation_config=config, max_new_tokens=None, logits_processor=[End()])
+    assert output.end_reasons == ["eos"] and output.parts == [[]]
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=14, eos_token_id=EOS)
+    drawn = run(model, [[BOS, 21]], seeds=[1], do_sample=None, generation_config=greedy)
+    assert torch.equal(drawn.sequences, run(model, [[BOS, 21]], seeds=[1]).sequences)
+
+
+def test_stop_strings_end_a_text(model):
+    tokenizer = tiny_processor().tokenizer
+    settings = {"logits_processor": [_After(-1, tokenizer.convert_tokens_to_ids("c"))], "tokenizer": tokenizer}
+    output = run(model, [[BOS, 20]], seeds=[1], stop_strings=["c"], **settings)
+    assert output.end_reasons == ["stopped"] and len(output.parts[0][0]) == 1
+    assert run(model, [[BOS, 20]], seeds=[1], stop_strings=["d"], **settings).end_reasons == ["length"]
+
+
+def test_pictures_without_pictures_before_them_are_the_same_beside_others(model):
+    settings = {"image_guidance_scale": 1.5, "guidance_min_p": 0.5, "max_new_tokens": 1, "max_images": 1}
+    prompts = [[BOS, 21], [BOS, *PICTURE, 24]]
+    both = run(model, prompts, seeds=[1, 2], **settings)
+    alone = run(model, prompts[:1], seeds=[1], **settings)
+    assert torch.equal(both.sequences[0][-len(alone.sequences[0]) :], alone.sequences[0])
+
+
+def test_scores_of_a_text_that_are_nan_raise():
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.model.text_model.model.norm.weight.fill_(torch.nan)
+    for mode in ("text", "interleaved"):
+        with pytest.raises(ValueError, match="The scores of sequence 0 at position 2 are NaN"):
+            broken.generate(torch.tensor([[BOS, 20]]), generation_mode=mode, do_sample=False, max_new_tokens=2)
+
+
+def test_a_prompt_that_begins_a_picture_is_not_continued_with_text(model):
+    with pytest.raises(ValueError, match="must not end with the begin-of-image token"):
+        run(model, [[BOS, 21, BOI]], seeds=[1])
 
 
 # Prompts and results
@@ -458,6 +510,30 @@ def test_closing_a_stream_stops_the_model(converse):
     number = len(calls)
     assert not calls[0].is_alive() and number < 100
     assert len(calls) == number
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "user", "content": "hi</s>bye"}], "</s>"),
+        ([{"role": "user\nassistant", "content": "hi"}], "must have a 'role'"),
+        ([{"role": "user", "content": None}], "must be a string or a list of parts"),
+        ([{"role": "user", "content": [{"text": "hi"}]}], "must be of type text or image"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "given as 'image', 'url', 'path' or 'base64'"),
+        (["hi"], "must have a 'role'"),
+        ("hi</s>bye", "</s>"),
+    ],
+)
+def test_bad_messages_are_refused(converse, messages, message):
+    with pytest.raises(ValueError, match=message):
+        converse(messages, max_new_tokens=2)
+
+
+def test_one_reply_has_one_seed(converse):
+    with pytest.raises(ValueError, match="A conversation gives one reply"):
+        converse("dog", num_return_sequences=2)
+    with pytest.raises(ValueError, match="give seed or generator"):
+        converse("dog", seed=1, generator=torch.Generator())
 
 
 def test_what_cannot_be_met_is_raised_to_the_reader_at_once(converse):

@@ -45,6 +45,11 @@ class SuppressImageTokensLogitsProcessor(LogitsProcessor):
         self.specials = config.image_layout.special_image_token_ids
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if scores.isnan().any():
+            raise ValueError(
+                f"The scores of sequence {int(scores.isnan().any(1).nonzero()[0])} at position {input_ids.shape[1]} are NaN: "
+                "weights are damaged, or half precision overflowed (load the model in bfloat16 or float32)."
+            )
         scores = scores.clone()
         scores[:, self.image_slice] = -torch.inf
         scores[:, self.specials] = -torch.inf

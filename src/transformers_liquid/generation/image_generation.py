@@ -37,9 +37,11 @@ def generate_image_tokens(
     logits_processor: LogitsProcessorList | None = None,
     stopping_criteria: StoppingCriteriaList | None = None,
     streamer: BaseStreamer | None = None,
+    may_lack_pictures: bool = False,
     **kwargs: Any,
 ) -> ModelOutput | torch.LongTensor:
-    """`generate(generation_mode="image")`: arguments and result as documented there.
+    """`generate(generation_mode="image")`: arguments and result as documented there. With `may_lack_pictures`, sides of
+    guidance about pictures of the context are the unconditional one where there are none.
 
     1. settings: the defaults, then the model's, then the caller's;
     2. sequences: the conditional ones, then the unconditional ones, padded together;
@@ -60,7 +62,8 @@ def generate_image_tokens(
             settings.guidance_scale, settings.guidance_min_p, settings.image_guidance_scale
         )
     conditional, unconditional = (input_ids, attention_mask), (negative_prompt_ids, negative_prompt_attention_mask)
-    input_ids, attention_mask = _sequences(model.config, conditional, unconditional, settings, guidance)
+    sides = model.config, conditional, unconditional, settings, guidance, may_lack_pictures
+    input_ids, attention_mask = _sequences(*sides)
     check_context(model.config, input_ids.shape[1], num_codes)
 
     has_own_processors = bool(logits_processor)
@@ -145,13 +148,14 @@ def _sequences(
     unconditional: tuple[torch.LongTensor | None, torch.Tensor | None],
     settings: ImageGenerationConfig,
     guidance: GuidanceLogitsProcessor | None,
+    may_lack_pictures: bool,
 ) -> tuple[torch.LongTensor, torch.Tensor]:
     """Ids and masks of the prompts and, for guidance, of as many of each other side behind them, padded together.
 
     Every sequence keeps its own mask, so none attends to a pad. One unconditional prompt serves all; without any it is
     `bos <unconditional> <boi>`, with bos where the prompts have one.
     """
-    ids, mask = _checked(config, "input_ids", *conditional)
+    ids, mask = checked_prompts(config, "input_ids", *conditional)
     if guidance is None:
         return ids, mask
     if unconditional[0] is None:
@@ -160,16 +164,16 @@ def _sequences(
         bos = getattr(config, "bos_token_id", None)
         has_bos = bos is not None and bool((ids == bos).any())
         unconditional = ids.new_tensor([[bos] * has_bos + [config.uncond_token_id, config.boi_token_id]]), None
-    other_ids, other_mask = _checked(config, "negative_prompt_ids", *unconditional)
+    other_ids, other_mask = checked_prompts(config, "negative_prompt_ids", *unconditional)
     if len(other_ids) not in (1, len(ids)):
         raise ValueError(f"negative_prompt_ids must be one sequence or {len(ids)} (the prompts), got {len(other_ids)}.")
     sides = [(ids, mask), (other_ids.expand(len(ids), -1), other_mask.expand(len(ids), -1))]
     if guidance.num_sides == 3:
-        sides.insert(1, _pictures_alone(config, sides))
+        sides.insert(1, _pictures_alone(config, sides, may_lack_pictures))
     elif settings.guidance_context == "images":
         if not (other_ids == config.uncond_token_id).any(1).all():
             raise ValueError("A negative prompt and guidance_context='images' both say what guidance leads away from.")
-        sides[1] = _pictures_alone(config, sides)
+        sides[1] = _pictures_alone(config, sides, may_lack_pictures)
     length = max(side.shape[1] for side, _ in sides)
     return tuple(
         torch.cat([torch.nn.functional.pad(part.to(ids.device), (length - part.shape[1], 0)) for part in parts])
@@ -178,7 +182,7 @@ def _sequences(
 
 
 def _pictures_alone(
-    config: LiquidConfig, sides: list[tuple[torch.LongTensor, torch.LongTensor]]
+    config: LiquidConfig, sides: list[tuple[torch.LongTensor, torch.LongTensor]], may_lack_pictures: bool
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
     """Ids and masks of the conditional side without its text; where it has no pictures, of the unconditional side."""
     layout, bos = config.image_layout, getattr(config, "bos_token_id", None)
@@ -188,7 +192,7 @@ def _pictures_alone(
     for ids, instead in zip(conditional, unconditional, strict=True):
         kept = [token for token in ids if token in of_pictures]
         found.append([*ids[: int(ids[0] == bos)], *kept] if len(kept) > 1 else instead)
-    if found == unconditional:
+    if found == unconditional and not may_lack_pictures:
         raise ValueError(
             "guidance_context='images' and image_guidance_scale are about pictures in the context, and the prompts have "
             "none: leave them out, or give the processor images."
@@ -210,26 +214,33 @@ def pad_left(sequences: list[list[int]], device: torch.device) -> tuple[torch.Lo
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _checked(
-    config: LiquidConfig, name: str, ids: torch.LongTensor | None, mask: torch.Tensor | None
+def checked_prompts(
+    config: LiquidConfig,
+    name: str,
+    ids: torch.LongTensor | None,
+    mask: torch.Tensor | None,
+    begins_image: bool = True,
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Ids and mask of prompts; raises a `ValueError` that calls them `name` unless a picture can begin after each."""
+    """Ids and mask of prompts; raises a `ValueError` that calls them `name` unless a picture (or, with `begins_image`
+    false, a text) can begin after each."""
+    mode = "image" if begins_image else "interleaved"
     is_ids = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() and not ids.is_floating_point()
     if not is_ids:
         given = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, torch.Tensor) else repr(ids)
-        raise ValueError(f'generation_mode="image" needs {name} of shape (batch, length), got {given}.')
-    wrong = (ids[:, -1] != config.boi_token_id).nonzero().flatten().tolist()
+        raise ValueError(f'generation_mode="{mode}" needs {name} of shape (batch, length), got {given}.')
+    wrong = ((ids[:, -1] == config.boi_token_id) != begins_image).nonzero().flatten().tolist()
     if wrong:
+        must = "must" if begins_image else "must not"
         raise ValueError(
-            f"Every prompt of {name} must end with the begin-of-image token ({config.boi_token_id}); prompt {wrong[0]} "
-            f'ends with {int(ids[wrong[0], -1])}. Use the processor with generation_mode="image" (it pads on the left).'
+            f"Every prompt of {name} {must} end with the begin-of-image token ({config.boi_token_id}); prompt {wrong[0]} "
+            f'ends with {int(ids[wrong[0], -1])}. Use the processor with generation_mode="{mode}" (it pads on the left).'
         )
     vocab_size = config.get_text_config().vocab_size
     wrong = ids[(ids == config.image_token_id) | (ids < 0) | (ids >= vocab_size)].tolist()
     if wrong:
         raise ValueError(
             f"{name} holds {wrong[0]}, an image placeholder or no id of the vocabulary of {vocab_size}. Use the processor "
-            'with generation_mode="image".'
+            f'with generation_mode="{mode}".'
         )
     mask = torch.ones_like(ids) if mask is None else mask
     if mask.shape != ids.shape or not ((mask == 0) | (mask == 1)).all() or not mask[:, -1].all():

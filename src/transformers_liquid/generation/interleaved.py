@@ -9,8 +9,6 @@ waits idles, nothing blocks another, and guidance, compiled steps and speculatio
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,12 +16,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, StoppingCriteria
-from transformers.generation import GenerationMode, MaxTimeCriteria, StoppingCriteriaList
+from transformers.generation import GenerationMode, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .guidance import SuppressImageTokensLogitsProcessor
-from .image_generation import check_generators, context_limit, generate_image_tokens, pad_left, unpadded
+from .image_generation import (
+    check_generators,
+    checked_prompts,
+    context_limit,
+    generate_image_tokens,
+    pad_left,
+    unpadded,
+)
 from .sampling import picture_seed
 from .settings import OUR_SETTINGS, ImageGenerationConfig
 
@@ -34,6 +39,9 @@ if TYPE_CHECKING:
 
 
 DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_IMAGES = 512, 4
+
+# Settings that are about the whole call.
+_OF_THE_CALL = {"num_return_sequences", "return_dict_in_generate", "max_time"}
 
 
 @dataclass
@@ -100,17 +108,27 @@ def generate_interleaved(
 ) -> InterleavedOutput:
     """`generate(generation_mode="interleaved")`: arguments and result as documented there."""
     # 1. Settings of the text, and apart from them those of the pictures
-    given = {name: kwargs.pop(name) for name in kwargs.keys() & OUR_SETTINGS} | (image_generation_config or {})
-    settings, _ = ImageGenerationConfig.from_call(model.generation_config, generation_config, given)
+    given = getattr(generation_config, "image_generation_config", None) or {}
+    given = given | {name: kwargs.pop(name) for name in kwargs.keys() & OUR_SETTINGS} | (image_generation_config or {})
+    settings, unknown = ImageGenerationConfig.from_call(model.generation_config, None, given)
+    if unknown or given.keys() & _OF_THE_CALL:
+        raise ValueError(f"image_generation_config holds {', '.join(unknown or given)}: only settings of a picture.")
     num_codes = settings.num_codes(model.config)
     settings.window(num_codes)
-    config = copy.deepcopy(generation_config or model.generation_config)
-    model_kwargs = config.update(**kwargs)
+    if kwargs.get("max_length") is not None:
+        raise ValueError("max_length counts pictures too: pass max_new_tokens, for the text, and max_images.")
+    tokenizer = kwargs.pop("tokenizer", None)
+    config, model_kwargs = model._prepare_generation_config(generation_config, **kwargs)
     copies, config.num_return_sequences = config.num_return_sequences or 1, 1
     criteria = StoppingCriteriaList(stopping_criteria or [])
     if config.max_time is not None:  # of the whole call, not of each phase
         criteria.append(MaxTimeCriteria(config.max_time, time.time()))
         config.max_time = None
+    if config.stop_strings is not None:
+        if tokenizer is None:
+            raise ValueError("stop_strings need the tokenizer: pass `tokenizer=processor.tokenizer`.")
+        criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
+        config.stop_strings = None
     budget = config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
 
     # 2. Checks
@@ -118,6 +136,9 @@ def generate_interleaved(
     limit = context_limit(model.config)
     if max_images is None:
         max_images = max(1, min(DEFAULT_MAX_IMAGES, limit // (num_codes + 2)))
+    input_ids, attention_mask = checked_prompts(
+        model.config, "input_ids", input_ids, attention_mask, begins_image=False
+    )
     _check(input_ids, mode, bool(config.return_dict_in_generate), max_images, num_codes, limit)
     number = len(input_ids) * copies
     generators = check_generators([generator] if isinstance(generator, torch.Generator) else generator, number)
@@ -126,8 +147,18 @@ def generate_interleaved(
     emit = (lambda event: None) if streamer is None else streamer.put_event
     prompts = [ids for ids in unpadded(input_ids, attention_mask) for _ in range(copies)]
     sequences = [_Sequence(index, ids, budget, max_images, limit, emit) for index, ids in enumerate(prompts)]
-    negatives = [] if negative_prompt_ids is None else unpadded(negative_prompt_ids, negative_prompt_attention_mask)
-    negatives = [ids for ids in negatives for _ in range(number // len(negatives))]
+    negatives: list[list[int]] = []
+    if negative_prompt_ids is not None:
+        given = negative_prompt_ids, negative_prompt_attention_mask
+        negatives = unpadded(*checked_prompts(model.config, "negative_prompt_ids", *given))
+        if len(negatives) not in (1, len(input_ids)):
+            raise ValueError(
+                f"negative_prompt_ids must be one sequence or {len(input_ids)} (the prompts), got {len(negatives)}."
+            )
+        is_plain = all(model.config.uncond_token_id in ids for ids in negatives)
+        if settings.guidance_scale == 1 and settings.image_guidance_scale is None and not is_plain:
+            raise ValueError("A negative prompt acts through guidance, but guidance_scale is 1: raise it.")
+        negatives = [ids for ids in negatives for _ in range(number // len(negatives))]
     text = config, LogitsProcessorList(logits_processor or []), criteria, num_codes, model_kwargs
     while writing := [one for one in sequences if one.reason is None]:
         _write(model, writing, *text)
@@ -152,9 +183,6 @@ def _check(
             'generation_mode="interleaved" writes text greedily or by sampling, one sequence at a time, and returns an '
             f"output of its own: got {mode.value} (return_dict_in_generate={is_recorded})."
         )
-    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or not input_ids.numel():
-        shape = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else input_ids
-        raise ValueError(f'generation_mode="interleaved" needs input_ids of shape (batch, length), got {shape}.')
     if input_ids.shape[1] >= limit:
         raise ValueError(
             f"The prompt has {input_ids.shape[1]} tokens, the model {limit} positions: no room for an answer."
@@ -292,7 +320,7 @@ def _draw(
 ) -> None:
     """The next picture of each of these sequences, which end with the begin of an image."""
     ids, mask = pad_left([one.ids for one in drawing], model.device)
-    inputs: dict[str, Any] = {"attention_mask": mask, "stopping_criteria": criteria}
+    inputs: dict[str, Any] = {"attention_mask": mask, "stopping_criteria": criteria, "may_lack_pictures": True}
     if negatives:
         given = pad_left([negatives[one.index] for one in drawing], model.device)
         inputs["negative_prompt_ids"], inputs["negative_prompt_attention_mask"] = given
@@ -303,9 +331,6 @@ def _draw(
             torch.Generator(generators[one.index].device).manual_seed(seed)
             for one, seed in zip(drawing, seeds, strict=True)
         ]
-    if not any(one.num_images or model.config.eoi_token_id in one.ids for one in drawing):
-        # Sides of guidance about pictures of the context are, without any, the unconditional one.
-        settings = dataclasses.replace(settings, guidance_context=None, image_guidance_scale=None)
     height, width = model.config.grid(settings.height, settings.width)
     codes = model.config.image_layout.ids_to_codes(
         generate_image_tokens(model, ids, streamer=_PictureStreamer(drawing), generation_config=settings, **inputs)

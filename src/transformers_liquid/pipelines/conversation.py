@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from queue import Queue
 from threading import Event, Thread
@@ -89,12 +90,17 @@ class LiquidConversation:
         Raises:
             ValueError: As in a call, at once.
         """
-        images = [
-            part["image"]
-            for message in (() if isinstance(messages, str) else messages)
-            for part in (() if isinstance(message["content"], str) else message["content"])
-            if part["type"] == "image"
-        ]
+        if kwargs.get("num_return_sequences") not in (None, 1) or (seed is not None and "generator" in kwargs):
+            raise ValueError("A conversation gives one reply: leave out num_return_sequences; give seed or generator.")
+        if not isinstance(messages, str):
+            self.processor.check_messages(messages)
+        images = []
+        for message in () if isinstance(messages, str) else messages:
+            for part in () if isinstance(message["content"], str) else message["content"]:
+                given = [part[name] for name in ("image", "url", "path", "base64") if part.get(name) is not None]
+                if part["type"] == "image" and len(given) != 1:
+                    raise ValueError(f"An image is given as 'image', 'url', 'path' or 'base64', got the part {part!r}.")
+                images += given
         inputs = self.processor(
             messages,
             images=images or None,
@@ -104,7 +110,7 @@ class LiquidConversation:
             width=width,
         ).to(self.model.device)
         if seed is not None:
-            kwargs["generator"] = torch.Generator().manual_seed(seed)
+            kwargs["generator"] = torch.Generator().manual_seed(operator.index(seed))
         events = _EventQueue(self.model, self.processor, every, height, width)
         cancel = _Cancelled()
         kwargs["stopping_criteria"] = [*kwargs.get("stopping_criteria", []), cancel]

@@ -5,6 +5,7 @@ They match the reference (FoundationVision/Liquid, liquid/train/train.py and eva
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -97,9 +98,15 @@ class LiquidPrompts:
         """As `image_prompts`, of texts or conversations that pictures and texts are to follow."""
         if isinstance(text, (list, tuple)) and text and not isinstance(text[0], str):
             conversations = [text] if isinstance(text[0], Mapping) else text
+            for one in conversations:
+                self.check_messages(one)
             text = [self.apply_chat_template(one, add_generation_prompt=True) for one in conversations]
+        else:
+            bos = self.tokenizer.bos_token or ""
+            for one in self.check_texts(text, "text"):
+                self.check_plain(one.removeprefix(bos).replace(IMAGE_MARK, ""))
         texts = self.check_texts(text, "text")
-        self.validate_inputs(images or [], texts)
+        self.validate_inputs([] if images is None else images, texts)
         left = list(image_ids)
         own = [[left.pop(0) for _ in range(one.count(IMAGE_MARK))] for one in texts]
         prompts = [self._marked_ids(one, iter(ids), begins=True) for one, ids in zip(texts, own, strict=True)]
@@ -222,14 +229,7 @@ class LiquidPrompts:
                 "A conversation must begin with a turn of another and must end with one of the assistant, got the "
                 f"roles {roles}."
             )
-        for content in (message.get("content") for message in messages):
-            if not isinstance(content, str) and not is_column(content):
-                raise ValueError(f"The content of a message must be a string or a list of parts, got {content!r}.")
-            for part in content if not isinstance(content, str) else ():
-                if part.get("type") == "text":
-                    self.check_plain(part["text"])
-            if isinstance(content, str):
-                self.check_plain(content.replace(IMAGE_MARK, ""))
+        self.check_messages(messages)
         texts, written = [], ""
         for turn in [turn for turn, role in enumerate(roles) if role == "assistant"]:
             prompt = self.apply_chat_template(messages[:turn], add_generation_prompt=True)
@@ -319,6 +319,21 @@ class LiquidPrompts:
             if not sample.strip():
                 raise ValueError(f"{name} {index} is empty: write what it should say.")
         return texts
+
+    def check_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Raises a `ValueError` unless messages have a role, which is a word, and text and pictures as content."""
+        for message in messages:
+            if not isinstance(message, Mapping) or not re.fullmatch(r"\w+", str(message.get("role"))):
+                raise ValueError(f"A message must have a 'role', such as user, and a 'content', got {message!r}.")
+            content = message.get("content")
+            if not isinstance(content, str) and not is_column(content):
+                raise ValueError(f"The content of a message must be a string or a list of parts, got {content!r}.")
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                if not isinstance(part, Mapping) or part.get("type") not in ("text", "image"):
+                    raise ValueError(f"A part of a message must be of type text or image, got {part!r}.")
+                if part["type"] == "text":
+                    text = part.get("text")
+                    self.check_plain(text.replace(IMAGE_MARK, "") if isinstance(content, str) else text)
 
     def check_plain(self, text: str) -> None:
         """A text is text alone: no piece of an image, which is not there, and neither bos nor eos."""
