@@ -2,8 +2,9 @@
 
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Option
 
@@ -40,7 +41,6 @@ def chat(
 
     from transformers_liquid import LiquidConversation
     from transformers_liquid.models.liquid.image_processing_liquid import load_image
-    from transformers_liquid.pipelines.conversation import add_event
 
     from .models import load
     from .pictures import Drawing, in_order
@@ -75,23 +75,28 @@ def chat(
                 asked = [*messages, {"role": "user", "content": [*images, {"type": "text", "text": line}]}]
                 if seed is not None:
                     transformers.set_seed(seed)
-                answer, settings = [], drawing.settings | drawing.shared
-                size = {name: settings.pop(name) for name in ("negative_prompt", "height", "width")}
-                told = converse.stream(
-                    asked, seed=seed, max_new_tokens=max_new_tokens, image_generation_config=settings, **size
-                )
-                for event in told:
-                    if event["type"] == "text":
-                        print(event["text"], end="", flush=True)
-                    elif event["type"] == "image":
-                        path = new_path()
-                        event["image"].save(path)
-                        print(f"\n{path}")
-                    add_event(answer, event)
-                print()
+                answer = _reply(converse, asked, new_path, drawing, seed=seed, max_new_tokens=max_new_tokens)
                 messages = [*asked, {"role": "assistant", "content": answer}]
                 images = []
         except EOFError:
             return
         except Exception as error:  # the conversation goes on
             print(f"error: {options.one_line(error)}")
+
+
+def _reply(converse: Any, messages: list, new_path: Callable[[], Path], drawing: Any, **settings: Any) -> list[dict]:
+    """Prints a reply as it comes, writes its pictures, and returns its parts."""
+    from transformers_liquid.pipelines.conversation import add_event
+
+    pictures, parts = drawing.settings | drawing.shared, []
+    shared = {name: pictures.pop(name) for name in drawing.shared}
+    for event in converse.stream(messages, image_generation_config=pictures, **shared, **settings):
+        if event["type"] == "text":
+            print(event["text"], end="", flush=True)
+        elif event["type"] == "image":
+            path = new_path()
+            event["image"].save(path)
+            print(f"\n{path}")
+        add_event(parts, event)
+    print()
+    return parts

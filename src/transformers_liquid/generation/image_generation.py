@@ -56,11 +56,9 @@ def generate_image_tokens(
         generator = check_generators(generator, len(input_ids) * copies)
         if streamer is not None:
             streamer.put(input_ids.cpu())
-    guidance = None
+    guidance, scales = None, (settings.guidance_scale, settings.guidance_min_p, settings.image_guidance_scale)
     if settings.guidance_scale > 1 or settings.image_guidance_scale is not None:
-        guidance = GuidanceLogitsProcessor(
-            settings.guidance_scale, settings.guidance_min_p, settings.image_guidance_scale
-        )
+        guidance = GuidanceLogitsProcessor(*scales)
     conditional, unconditional = (input_ids, attention_mask), (negative_prompt_ids, negative_prompt_attention_mask)
     sides = model.config, conditional, unconditional, settings, guidance, may_lack_pictures
     input_ids, attention_mask = _sequences(*sides)

@@ -108,11 +108,8 @@ def generate_interleaved(
 ) -> InterleavedOutput:
     """`generate(generation_mode="interleaved")`: arguments and result as documented there."""
     # 1. Settings of the text, and apart from them those of the pictures
-    given = getattr(generation_config, "image_generation_config", None) or {}
-    given = given | {name: kwargs.pop(name) for name in kwargs.keys() & OUR_SETTINGS} | (image_generation_config or {})
-    settings, unknown = ImageGenerationConfig.from_call(model.generation_config, None, given)
-    if unknown or given.keys() & _OF_THE_CALL:
-        raise ValueError(f"image_generation_config holds {', '.join(unknown or given)}: only settings of a picture.")
+    own = {name: kwargs.pop(name) for name in kwargs.keys() & OUR_SETTINGS} | (image_generation_config or {})
+    settings = _picture_settings(model, generation_config, own)
     num_codes = settings.num_codes(model.config)
     settings.window(num_codes)
     if kwargs.get("max_length") is not None:
@@ -120,15 +117,7 @@ def generate_interleaved(
     tokenizer = kwargs.pop("tokenizer", None)
     config, model_kwargs = model._prepare_generation_config(generation_config, **kwargs)
     copies, config.num_return_sequences = config.num_return_sequences or 1, 1
-    criteria = StoppingCriteriaList(stopping_criteria or [])
-    if config.max_time is not None:  # of the whole call, not of each phase
-        criteria.append(MaxTimeCriteria(config.max_time, time.time()))
-        config.max_time = None
-    if config.stop_strings is not None:
-        if tokenizer is None:
-            raise ValueError("stop_strings need the tokenizer: pass `tokenizer=processor.tokenizer`.")
-        criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
-        config.stop_strings = None
+    criteria = _criteria(config, stopping_criteria, tokenizer)
     budget = config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
 
     # 2. Checks
@@ -147,17 +136,11 @@ def generate_interleaved(
     emit = (lambda event: None) if streamer is None else streamer.put_event
     prompts = [ids for ids in unpadded(input_ids, attention_mask) for _ in range(copies)]
     sequences = [_Sequence(index, ids, budget, max_images, limit, emit) for index, ids in enumerate(prompts)]
-    negatives: list[list[int]] = []
+    negatives = []
     if negative_prompt_ids is not None:
-        given = negative_prompt_ids, negative_prompt_attention_mask
-        negatives = unpadded(*checked_prompts(model.config, "negative_prompt_ids", *given))
-        if len(negatives) not in (1, len(input_ids)):
-            raise ValueError(
-                f"negative_prompt_ids must be one sequence or {len(input_ids)} (the prompts), got {len(negatives)}."
-            )
-        is_plain = all(model.config.uncond_token_id in ids for ids in negatives)
-        if settings.guidance_scale == 1 and settings.image_guidance_scale is None and not is_plain:
-            raise ValueError("A negative prompt acts through guidance, but guidance_scale is 1: raise it.")
+        negatives = _negatives(
+            model.config, settings, negative_prompt_ids, negative_prompt_attention_mask, len(input_ids)
+        )
         negatives = [ids for ids in negatives for _ in range(number // len(negatives))]
     text = config, LogitsProcessorList(logits_processor or []), criteria, num_codes, model_kwargs
     while writing := [one for one in sequences if one.reason is None]:
@@ -172,6 +155,50 @@ def generate_interleaved(
         end_reasons=[one.reason for one in sequences],
         seeds=None if generators is None else [one.seeds for one in sequences],
     )
+
+
+def _picture_settings(
+    model: LiquidForCausalLM, generation_config: GenerationConfig | None, own: dict[str, Any]
+) -> ImageGenerationConfig:
+    """The model's, those that a configuration of text holds for pictures, and the call's `own`."""
+    given = (getattr(generation_config, "image_generation_config", None) or {}) | own
+    settings, unknown = ImageGenerationConfig.from_call(model.generation_config, None, given)
+    if unknown or given.keys() & _OF_THE_CALL:
+        raise ValueError(f"image_generation_config holds {', '.join(unknown or given)}: only settings of a picture.")
+    return settings
+
+
+def _negatives(
+    config: LiquidConfig,
+    settings: ImageGenerationConfig,
+    ids: torch.LongTensor,
+    mask: torch.Tensor | None,
+    num_prompts: int,
+) -> list[list[int]]:
+    """What guidance leads away from: one for all, or one for each of the prompts."""
+    negatives = unpadded(*checked_prompts(config, "negative_prompt_ids", ids, mask))
+    if len(negatives) not in (1, num_prompts):
+        raise ValueError(
+            f"negative_prompt_ids must be one sequence or {num_prompts} (the prompts), got {len(negatives)}."
+        )
+    is_plain = all(config.uncond_token_id in one for one in negatives)
+    if settings.guidance_scale == 1 and settings.image_guidance_scale is None and not is_plain:
+        raise ValueError("A negative prompt acts through guidance, but guidance_scale is 1: raise it.")
+    return negatives
+
+
+def _criteria(config: GenerationConfig, stopping_criteria: Any, tokenizer: Any) -> StoppingCriteriaList:
+    """What stops the whole call: the caller's, and those of the settings, which transformers would begin anew each time."""
+    criteria = StoppingCriteriaList(stopping_criteria or [])
+    if config.max_time is not None:
+        criteria.append(MaxTimeCriteria(config.max_time, time.time()))
+        config.max_time = None
+    if config.stop_strings is not None:
+        if tokenizer is None:
+            raise ValueError("stop_strings need the tokenizer: pass `tokenizer=processor.tokenizer`.")
+        criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
+        config.stop_strings = None
+    return criteria
 
 
 def _check(
