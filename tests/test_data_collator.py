@@ -486,6 +486,24 @@ def test_bad_records_are_refused(processor, record, change, message):
         collate(processor, {**record, **change})
 
 
+@pytest.mark.parametrize(("text", "number"), [("<image>", 1), (" <image> <image>", 2)])
+def test_edits_without_words_become_unconditional_without_their_pictures(processor, text, number):
+    record = {"kind": "edit", "text": text, "images": [CODES] * number, "codes": CODES}
+    collator = LiquidDataCollator(processor, edit_dropout=1 / 3)
+    prompts = [collator.encode({**record, "index": index})[0][: -len(CODES) - 2] for index in range(40)]
+    assert {len(prompt) for prompt in prompts} == {3, 2 + number * (len(CODES) + 2)}
+    assert processor.unconditional_ids() in prompts
+
+
+@pytest.mark.parametrize("convert", [list, np.array, torch.tensor])
+def test_a_batch_axis_is_no_row_unless_the_grid_says_so(processor, convert):
+    codes = convert([CODES])
+    with pytest.raises(ValueError, match=r"shape \(1, 4\) are as many as .* 2 x 2 codes: leave out the batch axis"):
+        collate(processor, {**DRAW, "codes": codes})
+    for record in ({**DRAW, "codes": codes, "grid": [1, 4]}, {**DRAW, "codes": convert([[1, 2, 3]])}):
+        collate(processor, record)
+
+
 @pytest.mark.parametrize("record", [DRAW, CAPTION, {**INTERLEAVED, "text": "<image>"}])
 @pytest.mark.parametrize(
     ("codes", "grid", "message"),

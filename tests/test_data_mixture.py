@@ -76,7 +76,7 @@ def text_records(number, name="text"):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", RECORDS)
 def test_the_kind_follows_from_the_columns_of_a_file(write, kind, streaming):
-    path = write("records.jsonl", [{**RECORDS[kind], "url": "https://example.com"}] * 2)
+    path = write("records.jsonl", [{**RECORDS[kind], "id": 7, "source": "https://example.com", "score": 0.5}] * 2)
     records = list(load_records(path, streaming=streaming))
     assert records == [{"kind": kind, **RECORDS[kind]}] * 2
     assert collator().encode(records[0]) == collator().encode({"kind": kind, **RECORDS[kind]})
@@ -128,6 +128,22 @@ def test_codes_are_taken_from_the_models_own_codec_alone(codes_folder):
         assert all(record["grid"] == [4, 4] and record["kind"] == "text_to_image" for record in records)
         with pytest.raises(ValueError, match="made with another codec than the model's"):
             load_records(folder, streaming=streaming, codec_identity=codec_identity(tiny_codec(seed=1)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("part", ["data", "data/train-00000.parquet"])
+def test_parts_of_a_data_set_of_codes_are_refused(codes_folder, part, streaming):
+    folder = codes_folder[1]
+    with pytest.raises(ValueError, match=f"is a part of a data set of codes: give the whole, '{folder}'"):
+        load_records(folder / part, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shards_of_another_data_set_are_refused(codes_folder, streaming):
+    rows = datasets.Dataset.from_list([RECORDS["text_to_image"]] * 3)
+    rows.to_parquet(codes_folder[1] / "data" / "train-00000.parquet")
+    with pytest.raises(ValueError, match=r"train-00000\.parquet is missing, damaged, or none of those"):
+        load_records(codes_folder[1], streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -417,6 +433,16 @@ PICTURES = {
     ).to_json(folder / "data.jsonl"),
     "names of files": lambda folder: (folder / "data.jsonl").write_text('{"file_name": "a.JPG", "text": "a dog"}\n'),
     "addresses": lambda folder: (folder / "data.jsonl").write_text('{"url": "https://a.b/c.webp", "text": "a dog"}\n'),
+    "bytes alone": lambda folder: datasets.Dataset.from_dict({"text": ["a dog"], "other": [b"..."]}).to_parquet(
+        folder / "data.parquet"
+    ),
+    "dicts with a path": lambda folder: (folder / "data.jsonl").write_text('{"text": "a", "other": {"path": "b"}}\n'),
+    **{
+        f"a column {name}": lambda folder, name=name: (folder / "data.jsonl").write_text(
+            json.dumps({"text": "a dog", name: "17"}) + "\n"
+        )
+        for name in ("image", "image_id", "img", "URL", "file_name", "pixel_values", "vq_codes", "code", "image_path")
+    },
     "texts beside pictures": lambda folder: (folder / "a.txt").write_text("a dog\n"),
 }
 
@@ -428,7 +454,7 @@ def test_captions_of_pictures_are_not_taken_for_texts(tmp_path, write, streaming
         Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
         (tmp_path / "b.txt").write_text("a cat\n")
     write(tmp_path)
-    with pytest.raises(ValueError, match=r"holds pictures, and no codes of them: make these with `.* tokenize`"):
+    with pytest.raises(ValueError, match=r"holds pictures.*, and no codes of them: make these with `.* tokenize`"):
         load_records(tmp_path, streaming=streaming)
 
 

@@ -204,6 +204,13 @@ def test_metrics_see_the_logits_and_labels_of_all_records(tmp_path, options, pac
     assert metrics["eval_accuracy"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("name", ["unconditional_probability", "caption_probability", "edit_dropout"])
+def test_nothing_is_dropped_or_turned_in_evaluation(tmp_path, name):
+    trainer = build_trainer(tmp_path, caption_probability=0.5)
+    assert getattr(trainer.data_collator, name) > 0
+    assert getattr(trainer.eval_data_collator, name) == 0
+
+
 def test_predictions_are_logits(tmp_path):
     trainer = build_trainer(tmp_path, packing=False)
     batch = trainer.eval_data_collator(records(4))

@@ -218,11 +218,14 @@ class LiquidDataCollator:
         size = processor.image_layout.size(codes.shape)
         ids = [processor.codes_to_ids(one) for one in images]
         (prompt,), _ = processor.image_prompts(text, None, *size, images=ids, instruction=instruction)
+        words = text.replace(IMAGE_MARK, " ").strip()
+        if dropped == "images" and not words:
+            dropped = "both"  # without its images, nothing is left of the text either
         if dropped == "text":
             pictures = [token for one in ids for token in (processor.boi_token_id, *one, processor.eoi_token_id)]
             prompt = [*processor.bos_ids, *pictures, processor.boi_token_id]
         elif dropped == "images":
-            prompt = processor.image_prompt_ids(text.replace(IMAGE_MARK, " ").strip(), *size, instruction=instruction)
+            prompt = processor.image_prompt_ids(words, *size, instruction=instruction)
         elif dropped == "both":
             prompt = processor.unconditional_ids(*size)
         target = [*processor.codes_to_ids(codes), processor.eoi_token_id, processor.tokenizer.eos_token_id]
@@ -247,9 +250,15 @@ class LiquidDataCollator:
         if isinstance(image, Mapping):
             codes, grid = required_field(image, "codes"), image.get("grid")
         codes = as_integers(codes)
+        default = self.processor.image_layout.grid()
         if grid is None and codes.ndim == 2:
+            if codes.shape == (1, math.prod(default)) != default:
+                raise ValueError(
+                    f"Codes of shape {codes.shape} are as many as those of an image of {' x '.join(map(str, default))} "
+                    "codes: leave out the batch axis, or give an image of one row its 'grid' [height, width]."
+                )
             return codes
-        grid = self.processor.image_layout.grid() if grid is None else tuple(as_integers(grid).reshape(-1).tolist())
+        grid = default if grid is None else tuple(as_integers(grid).reshape(-1).tolist())
         is_grid = len(grid) == 2 and all(isinstance(side, int) and side > 0 for side in grid)
         if not is_grid or codes.shape not in (grid, (math.prod(grid),)):
             raise ValueError(

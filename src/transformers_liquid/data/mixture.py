@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mimetypes
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+# Columns of pictures, of their codes, or of where they are.
+PICTURE_COLUMNS = re.compile(r"(image|img|pixel).*|.*(codes|path).*|code|url|file_name", re.IGNORECASE)
 
 logger = logging.get_logger(__name__)
 
@@ -54,7 +58,7 @@ def load_records(
 
     try:
         manifest = read_manifest(path)
-        check_shards(path, manifest, streaming)
+        check_shards(path, manifest)
         dataset = _load(str(path), split, streaming)
         if streaming:
             dataset = dataset._resolve_features()  # before, a stream of JSON has no columns
@@ -76,12 +80,14 @@ def load_records(
         )
     if kind == "text" and "kind" not in columns:
         # Their captions alone would be trained.
-        values = [value for name, value in first.items() if name != "text"]
+        others = {name: value for name, value in first.items() if name != "text"}
         files = Path(path).rglob("*") if Path(path).is_dir() else []
-        if any(map(_is_picture, values)) or any(_is_picture(file.name) for file in files):
+        found = [name for name, value in others.items() if PICTURE_COLUMNS.fullmatch(name) or _is_picture(value)]
+        if found or any(_is_picture(file.name) for file in files):
+            where = f" (by its columns {', '.join(found)})" if found else ""
             raise ValueError(
-                f"The data set {str(path)!r} holds pictures, and no codes of them: make these with `transformers-liquid "
-                "tokenize`. To learn its texts alone, give its records the 'kind' text."
+                f"The data set {str(path)!r} holds pictures{where}, and no codes of them: make these with "
+                "`transformers-liquid tokenize`. To learn its texts alone, give its records the 'kind' text."
             )
     dataset = dataset.select_columns([name for name in RECORD_FIELDS if name in columns])
     if streaming:
@@ -120,7 +126,9 @@ def _is_picture(value: Any) -> bool:
         return any(map(_is_picture, value))
     if isinstance(value, str):
         return (mimetypes.guess_type(value)[0] or "").startswith("image/")
-    return isinstance(value, Image) or (isinstance(value, dict) and "bytes" in value)
+    return isinstance(value, (Image, bytes)) or (
+        isinstance(value, dict) and not value.keys().isdisjoint(("bytes", "path"))
+    )
 
 
 def _with_int32(feature: Any) -> Any:

@@ -142,15 +142,18 @@ def read_shard(path: Path) -> tuple[int, list[dict[str, Any]], str | None]:
         return file.read().num_rows, json.loads(metadata[SKIPPED_KEY]), state and state.decode()
 
 
-def check_shards(path: str | os.PathLike, manifest: Mapping[str, Any] | None, streaming: bool) -> None:
-    """Raises a `ValueError` unless a folder holds the shards that its manifest lists, and, if not streaming, unchanged."""
+def check_shards(path: str | os.PathLike, manifest: Mapping[str, Any] | None) -> None:
+    """Raises a `ValueError` unless a folder holds the shards that its manifest lists, unchanged; or for a part of one."""
+    for place in (Path(os.path.abspath(path)), Path(path).resolve()) if manifest is None else ():
+        for folder in place.parents:
+            if place.is_relative_to(folder / "data") and (folder / MANIFEST_NAME).is_file():
+                raise ValueError(f"it is a part of a data set of codes: give the whole, {str(folder)!r}.")
     listed, folder = (manifest or {}).get("shards"), Path(path, "data")
     if listed is None or not folder.is_dir():
         return
     files = {file.name: file for file in folder.glob("*.parquet")}
     wrong = files.keys() ^ listed.keys()
-    if not streaming:
-        wrong |= {name for name in files.keys() & listed.keys() if file_digest(files[name]) != listed[name]}
+    wrong |= {name for name in files.keys() & listed.keys() if file_digest(files[name]) != listed[name]}
     if wrong:
         raise ValueError(
             f"{', '.join(sorted(wrong))} is missing, damaged, or none of those that {MANIFEST_NAME} lists: run the same "
@@ -183,15 +186,21 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def cache_of(path: str | os.PathLike) -> str | None:
-    """Where `datasets` is to keep what it reads of a folder: it knows it by its name alone, we by its files."""
+def state_of(file: str | os.PathLike) -> tuple[int, int, int]:
+    """Changes with a file: its times of writing can be put back, but for the last."""
+    state = os.stat(file)
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+def cache_of(*paths: str | os.PathLike) -> str | None:
+    """Where `datasets` is to keep what it reads of files and folders: it knows them by their names, we by their states."""
     import datasets
 
-    if not Path(path).exists():
+    places = [Path(path).resolve() for path in paths if Path(path).exists()]
+    if not places:
         return None
-    place = Path(path).resolve()
-    files = [(str(file), file.stat()) for file in [place, *sorted(place.rglob("*"))] if file.is_file()]
-    states = [(name, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for name, state in files]
+    files = [file for place in places for file in [place, *sorted(place.rglob("*"))] if file.is_file()]
+    states = [(str(file), *state_of(file)) for file in files]
     return str(Path(datasets.config.HF_DATASETS_CACHE, hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]))
 
 

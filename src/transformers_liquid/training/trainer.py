@@ -82,7 +82,7 @@ class LiquidTrainer(Trainer):
             use_packed_attention(liquid_model(self.model))
             if self.args.neftune_noise_alpha is not None:
                 raise ValueError("neftune_noise_alpha goes by the length of a record: train with packing=False.")
-        no_draws = {"unconditional_probability": 0.0, "caption_probability": 0.0}
+        no_draws = {"unconditional_probability": 0.0, "caption_probability": 0.0, "edit_dropout": 0.0}
         self.eval_data_collator = dataclasses.replace(data_collator, **no_draws)
         self.add_callback(_EpochCallback(data_collator))
         self._token_stats = {"train": 0.0, "eval": 0.0}
