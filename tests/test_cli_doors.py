@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,15 @@ def edit_weights(file, change):
     weights = load_file(file)
     change(weights)
     save_file(weights, file, {"format": "pt"})
+
+
+def with_half_its_pixels(png):
+    """The PNG with half the data of its pixels, and a checksum that says that all is well."""
+    kind = png.index(b"IDAT")
+    length = int.from_bytes(png[kind - 4 : kind], "big")
+    data = png[kind : kind + 4 + length // 2]
+    rest = png[kind + 4 + length + 4 :]
+    return png[: kind - 4] + (length // 2).to_bytes(4, "big") + data + zlib.crc32(data).to_bytes(4, "big") + rest
 
 
 def times():
@@ -294,6 +304,29 @@ def test_an_adapter_that_lacks_a_weight_is_refused(command, part, adapter, capsy
     assert part in error_of(f"{command} --device cpu", capsys)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"target_modules": ["q_proj"]}, {"trainable_token_indices": None}, {}],
+    ids=["other layers", "no rows", "a tensor more"],
+)
+@pytest.mark.parametrize("command", ["generate a --model adapter", "convert adapter --output new"])
+def test_an_adapter_with_weights_that_its_configuration_does_not_use_is_refused(command, change, adapter, capsys):
+    adapter()
+    edit("adapter/adapter_config.json", lambda config: config.update(change))
+    if not change:
+        edit_weights("adapter/adapter_model.safetensors", lambda weights: weights.update(more=torch.zeros(1)))
+    assert "The adapter adapter has" in (error := error_of(f"{command} --device cpu", capsys)), error
+    assert "unexpected keys" in error
+
+
+@pytest.mark.parametrize("command", ["generate a --model adapter --output a.png", "convert adapter --output new"])
+def test_an_adapter_without_trained_rows_loads(command, adapter):
+    from peft import LoraConfig
+
+    adapter(lambda model: LoraConfig(r=2, target_modules=["q_proj"]))
+    assert run(f"{command} --device cpu") == 0
+
+
 def test_without_peft_an_adapter_says_what_it_needs(adapter, monkeypatch, capsys):
     adapter()
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -389,7 +422,7 @@ def test_the_same_content_saved_again_goes_on(capsys):
     assert times() == before
 
 
-@pytest.mark.parametrize("damage", ["empty", "head", "half", "end", "flipped", "text"])
+@pytest.mark.parametrize("damage", ["empty", "head", "half", "end", "flipped", "text", "cut"])
 def test_a_picture_that_is_not_whole_is_drawn_again(damage, capsys):
     assert run(f"{FROM_FILE} --model ours --device cpu") == 0
     before, path = times(), Path("drawn/000002-dog.png")
@@ -401,6 +434,7 @@ def test_a_picture_that_is_not_whole_is_drawn_again(damage, capsys):
         "end": whole[:-12],
         "flipped": whole[:-30] + bytes([whole[-30] ^ 1]) + whole[-29:],
         "text": b"no picture",
+        "cut": with_half_its_pixels(whole),
     }[damage]
     path.write_bytes(content)
     capsys.readouterr()

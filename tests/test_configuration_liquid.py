@@ -69,6 +69,12 @@ def test_sizes_that_are_no_positive_multiples_of_the_factor_are_refused(config, 
         config.grid(**size)
 
 
+@pytest.mark.parametrize("name", ["boi_token_id", "eoi_token_id", "image_token_id"])
+def test_two_image_tokens_of_one_id_are_refused(name, config):
+    with pytest.raises(ValueError, match="must be four different ids"):
+        tiny_config(**{name: config.uncond_token_id})
+
+
 def test_a_layout_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=f"has a vocabulary of {VOCAB_SIZE}"):
         tiny_config(tiny_text_config("llama", tied=True), image_token_offset=VOCAB_SIZE - CODEBOOK_SIZE + 1)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import VQModel
+from safetensors.torch import load_file, save_file
 from tiny import IMAGE_TOKEN_OFFSET, tiny_model
 
 from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM
@@ -246,6 +247,29 @@ def test_save_and_load_give_the_same_codec(codec, tmp_path):
     assert torch.equal(loaded.encode_codes(pixel_values), codes)
     assert torch.equal(loaded.decode_codes(codes), codec.decode_codes(codes))
     assert {key: loaded.config[key] for key in TINY_VQ_CONFIG} == TINY_VQ_CONFIG
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"low_cpu_mem_usage": False}, {"output_loading_info": True}])
+@pytest.mark.parametrize("what", ["missing", "unexpected"])
+def test_weights_that_are_not_whole_are_refused(what, kwargs, codec, tmp_path):
+    codec.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights, key = load_file(path), "decoder.conv_in.weight"
+    if what == "unexpected":
+        weights["decoder.more"] = weights[key].clone()
+    else:
+        del weights[key]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"has 1 {what} keys: decoder\.(conv_in\.weight|more)"):
+        LiquidVQModel.from_pretrained(tmp_path, **kwargs)
+
+
+def test_loading_takes_the_arguments_of_diffusers(codec, tmp_path):
+    codec.save_pretrained(tmp_path / "codec")
+    loaded, info = LiquidVQModel.from_pretrained(
+        tmp_path, subfolder="codec", torch_dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert loaded.dtype == torch.bfloat16 and not info["missing_keys"]
 
 
 @torch.no_grad()

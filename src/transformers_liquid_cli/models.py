@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers.utils import PROCESSOR_NAME, cached_file
 
 from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidImageGenerationPipeline, LiquidProcessor
-from transformers_liquid.models.liquid.reference import adapter_base
+from transformers_liquid.models.liquid.reference import adapter_base, check_loading_info
 from transformers_liquid.utils.optional import require
 from transformers_liquid.utils.processes import launched_processes
 
@@ -91,13 +91,17 @@ def load(
 
 
 def add_adapter(model: LiquidForCausalLM, adapter: str, merge: bool) -> LiquidForCausalLM:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
+    config = PeftConfig.from_pretrained(adapter)
+    config.inference_mode = True
     with warnings.catch_warnings():
-        # All that PEFT says about weights that an adapter lacks. They would be drawn at random.
-        warnings.filterwarnings("error", "Found missing adapter keys")
         warnings.simplefilter("ignore", FutureWarning)  # of PEFT's own calls
-        adapted = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
+        # As `PeftModel.from_pretrained` does it, which does not tell what the file holds beyond the configuration.
+        adapted = PeftModel(model, config, autocast_adapter_dtype=False)
+        info = adapted.load_adapter(adapter, "default", autocast_adapter_dtype=False)
+    found = {"missing_keys": info.missing_keys, "unexpected_keys": info.unexpected_keys, "mismatched_keys": ()}
+    check_loading_info(f"The adapter {adapter}", found)
     return adapted.merge_and_unload() if merge else adapted.get_base_model()
 
 

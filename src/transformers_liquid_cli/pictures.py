@@ -257,6 +257,8 @@ def read_metadata(path: str | Path) -> dict[str, Any] | list[dict[str, Any]]:
         with Image.open(path) as image:
             text = image.info.get(METADATA_KEY)
             image.verify()
+        with Image.open(path) as image:  # `verify` does not decode, and no picture can be loaded after it
+            image.load()
     except Exception as error:  # decoders raise anything on broken files; those of the file system have a number
         if getattr(error, "errno", None) is not None:
             raise

@@ -35,7 +35,7 @@ CHAMELEON_VQ_CONFIG: dict[str, Any] = {
 class LiquidVQModel(VQModel):
     """A diffusers `VQModel` that also speaks in codes.
 
-    `encode`, `decode`, `forward`, `save_pretrained` and `from_pretrained` are diffusers' own. Added are
+    `encode`, `decode`, `forward` and `save_pretrained` are diffusers' own. Added are
     [`~LiquidVQModel.encode_codes`] and [`~LiquidVQModel.decode_codes`], for any picture whose sides are
     multiples of [`~LiquidVQModel.downsample_factor`]. Where memory is short, `enable_slicing()` lets `decode_codes` work
     picture by picture.
@@ -51,6 +51,18 @@ class LiquidVQModel(VQModel):
     """
 
     use_slicing = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *, output_loading_info: bool = False, **kwargs):
+        """As in diffusers, if the weights are whole.
+
+        Raises:
+            ValueError: If a weight is missing, unknown or (unless `ignore_mismatched_sizes`) of another shape.
+        """
+        codec, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        name = f"The codec {pretrained_model_name_or_path}"
+        check_loading_info(name, info, kwargs.get("ignore_mismatched_sizes", False))
+        return (codec, info) if output_loading_info else codec
 
     @property
     def downsample_factor(self) -> int:
@@ -206,6 +218,17 @@ def check_finite(tensor: torch.Tensor, name: str) -> None:
             f"{name} of picture {picture} are NaN or infinite at {tuple(position)}: the picture or the codec's weights "
             "are damaged, or float16 overflowed (use float32 or bfloat16)."
         )
+
+
+def check_loading_info(name: str, info: dict[str, Any], ignore_mismatched_sizes: bool = False) -> None:
+    """Raises a `ValueError` if a key was missing, unknown or (unless ignored) of another shape when `name` was loaded."""
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(map(str, info.get(what, ())))
+        if keys and not (ignore_mismatched_sizes and what == "mismatched_keys"):
+            raise ValueError(
+                f"{name} has {len(keys)} {what.replace('_', ' ')}: {', '.join(keys[:10])}. Weights and configuration are "
+                "not of one model: save or download them again, together."
+            )
 
 
 def codec_identity(codec: LiquidVQModel) -> str:

@@ -92,8 +92,12 @@ class LiquidConfig(PreTrainedConfig):
                 f"{self.image_token_offset + self.codebook_size - 1}, but the language model has a vocabulary of "
                 f"{vocab_size}. Give the base the image rows first: see `transformers_liquid.expand_vocabulary`."
             )
-        for name in ("boi_token_id", "eoi_token_id", "uncond_token_id", "image_token_id"):
-            token_id = getattr(self, name)
+        special = {
+            name: getattr(self, name) for name in ("boi_token_id", "eoi_token_id", "uncond_token_id", "image_token_id")
+        }
+        if len({*special.values()}) < len(special):
+            raise ValueError(f"{', '.join(special)} must be four different ids, got {special}.")
+        for name, token_id in special.items():
             if not 0 <= token_id < vocab_size or token_id in self.image_token_range:
                 raise ValueError(
                     f"{name}={token_id} must be a text id: in 0 ... {vocab_size - 1} and outside of the image ids "

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
 from ...codecs.taming import TAMING_CHECKPOINT_NAME, TAMING_CONFIG_NAME, load_taming_codec, load_taming_config
-from ...codecs.vq_model import LiquidVQModel
+from ...codecs.vq_model import LiquidVQModel, check_loading_info
 from ...utils.files import read_json
 from .configuration_liquid import LiquidConfig
 from .vocabulary import IMAGE_MARK, REFERENCE_TOKENS, free_tokens
@@ -253,9 +253,7 @@ def load_codec(name_or_path: str | os.PathLike, **kwargs: Any) -> LiquidVQModel:
         return load_taming_codec(name_or_path)
     hub = hub_arguments(kwargs)
     codec_config(name_or_path, **hub)  # says what is expected if it is none
-    codec, info = LiquidVQModel.from_pretrained(name_or_path, output_loading_info=True, **hub)
-    check_loading_info(f"The codec {name_or_path}", info)
-    return codec.eval()
+    return LiquidVQModel.from_pretrained(name_or_path, **hub).eval()
 
 
 def codec_config(name_or_path: str | os.PathLike, **hub: Any) -> dict[str, Any]:
@@ -308,17 +306,6 @@ def _is_taming(name_or_path: str | os.PathLike) -> bool:
     path = Path(name_or_path)
     is_taming_folder = (path / TAMING_CONFIG_NAME).is_file() or not (path / CONFIG_NAME).is_file()
     return path.is_file() or (path.is_dir() and is_taming_folder)
-
-
-def check_loading_info(name: str, info: dict[str, Any], ignore_mismatched_sizes: bool = False) -> None:
-    """Raises a `ValueError` if a key was missing, unknown or (unless ignored) of another shape when `name` was loaded."""
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(map(str, info[what]))
-        if keys and not (ignore_mismatched_sizes and what == "mismatched_keys"):
-            raise ValueError(
-                f"{name} has {len(keys)} {what.replace('_', ' ')}: {', '.join(keys[:10])}. Weights and configuration are "
-                "not of one model: save or download them again, together."
-            )
 
 
 def load_whole(
