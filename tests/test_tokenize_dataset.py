@@ -17,6 +17,7 @@ import time
 import datasets
 import numpy as np
 import PIL.Image
+import pyarrow.parquet
 import pytest
 import torch
 from tiny import CODEBOOK_SIZE, tiny_codec, tiny_model, tiny_processor
@@ -264,6 +265,13 @@ def as_parquet(photos, tmp_path):
     return {"dataset": "parquet", "data_files": str(tmp_path / "photos.parquet")}
 
 
+def as_plain_parquet(photos, tmp_path):
+    source = as_parquet(photos, tmp_path)
+    table = pyarrow.parquet.read_table(source["data_files"])
+    pyarrow.parquet.write_table(table, source["data_files"], compression="none")
+    return source
+
+
 def as_webdataset(photos, tmp_path):
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:
         for line in map(json.loads, (photos / "metadata.jsonl").read_text().splitlines()):
@@ -400,8 +408,6 @@ IN_THIS_PROCESS = {"batch_size": 3, "records_per_shard": 2, "grids": [(4, 4), (4
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_the_result_is_identical(checkpoint, photos, tmp_path):
     source = as_json(photos, tmp_path)
-    tokenize_dataset(checkpoint, tmp_path / "whole", **source, **IN_THIS_PROCESS)
-
     # In place of the eighth picture a file that gives an error of input and output: whoever reads it tries for seconds.
     (photos / "07.png").rename(tmp_path / "kept.png")
     (photos / "07.png").symlink_to(BAD_FILE)
@@ -424,6 +430,7 @@ def test_a_killed_run_goes_on_and_the_result_is_identical(checkpoint, photos, tm
     (tmp_path / "kept.png").rename(photos / "07.png")
     tokenize_dataset(checkpoint, output, **source, **IN_THIS_PROCESS)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    tokenize_dataset(checkpoint, tmp_path / "whole", **source, **IN_THIS_PROCESS)
     whole, gone_on = files_of(tmp_path / "whole"), files_of(output)
     assert whole.pop("README.md") != gone_on.pop("README.md")  # their titles
     assert gone_on == whole
@@ -533,6 +540,47 @@ def test_what_was_corrected_is_made_anew_and_nothing_else(
     assert sorted(anew) == [f"train-{shard:05d}.parquet" for shard in shards]
     tokenize_dataset(checkpoint, tmp_path / "expected", **source)
     assert codes_of(tmp_path / "codes") == codes_of(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("source", "name", "number"),
+    [(as_json, "photos/l.jsonl", 1), (as_plain_parquet, "photos.parquet", 6), (as_folder, "photos/metadata.jsonl", 1)],
+)
+def test_what_changed_without_a_trace_in_size_and_time_is_read_anew(
+    source, name, number, streaming, checkpoint, photos, tmp_path
+):
+    source = source(photos, tmp_path) | {"streaming": streaming} | IN_THIS_PROCESS
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("codes/data/*")}
+    content = (tmp_path / name).read_bytes()
+    assert b"text 3" in content
+    state = (tmp_path / name).stat()
+    (tmp_path / name).write_bytes(content.replace(b"text 3", b"last 3"))
+    os.utime(tmp_path / name, ns=(state.st_atime_ns, state.st_mtime_ns))
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    assert sum(path.stat().st_mtime_ns != time for path, time in times.items()) == number
+    tokenize_dataset(checkpoint, tmp_path / "fresh", **source)
+    for output in ("codes", "fresh"):
+        assert "last 3" in codes_of(tmp_path / output) and "text 3" not in codes_of(tmp_path / output)
+
+
+@pytest.mark.parametrize("source", [as_json, as_folder])
+def test_a_picture_of_the_same_size_and_time_is_encoded_anew(source, checkpoint, photos, tmp_path):
+    source = source(photos, tmp_path) | IN_THIS_PROCESS
+    for name, seed in (("00.bmp", 0), ("other.bmp", 99)):
+        picture(10, 13, seed=seed).save(tmp_path / name)
+    state = (photos / "00.png").stat()
+
+    def put(name):
+        shutil.copy(tmp_path / name, photos / "00.png")
+        os.utime(photos / "00.png", ns=(state.st_atime_ns, state.st_mtime_ns))
+
+    put("00.bmp")
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    put("other.bmp")
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    assert codes_of(tmp_path / "codes")["text 0"] == codes_by_hand(checkpoint, picture(10, 13, seed=99))
 
 
 @pytest.mark.parametrize(

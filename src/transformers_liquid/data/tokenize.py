@@ -52,6 +52,7 @@ from .records import (
     read_shard,
     root_cause,
     shard_name,
+    state_of,
     write_shard,
 )
 
@@ -222,7 +223,11 @@ def open_source(
         for file in source["data_files"] or ():
             check_json(file)
         where = {name: source[name] for name in ("path", "name", "data_dir", "data_files")}
-        builder = datasets.load_dataset_builder(**where, cache_dir=cache_of(source["path"]))
+        builder = datasets.load_dataset_builder(**where)
+        # Again, with a cache of its own, now that it is known which files these are.
+        files = [file for of_split in (builder.config.data_files or {}).values() for file in of_split]
+        if (cache := cache_of(source["path"], *files)) is not None:
+            builder = datasets.load_dataset_builder(**where, cache_dir=cache)
         if not source["streaming"]:
             builder.download_and_prepare()
         read = builder.as_streaming_dataset if source["streaming"] else builder.as_dataset
@@ -259,10 +264,11 @@ def survey(
 ) -> tuple[Mapping[int, str], list[str], set[int]]:
     """What the source of each shard is, as a digest; pictures that no record names; numbers of records without theirs.
 
-    Pictures in files of their own count by path, size, time and text, all others by the files of the data set.
+    Pictures in files of their own count by path, size, times and text, all others by the files of the data set.
     """
     source, files = settings["source"], builder.config.data_files or {}
     origins = [([Path(file).name for file in of_split], of_split.origin_metadata) for of_split in files.values()]
+    origins += [state_of(file) for of_split in files.values() for file in of_split if os.path.exists(file)]
     of_all = hashlib.sha256(repr(origins).encode()).hexdigest()
     states, named, absent = defaultdict(hashlib.sha256), set(), set()
     with suppress(ValueError):  # a stream that breaks off says so when it is read
@@ -273,8 +279,7 @@ def survey(
             if isinstance(path, str) and "://" not in path:
                 named.add(os.path.abspath(folder / path))
                 try:
-                    status = os.stat(folder / path)
-                    state = status.st_size, status.st_mtime_ns, os.path.relpath(folder / path, folder)
+                    state = *state_of(folder / path), os.path.relpath(folder / path, folder)
                 except (OSError, ValueError) as error:
                     if getattr(error, "errno", None) in NOT_THERE:
                         absent.add(number)
@@ -430,8 +435,9 @@ class PictureReader(torch.utils.data.Dataset):
         if image.startswith((*WEB, *BASE64)):
             return image
         is_url = "://" in image
-        # The folder, links resolved, and the caches of what comes from the Hub.
-        roots = [os.path.realpath(root) for root in (self.folder, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)]
+        # The folder, links resolved, and the caches of what comes from the Hub or out of archives.
+        caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+        roots = [os.path.realpath(root) for root in (self.folder, *caches)]
         for link in image.split("::") if is_url else [image]:
             place = Path(os.path.realpath(self.folder / link))
             is_inside = "://" not in link and any(place.is_relative_to(root) for root in roots)
