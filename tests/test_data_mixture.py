@@ -454,7 +454,7 @@ def test_captions_of_pictures_are_not_taken_for_texts(tmp_path, write, streaming
         Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
         (tmp_path / "b.txt").write_text("a cat\n")
     write(tmp_path)
-    with pytest.raises(ValueError, match=r"holds pictures.*, and no codes of them: make these with `.* tokenize`"):
+    with pytest.raises(ValueError, match=r"holds pictures, and no codes of them.*: make these with `.* tokenize`"):
         load_records(tmp_path, streaming=streaming)
 
 

@@ -84,9 +84,9 @@ def load_records(
         files = Path(path).rglob("*") if Path(path).is_dir() else []
         found = [name for name, value in others.items() if PICTURE_COLUMNS.fullmatch(name) or _is_picture(value)]
         if found or any(_is_picture(file.name) for file in files):
-            where = f" (by its columns {', '.join(found)})" if found else ""
+            where = f" (it has the columns {', '.join(found)})" if found else ""
             raise ValueError(
-                f"The data set {str(path)!r} holds pictures{where}, and no codes of them: make these with "
+                f"The data set {str(path)!r} holds pictures, and no codes of them{where}: make these with "
                 "`transformers-liquid tokenize`. To learn its texts alone, give its records the 'kind' text."
             )
     dataset = dataset.select_columns([name for name in RECORD_FIELDS if name in columns])
