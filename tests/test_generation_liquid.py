@@ -1,9 +1,11 @@
 """Drawing: every step is recomputed here by hand, one row at a time, without cache, padding or transformers' filters."""
 
+import copy
 import json
 import math
 import threading
 
+import numpy as np
 import pytest
 import torch
 from tiny import BOI_ID as BOI
@@ -806,6 +808,57 @@ def test_negative_prompts_that_begin_no_picture_are_refused(llama, negative, mes
 def test_arguments_that_would_be_without_effect_are_refused(llama, argument, message):
     with pytest.raises(ValueError, match=message):
         draw(llama, **argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"image_generation_config": {"tempurature": 9}}, "holds tempurature, which has no meaning for images"),
+        ({"image_generation_config": "greedy"}, "must be a dictionary of settings, got 'greedy'"),
+        ({"guidance_scale": 1, "guidance_min_p": 0.1}, "guidance_min_p acts through guidance"),
+        ({"guidance_scale": 1, "guidance_context": "images"}, "guidance_context acts through guidance"),
+        ({"do_sample": "False"}, "do_sample must be True or False, got 'False'"),
+        ({"do_sample": 2}, "do_sample must be True or False, got 2"),
+    ],
+)
+def test_settings_that_say_nothing_are_refused(llama, argument, message):
+    with pytest.raises(ValueError, match=message):
+        draw(llama, **argument)
+
+
+def test_a_dictionary_of_settings_stands_between_the_models_and_single_keywords():
+    model = build()
+    model.generation_config.image_generation_config = {"temperature": 3.0, "guidance_scale": 4.0, "top_p": 1.0}
+    own = {"temperature": 2.0, "guidance_scale": 5.0}
+    assert first_step(model, image_generation_config=own) == (2.0, 5.0, CODES)
+    assert first_step(model, image_generation_config=own, guidance_scale=1.5) == (2.0, 1.5, CODES)
+
+
+def test_what_a_copy_of_the_models_config_has_otherwise_counts():
+    model = build()
+    model.generation_config.temperature = 0.1  # of text
+    model.generation_config.image_generation_config = {"guidance_scale": 2.0, "temperature": 3.0, "top_p": 1.0}
+    config = copy.deepcopy(model.generation_config)
+    assert first_step(model, generation_config=config) == (3.0, 2.0, CODES)
+    config.temperature = 2.0
+    assert first_step(model, generation_config=config) == (2.0, 2.0, CODES)
+    config.do_sample, config.temperature = False, 0.1
+    assert draw(model, generation_config=config).tolist() == draw(model, do_sample=False).tolist()
+
+
+def test_a_stored_setting_of_guidance_is_nothing_against_a_call_without_guidance():
+    model = build()
+    model.generation_config.image_generation_config = {"guidance_scale": 2.0, "guidance_min_p": 0.1}
+    assert draw(model, guidance_scale=1).shape == (3, 4)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.int64, torch.tensor])
+def test_numbers_of_numpy_and_torch_are_numbers(llama, number):
+    settings = {"guidance_scale": 2, "speculative": 2, "num_return_sequences": 2}
+    expected = draw(llama, **settings, generator=generators(*range(6)))
+    given = {name: np.int64(value) for name, value in settings.items()}
+    given |= {"guidance_scale": number(2), "do_sample": np.bool_(True)}
+    assert torch.equal(draw(llama, **given, generator=generators(*range(6))), expected)
 
 
 def test_a_tuple_of_generators_is_one_each(llama):

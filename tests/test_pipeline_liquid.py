@@ -474,6 +474,12 @@ def test_the_processor_is_found_by_its_auto_class(checkpoint):
 # What a caller says
 
 
+def test_a_negative_prompt_acts_through_guidance_of_pictures_too(pipe):
+    picture = PIL.Image.new("RGB", (8, 8), "red")
+    settings = {"image": picture, "seed": 0, "guidance_scale": 1, "image_guidance_scale": 2.0}
+    assert len(pipe("a", negative_prompt=np.array(["b"]), **settings)) == 1
+
+
 def test_an_empty_negative_prompt_is_none(pipe):
     plain = pipe(["a", "b"], seed=0, guidance_scale=6.0)
     assert same(pipe(["a", "b"], seed=0, guidance_scale=6.0, negative_prompt=""), plain)

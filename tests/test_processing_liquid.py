@@ -4,6 +4,7 @@ import threading
 
 import datasets
 import numpy as np
+import pandas as pd
 import PIL.Image
 import pytest
 import torch
@@ -622,6 +623,32 @@ def test_every_argument_survives_saving(name, request, tmp_path):
     again = tmp_path / "again"
     loaded.save_pretrained(again)
     assert LiquidProcessor.from_pretrained(again).chat_template == processor.chat_template
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+@pytest.mark.parametrize("images", [np.zeros((2, 8, 8, 3), np.uint8), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)])
+def test_a_batch_of_pictures_is_one_of_an_array(processor, images, mode):
+    text = ["<image> in blue", "<image> in red"]
+    given = processor(text=text, images=images, generation_mode=mode)
+    expected = processor(text=text, images=list(images), generation_mode=mode)
+    assert torch.equal(given["input_ids"], expected["input_ids"])
+    assert torch.equal(given["pixel_values"], expected["pixel_values"])
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved", "text"])
+@pytest.mark.parametrize("images", [[], [[]], np.zeros((0, 8, 8, 3), np.uint8)])
+def test_lists_without_pictures_are_none(processor, images, mode):
+    inputs = processor(text="dog", images=images, generation_mode=mode)
+    assert inputs["input_ids"].tolist() == processor(text="dog", generation_mode=mode)["input_ids"].tolist()
+    assert "pixel_values" not in inputs
+
+
+@pytest.mark.parametrize("kind", [np.array, pd.Series, tuple])
+@pytest.mark.parametrize("negatives", [["a", "b"], ["a", None], [None, ""]])
+def test_negative_prompts_are_any_column(processor, kind, negatives):
+    expected = processor(text=["dog"] * 2, negative_prompt=[one or "" for one in negatives], generation_mode="image")
+    given = processor(text=["dog"] * 2, negative_prompt=kind(negatives), generation_mode="image")
+    assert given["negative_prompt_ids"].tolist() == expected["negative_prompt_ids"].tolist()
 
 
 def test_an_empty_negative_prompt_is_none(processor):

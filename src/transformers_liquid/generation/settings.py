@@ -49,13 +49,26 @@ _SETTINGS = {*OUR_SETTINGS, *_TRANSFORMERS_SETTINGS}
 
 # Everything that is a setting of some `generate()`, and no argument of a model.
 _KNOWN = _SETTINGS | GenerationConfig._get_default_generation_params().keys() | GenerationConfig().to_dict().keys()
-_KNOWN |= {"prefix_allowed_tokens_fn", "assistant_model", "assistant_tokenizer", "custom_generate"}
+_KNOWN |= {
+    "image_generation_config",
+    "prefix_allowed_tokens_fn",
+    "assistant_model",
+    "assistant_tokenizer",
+    "custom_generate",
+}
 
 # What a caller's `GenerationConfig` may say about text: where it begins and ends, and who wrote it.
 _OF_TEXT = {
     *("max_length", "max_new_tokens", "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
     *("transformers_version", "_from_model_config", "_commit_hash"),
 }
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy or of torch as one of Python; everything else as it is."""
+    if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
+        return value
+    return value.item()
 
 
 @dataclass
@@ -89,6 +102,8 @@ class ImageGenerationConfig:
     of_transformers: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("guidance_scale", "guidance_min_p", "image_guidance_scale"):
+            setattr(self, name, _plain(getattr(self, name)))
         self.guidance_scale = 1.0 if self.guidance_scale is None else self.guidance_scale
         if not (isinstance(self.guidance_scale, Real) and 1 <= self.guidance_scale < math.inf):
             raise ValueError(
@@ -105,9 +120,12 @@ class ImageGenerationConfig:
         for name, value in (("guidance_min_p", self.guidance_min_p), ("top_p", self.of_transformers.get("top_p"))):
             if value is not None and not (isinstance(value, Real) and 0 < value <= 1):
                 raise ValueError(f"{name} must be in (0, 1], got {value}.")
-        copies = self.of_transformers.get("num_return_sequences", 1)
+        copies = _plain(self.of_transformers.get("num_return_sequences", 1))
         if not isinstance(copies, int) or copies < 1:
             raise ValueError(f"num_return_sequences must be a whole number of at least 1, got {copies!r}.")
+        if "num_return_sequences" in self.of_transformers:
+            self.of_transformers = self.of_transformers | {"num_return_sequences": copies}
+        self.speculative = _plain(self.speculative)
 
     @classmethod
     def from_call(
@@ -128,15 +146,31 @@ class ImageGenerationConfig:
         """
         if isinstance(config, cls):
             return config, kwargs
-        stored = getattr(stored, "image_generation_config", None) or {}
+        text, stored = stored, getattr(stored, "image_generation_config", None) or {}
         if not isinstance(stored, dict):
             raise ValueError(f"The model's image_generation_config must be a dictionary of settings, got {stored!r}.")
         settings = DEFAULT_IMAGE_GENERATION_CONFIG | stored
         if config is not None:
-            # A config with image settings, such as the copy of the model's that pipelines pass, is about text elsewhere.
-            given = getattr(config, "image_generation_config", None) or config.to_diff_dict()
+            given = getattr(config, "image_generation_config", None)
+            if not given:
+                given = config.to_diff_dict()
+            elif given == stored:
+                # A copy of the model's, as pipelines pass it: what differs was set for this call.
+                before = text.to_dict()
+                given = {name: value for name, value in config.to_dict().items() if value != before.get(name)}
+            # With image settings of its own it is about text elsewhere.
             settings |= {name: value for name, value in given.items() if name not in _OF_TEXT and value is not None}
-        settings |= {name: value for name, value in kwargs.items() if name in _KNOWN}
+        given = {name: value for name, value in kwargs.items() if name in _KNOWN}  # by the call itself
+        if (own := given.pop("image_generation_config", None)) is not None:
+            if not isinstance(own, dict):
+                raise ValueError(f"image_generation_config must be a dictionary of settings, got {own!r}.")
+            if unknown := sorted(map(str, own.keys() - _SETTINGS)):
+                raise ValueError(
+                    f"image_generation_config holds {', '.join(unknown)}, which has no meaning for images. Settings for "
+                    f"images: {', '.join((*_TRANSFORMERS_SETTINGS, *OUR_SETTINGS))}."
+                )
+            given = own | given
+        settings |= given
         # A limit for text: the stock any-to-any pipeline passes it whatever it generates.
         settings.pop("max_new_tokens", None)
         for name, value in settings.items():
@@ -145,6 +179,9 @@ class ImageGenerationConfig:
                     f"{name}={str(value)[:80]} has no meaning for images: a picture is a whole grid of codes, drawn "
                     f"greedily or by sampling. Settings for images: {', '.join((*_TRANSFORMERS_SETTINGS, *OUR_SETTINGS))}."
                 )
+        settings["do_sample"] = _plain(settings["do_sample"])
+        if not isinstance(settings["do_sample"], bool | None):
+            raise ValueError(f"do_sample must be True or False, got {settings['do_sample']!r}.")
         settings["do_sample"] = bool(settings["do_sample"])
         if not settings["do_sample"]:
             # As transformers does not: sampling settings of the repository say nothing against a greedy call.
@@ -152,7 +189,14 @@ class ImageGenerationConfig:
         ours = {name: settings.get(name) for name in OUR_SETTINGS}
         of_transformers = {name: settings[name] for name in _TRANSFORMERS_SETTINGS if settings.get(name) is not None}
         other = {name: value for name, value in kwargs.items() if name not in _KNOWN}
-        return cls(**ours, of_transformers=of_transformers), other
+        made = cls(**ours, of_transformers=of_transformers)
+        if made.guidance_scale == 1 and made.image_guidance_scale is None:
+            for name in ("guidance_min_p", "guidance_context"):
+                if given.get(name) not in (None, "none"):
+                    raise ValueError(
+                        f"{name} acts through guidance, but guidance_scale is 1: raise it, or leave it out."
+                    )
+        return made, other
 
     def to_dict(self) -> dict[str, Any]:
         """All settings that are set, in one dictionary."""

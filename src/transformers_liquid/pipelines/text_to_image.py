@@ -23,6 +23,7 @@ from ..models.liquid.configuration_liquid import LiquidConfig
 from ..models.liquid.model_card import write_model_card
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
+from ..models.liquid.prompts import negative_texts
 from ..models.liquid.vocabulary import IMAGE_MARK, as_integers
 
 
@@ -167,8 +168,9 @@ class LiquidImageGenerationPipeline(Pipeline):
         self.postprocess(torch.zeros(1, 3, 1, 1), **after)
         before = {**self._preprocess_params, **before, "height": settings.height, "width": settings.width}
         batches = self.preprocess(prompt, **before)
-        negatives = before.get("negative_prompt") or ""
-        if settings.guidance_scale == 1 and "".join(negatives).strip():
+        negatives = negative_texts(before.get("negative_prompt"))
+        has_guidance = settings.guidance_scale > 1 or settings.image_guidance_scale is not None
+        if not has_guidance and "".join(negatives).strip():
             raise ValueError(
                 "A negative prompt acts through guidance, but guidance_scale is 1: raise it, or leave out the prompt."
             )

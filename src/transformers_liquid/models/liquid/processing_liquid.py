@@ -176,6 +176,8 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
                 of the codec's factor.
         """
         check_generation_mode(generation_mode)
+        if not any(True for _ in flatten_images([] if images is None else images)):
+            images = None  # lists without pictures
         if generation_mode != "text":
             data, image_ids = {}, []
             if images is not None:
@@ -187,7 +189,7 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
                 ]
                 image_ids = [self._image_ids(None, *picture.shape[-2:]) for picture in data["pixel_values"]]
             if generation_mode == "image":
-                self.validate_inputs(images or [], self.check_texts(text, "text"))
+                self.validate_inputs(images, self.check_texts(text, "text"))
                 prompts, negatives = self.image_prompts(text, negative_prompt, height, width, images=image_ids)
             else:
                 prompts, negatives = self._interleaved_prompts(text, images, image_ids, negative_prompt, height, width)
@@ -213,8 +215,6 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
             for name, value in (("padding_side", "left"), ("padding", len(text) > 1)):
                 if name not in text_kwargs:
                     kwargs.setdefault(name, value)
-        if not any(True for _ in flatten_images([] if images is None else images)):
-            images = None  # lists without pictures
         if images is not None and (height is not None or width is not None):
             height, width = self.image_layout.size(self.image_layout.grid(height, width))  # plain integers
             kwargs.update(height=height, width=width)

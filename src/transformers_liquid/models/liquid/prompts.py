@@ -41,6 +41,17 @@ class TooLongError(ValueError):
     """What may not be cut is longer than `max_length`."""
 
 
+def negative_texts(negative_prompt: Any) -> str | list[str]:
+    """A negative prompt for all, or one each, empty for none; raises a `ValueError` for what is neither."""
+    texts = negative_prompt.tolist() if isinstance(negative_prompt, np.ndarray) else negative_prompt
+    texts = "" if texts is None else texts
+    if is_column(texts):
+        texts = ["" if text is None or text != text else text for text in texts]  # tables have NaN for none
+    if not all(isinstance(text, str) for text in (texts if isinstance(texts, list) else [texts])):
+        raise ValueError(f"negative_prompt must be a string or a list of strings, got {negative_prompt!r}.")
+    return texts
+
+
 class LiquidPrompts:
     """What [`LiquidProcessor`] knows of prompts: of its tokenizer, its four image tokens and its layout."""
 
@@ -78,8 +89,8 @@ class LiquidPrompts:
         self, negative_prompt, own: list[list[list[int]]], ending: str, height: int | None, width: int | None
     ) -> list[list[int]]:
         """What guidance leads away from, for each prompt and the images that it has of its `own`."""
-        is_list = isinstance(negative_prompt, (list, tuple))
-        negatives = negative_prompt if is_list else [negative_prompt or ""] * len(own)
+        negatives = negative_texts(negative_prompt)
+        negatives = [negatives] * len(own) if isinstance(negatives, str) else negatives
         if len(negatives) != len(own):
             raise ValueError(f"Got {len(negatives)} negative prompts for {len(own)} prompts: give one, or one each.")
         found = []
