@@ -76,7 +76,7 @@ def text_records(number, name="text"):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", RECORDS)
 def test_the_kind_follows_from_the_columns_of_a_file(write, kind, streaming):
-    path = write("records.jsonl", [{**RECORDS[kind], "id": 7, "source": "https://example.com", "score": 0.5}] * 2)
+    path = write("records.jsonl", [{**RECORDS[kind], "id": 7, "url": "https://example.com/a.html", "score": 0.5}] * 2)
     records = list(load_records(path, streaming=streaming))
     assert records == [{"kind": kind, **RECORDS[kind]}] * 2
     assert collator().encode(records[0]) == collator().encode({"kind": kind, **RECORDS[kind]})
@@ -441,7 +441,7 @@ PICTURES = {
         f"a column {name}": lambda folder, name=name: (folder / "data.jsonl").write_text(
             json.dumps({"text": "a dog", name: "17"}) + "\n"
         )
-        for name in ("image", "image_id", "img", "URL", "file_name", "pixel_values", "vq_codes", "code", "image_path")
+        for name in ("image", "image_id", "img", "file_name", "pixel_values", "vq_codes", "image_path")
     },
     "texts beside pictures": lambda folder: (folder / "a.txt").write_text("a dog\n"),
 }

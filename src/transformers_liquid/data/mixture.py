@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 # Columns of pictures, of their codes, or of where they are.
-PICTURE_COLUMNS = re.compile(r"(image|img|pixel).*|.*(codes|path).*|code|url|file_name", re.IGNORECASE)
+PICTURE_COLUMNS = re.compile(r"(image|img|pixel).*|.*codes|file_name", re.IGNORECASE)
 
 logger = logging.get_logger(__name__)
 
@@ -125,7 +126,7 @@ def _is_picture(value: Any) -> bool:
     if isinstance(value, list):
         return any(map(_is_picture, value))
     if isinstance(value, str):
-        return (mimetypes.guess_type(value)[0] or "").startswith("image/")
+        return (mimetypes.guess_type(urlsplit(value).path)[0] or "").startswith("image/")
     return isinstance(value, (Image, bytes)) or (
         isinstance(value, dict) and not value.keys().isdisjoint(("bytes", "path"))
     )
