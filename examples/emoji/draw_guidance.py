@@ -30,7 +30,9 @@ def main(args: argparse.Namespace) -> None:
         left = LABEL + GAP + column * (SIDE + GAP)
         draw.text((left + SIDE / 2, HEAD / 2), f"guidance {scale:g}", fill="#444", font=font, anchor="mm")
         for half, min_p in enumerate(MIN_P.values()):
-            images = pipe(list(PROMPTS), seed=args.seed, guidance_scale=scale, guidance_min_p=min_p)
+            # Without guidance there is nothing that min-p would leave out.
+            settings = {"guidance_scale": scale} | ({"guidance_min_p": min_p} if scale > 1 else {})
+            images = pipe(list(PROMPTS), seed=args.seed, **settings)
             for index, image in enumerate(images):
                 top = HEAD + (half * len(PROMPTS) + index) * (SIDE + GAP)
                 sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (left, top))
