@@ -157,6 +157,10 @@ class ImageGenerationConfig:
             elif given == stored:
                 # A copy of the model's, as pipelines pass it: what differs was set for this call.
                 before = text.to_dict()
+                # Pipelines of transformers fill in its defaults, which nobody asked for.
+                before |= GenerationConfig._get_default_generation_params() | {
+                    name: before.get(name) for name in _SETTINGS
+                }
                 given = {name: value for name, value in config.to_dict().items() if value != before.get(name)}
             # With image settings of its own it is about text elsewhere.
             settings |= {name: value for name, value in given.items() if name not in _OF_TEXT and value is not None}
