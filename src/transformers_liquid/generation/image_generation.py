@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -204,10 +205,12 @@ def unpadded(ids: torch.LongTensor, mask: torch.Tensor | None) -> list[list[int]
     return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
 
 
-def pad_left(sequences: list[list[int]], device: torch.device) -> tuple[torch.LongTensor, torch.LongTensor]:
+def pad_left(
+    sequences: Sequence[list[int]], device: torch.device | str, pad_token_id: int = 0
+) -> tuple[torch.LongTensor, torch.LongTensor]:
     """Ids and masks `(B, L)` of sequences, pads before them."""
     length = max(map(len, sequences))
-    ids = [[0] * (length - len(one)) + one for one in sequences]
+    ids = [[pad_token_id] * (length - len(one)) + one for one in sequences]
     mask = [[0] * (length - len(one)) + [1] * len(one) for one in sequences]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 

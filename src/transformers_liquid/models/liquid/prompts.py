@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ...codecs.vq_model import check_codes
+from ...generation.image_generation import pad_left
 from .image_processing_liquid import is_column
 from .vocabulary import IMAGE_MARK, as_integers
 
@@ -126,10 +127,8 @@ class LiquidPrompts:
 
     def pad_left(self, sequences: Sequence[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
         """Prompts of one length, pads before them, and their masks."""
-        length = max(map(len, sequences))
-        ids = [[self.pad_token_id] * (length - len(sequence)) + sequence for sequence in sequences]
-        mask = [[0] * (length - len(sequence)) + [1] * len(sequence) for sequence in sequences]
-        return ids, mask
+        ids, mask = pad_left(sequences, "cpu", self.pad_token_id)
+        return ids.tolist(), mask.tolist()
 
     def image_prompt_ids(
         self,
