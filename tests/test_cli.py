@@ -160,6 +160,52 @@ def test_the_metadata_hold_all_settings_those_of_the_checkpoint_too(checkpoint):
     assert record["version"] == transformers_liquid.__version__ and record["dtype"] == "float32"
 
 
+@pytest.fixture
+def shown():
+    """Two pictures, both with more colours than the codec has codes."""
+    for name, seed in (("in.png", 0), ("other.png", 1)):
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (10, 20, 3), dtype=np.uint8)).save(name)
+
+
+def test_pictures_in_the_context_are_those_of_the_pipeline(checkpoint, shown):
+    both = "--image in.png --image other.png --output drawn --seed 3"
+    assert run(f"generate 'in blue' '<image> dog <image>' {both}", checkpoint) == 0
+    pipe = transformers.pipeline("text-to-image", model=checkpoint, device="cpu", progress_bar=False)
+    images = [Image.open("in.png"), Image.open("other.png")]
+    expected = pipe(["<image> <image> in blue", "<image> dog <image>"], image=[images, images], seed=3)
+    without = pipe(["in blue", "dog"], seed=3)
+    for name, image, other in zip(("0-in-blue", "1-image-dog-image"), expected, without, strict=True):
+        np.testing.assert_array_equal(pixels(f"drawn/{name}.png"), np.asarray(image))
+        assert (pixels(f"drawn/{name}.png") != np.asarray(other)).any()
+
+
+def test_a_picture_for_many_prompts_is_encoded_once(checkpoint, shown, monkeypatch):
+    encoded, encode = [], LiquidForCausalLM.encode_images
+    monkeypatch.setattr(
+        LiquidForCausalLM, "encode_images", lambda self, pixels: encoded.append(len(pixels)) or encode(self, pixels)
+    )
+    Path("prompts.txt").write_text("a\nb\nc\nd\ne\nf\ng\nh\n")
+    assert run("generate --prompts-file prompts.txt --image in.png --output drawn --seed 3", checkpoint) == 0
+    assert encoded == [1, 1, 1]  # for what all share, for the lines, for the drawing
+
+
+def test_the_metadata_hold_the_pictures_of_the_context_by_their_content(checkpoint, shown, capsys):
+    run("generate 'in blue' --image in.png --image other.png --output first.png", checkpoint)
+    record = read_metadata("first.png")
+    assert record["image"] == ["in.png", "other.png"]
+    Image.open("in.png").save("again.bmp")
+    run("generate 'in blue' --image again.bmp --image other.png --output second.png --seed 0", checkpoint)
+    run("generate 'in blue' --image other.png --image in.png --output third.png --seed 0", checkpoint)
+    second, third = read_metadata("second.png"), read_metadata("third.png")
+    assert second["image_sha256"] == record["image_sha256"] == third["image_sha256"][::-1]
+    assert len(set(record["image_sha256"])) == 2
+    capsys.readouterr()
+    assert run("info first.png") == 0
+    assert json.loads(capsys.readouterr().out)["image_sha256"] == record["image_sha256"]
+    assert run([*shlex.split(record["command"])[1:], "--output", "fourth.png"]) == 0
+    np.testing.assert_array_equal(pixels("first.png"), pixels("fourth.png"))
+
+
 def test_without_a_seed_pictures_differ_and_say_their_seed(checkpoint):
     run("generate apple --output one.png", checkpoint)
     run("generate apple --output two.png", checkpoint)
@@ -327,6 +373,27 @@ def test_pictures_of_another_file_of_prompts_are_named_before_drawing(checkpoint
     prompts(*lines)
     assert message in error_of(FROM_FILE, capsys, checkpoint)
     assert times() == before
+
+
+def test_pictures_with_other_contexts_are_named_before_drawing(checkpoint, prompts, shown, capsys):
+    assert run(FROM_FILE + " --image in.png", checkpoint) == 0
+    whole, before = drawn(), times()
+    Path("drawn/000002-dog.png").unlink()
+    for options in ("", " --image other.png", " --image in.png --image in.png"):
+        assert "was drawn otherwise: image_sha256 was ['" in error_of(FROM_FILE + options, capsys, checkpoint)
+    assert times().items() <= before.items()
+    shutil.move("in.png", "moved.png")  # the same content elsewhere is the same
+    assert run(FROM_FILE + " --image moved.png", checkpoint) == 0
+    assert_same_pictures(drawn(), whole)
+
+
+def test_lines_whose_marks_are_not_those_of_the_pictures_are_left_out(checkpoint, prompts, shown, capsys):
+    prompts("<image> dog", "<image> and <image>", "", "blue", "<boi>")
+    assert run(FROM_FILE + " --image in.png", checkpoint) == 2
+    said = capsys.readouterr().err
+    assert "line 2 is left out: Text 0 has 2 <image> marks for 1 images" in said
+    assert "line 3 is left out: prompt 0 is empty" in said and "line 5 is left out: " in said
+    assert list(drawn()) == ["000001-image-dog.png", "000004-blue.png"]
 
 
 def test_pictures_of_another_model_are_named_before_drawing(checkpoint, prompts, capsys):
@@ -718,6 +785,11 @@ def test_the_embedded_checkpoint_is_the_default(monkeypatch, capsys):
         ("generate a --output picture.png/a.png", "File exists: 'picture.png'"),
         ("generate a --output /proc/none/a.png", "No such file or directory: '/proc/none'"),
         ("generate a --model none/at/all", "none/at/all"),
+        ("generate a --image none.png", "No such file or directory: 'none.png'"),
+        ("generate a --image picture.png --image corrupt.png", "Cannot read 'corrupt.png' as a picture"),
+        ("generate a --image full", "Cannot read 'full' as a picture: it is no regular file"),
+        ("story a --greedy --top-k 3", "--greedy draws nothing by chance: leave out --temperature, --top-k"),
+        ("chat --greedy --top-k 3", "--greedy draws nothing by chance: leave out --temperature, --top-k"),
         ("describe none.png", "No such file or directory: 'none.png'"),
         ("describe corrupt.png", "Cannot read 'corrupt.png' as a picture"),
         ("expand base --output new", "Missing option '--codec'"),
@@ -756,6 +828,9 @@ def bad_files():
         ("generate a --speculative=1", "speculative must be True, or a window of 2 ... 16 codes"),
         ("generate ''", "prompt 0 is empty"),
         ("generate a 'b <image>'", "reserved for images"),
+        ("generate '<image> b <image>' --image picture.png", "Text 0 has 2 <image> marks for 1 images"),
+        ("generate a --image picture.png --output picture.png", "which is another file of this command"),
+        (f"generate a {'--image picture.png ' * 7}", "together more than the model's 128 positions"),
         (f"generate a '{'word ' * 40}'", "together more than the model's 128 positions. Shorten the prompt"),
         ("generate a --negative-prompt ' '", "negative_prompt 0 is empty"),
         ("describe picture.png 'a <boi>'", "reserved for images"),

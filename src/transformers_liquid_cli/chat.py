@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,23 +11,11 @@ from typer import Option
 from . import options
 
 
+@options.shared(options.Drawn, options.Running)
 def chat(
     output: Annotated[Path, Option(help="The folder where drawn pictures go.")] = Path(),
-    negative_prompt: options.NegativePrompt = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    guidance_scale: options.GuidanceScale = None,
-    guidance_min_p: options.GuidanceMinP = None,
-    speculative: options.Speculative = None,
-    greedy: options.Greedy = False,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
     max_new_tokens: options.MaxNewTokens = 256,
-    model: options.Model = None,
-    device: options.Device = None,
-    dtype: options.DType = "auto",
-    seed: options.Seed = None,
+    **given: Any,
 ) -> None:
     """Talks on the terminal, with pictures in both directions: the model draws where it begins a picture itself.
 
@@ -35,7 +23,7 @@ def chat(
     Example:
       transformers-liquid chat --model path/to/model
     """
-    given = dict(locals())
+    options.check_greedy(given)
     options.check_writable(output, folder=True)
     import transformers
 
@@ -45,7 +33,7 @@ def chat(
     from .models import load
     from .pictures import Drawing, in_order
 
-    pipe = load(model, device, dtype)
+    pipe, seed = load(given["model"], given["device"], given["dtype"]), given["seed"]
     pipe.set_progress_bar_config(disable=None, leave=False)
     drawing = Drawing(pipe, given)
     converse = LiquidConversation(pipe.model, pipe.processor)
@@ -75,7 +63,9 @@ def chat(
                 asked = [*messages, {"role": "user", "content": [*images, {"type": "text", "text": line}]}]
                 if seed is not None:
                     transformers.set_seed(seed)
-                answer = _reply(converse, asked, new_path, drawing, seed=seed, max_new_tokens=max_new_tokens)
+                answer = _reply(
+                    converse.stream(asked, seed=seed, max_new_tokens=max_new_tokens, **drawing.by_turns()), new_path
+                )
                 messages = [*asked, {"role": "assistant", "content": answer}]
                 images = []
         except EOFError:
@@ -84,13 +74,12 @@ def chat(
             print(f"error: {options.one_line(error)}")
 
 
-def _reply(converse: Any, messages: list, new_path: Callable[[], Path], drawing: Any, **settings: Any) -> list[dict]:
+def _reply(events: Iterable[dict[str, Any]], new_path: Callable[[], Path]) -> list[dict]:
     """Prints a reply as it comes, writes its pictures, and returns its parts."""
     from transformers_liquid.pipelines.conversation import add_event
 
-    pictures, parts = drawing.settings | drawing.shared, []
-    shared = {name: pictures.pop(name) for name in drawing.shared}
-    for event in converse.stream(messages, image_generation_config=pictures, **shared, **settings):
+    parts = []
+    for event in events:
         if event["type"] == "text":
             print(event["text"], end="", flush=True)
         elif event["type"] == "image":

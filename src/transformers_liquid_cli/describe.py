@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument
 
@@ -13,15 +13,13 @@ from . import options
 PICTURE = re.compile(r"\S+\.(png|jpe?g|webp|gif|bmp|tiff?|avif|heic)|(https?|file|data):\S+", flags=re.IGNORECASE)
 
 
+@options.shared(options.Running)
 def describe(
     image: Annotated[str, Argument(help="A file or an URL.")],
     question: Annotated[str | None, Argument(help="Without one, a caption is written.")] = None,
     framing: options.Framing = "pad",
     max_new_tokens: options.MaxNewTokens = 256,
-    model: options.Model = None,
-    device: options.Device = None,
-    dtype: options.DType = "auto",
-    seed: options.Seed = None,
+    **given: Any,
 ) -> None:
     """Says what one picture shows, or answers a question about it.
 
@@ -38,7 +36,7 @@ def describe(
     from .models import load, write_answer
 
     picture = load_image(image)
-    pipe = load(model, device, dtype)
+    pipe = load(given["model"], given["device"], given["dtype"])
     ids = pipe.processor.caption_ids() if question is None else pipe.processor.question_ids(question)
     inputs = pipe.processor.image_processor(picture, framing=framing)
-    print(write_answer(pipe, max_new_tokens, seed, input_ids=torch.tensor([ids]), **inputs).strip())
+    print(write_answer(pipe, max_new_tokens, given["seed"], input_ids=torch.tensor([ids]), **inputs).strip())

@@ -1,6 +1,7 @@
 """`transformers-liquid generate`"""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,13 @@ from . import options
 DEFAULT_OUTPUT = Path("liquid.png")
 
 Output = Annotated[Path | None, Option(writable=True, help="A .png, or a folder.", show_default=str(DEFAULT_OUTPUT))]
+Images = Annotated[
+    list[str] | None,
+    Option(
+        help="A picture in the context, a file or an URL, as for editing; may be given again. It stands where a prompt "
+        "says <image>, else before the prompt."
+    ),
+]
 PromptsFile = Annotated[
     Path | None, Option(help="More prompts, one in a line. What cannot be drawn is told and left out (exit code 2).")
 ]
@@ -24,29 +32,18 @@ OutputDir = Annotated[
 ]
 
 
+@options.shared(options.Drawn, options.Running)
 def generate(
     context: Context,
     prompts: Annotated[list[str], Argument(metavar="PROMPT", help="What to draw.")] = (),
+    image: Images = None,
     prompts_file: PromptsFile = None,
     output: Output = None,
     output_dir: OutputDir = None,
     sheet: Annotated[Path | None, Option(writable=True, help="Also write all pictures on one sheet, a .png.")] = None,
     num_images: Annotated[int, Option(min=1, max=10**6, help="Pictures of each prompt.")] = 1,
     batch_size: Annotated[int, Option(min=1, help="Pictures drawn side by side.")] = 8,
-    negative_prompt: options.NegativePrompt = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    guidance_scale: options.GuidanceScale = None,
-    guidance_min_p: options.GuidanceMinP = None,
-    speculative: options.Speculative = None,
-    greedy: options.Greedy = False,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    model: options.Model = None,
-    device: options.Device = None,
-    dtype: options.DType = "auto",
-    seed: options.Seed = None,
+    **given: Any,
 ) -> None:
     """Draws pictures from prompts and writes them as PNGs, batch by batch.
 
@@ -55,18 +52,22 @@ def generate(
       transformers-liquid generate "red apple" "dog face" --num-images 2 --seed 7 --output drawn --sheet sheet.png
     """
     # 1. What can be checked without the model
-    given = dict(locals())
     lines = _read_lines(prompts_file)
-    _check(given, lines)
+    options.check_greedy(given)
+    _check(prompts, lines, output, output_dir, sheet)
+    from transformers_liquid.models.liquid.image_processing_liquid import load_image
+
     from .models import find_processes, load
     from .pictures import Drawing, check_apart, in_order, of_lines, without_file
 
+    images, seed = [(name, load_image(name)) for name in image or ()], given["seed"]
+
     # 2. What needs it: what is wrong with a prompt is raised, what is wrong with a line is reported
-    processes, device = find_processes(device, output_dir)
+    processes, device = find_processes(given["device"], output_dir)
     if output_dir is not None and processes.is_main_process:
         _go_alone(context, output_dir)
-    drawing = Drawing(load(model, device, dtype), given)
-    drawing.check(prompts or "a")
+    drawing = Drawing(load(given["model"], device, given["dtype"]), given, images)
+    drawing.check(prompts or ["a"])
     good, bad = drawing.sort_out(lines)
     _tell(bad if processes.is_main_process else {}, prompts_file)
     if output_dir is None:
@@ -74,7 +75,7 @@ def generate(
     else:
         pictures = of_lines(good, num_images, seed or 0, output_dir)
         left = without_file(drawing, pictures, output_dir)
-    check_apart(pictures, sheet, prompts_file)
+    check_apart(pictures, sheet, [prompts_file, *(image or ())])
 
     # 3. Every process draws its share of what is left, once all of them have seen what that is
     processes.wait_for_everyone()
@@ -122,18 +123,17 @@ def _read_lines(prompts_file: Path | None) -> list[str]:
         raise ValueError(f"{prompts_file} is no text in UTF-8: {error}") from error
 
 
-def _check(given: dict[str, Any], lines: list[str]) -> None:
-    """Raises what is wrong with the options by themselves, or a place that cannot be written to."""
-    fault = None
-    if not given["prompts"] and not any(lines):
-        fault = "Nothing to draw: give a PROMPT, or --prompts-file with one prompt in a line."
-    elif given["output_dir"] is not None and (given["prompts"] or given["output"] is not None):
-        fault = "--output-dir names pictures after lines: give --prompts-file, and neither PROMPT nor --output."
-    elif given["greedy"] and any(given[name] is not None for name in ("temperature", "top_k", "top_p")):
-        fault = "--greedy draws nothing by chance: leave out --temperature, --top-k and --top-p."
-    if fault:
-        raise ValueError(fault)
-    output = given["output_dir"] or given["output"] or DEFAULT_OUTPUT
-    options.check_writable(output, folder=given["output_dir"] is not None or options.is_folder(output))
-    if given["sheet"] is not None:
-        options.check_writable(given["sheet"], folder=False)
+def _check(
+    prompts: Sequence[str], lines: list[str], output: Path | None, output_dir: Path | None, sheet: Path | None
+) -> None:
+    """Raises what is wrong with what to draw, or a place that cannot be written to."""
+    if not prompts and not any(lines):
+        raise ValueError("Nothing to draw: give a PROMPT, or --prompts-file with one prompt in a line.")
+    if output_dir is not None and (prompts or output is not None):
+        raise ValueError(
+            "--output-dir names pictures after lines: give --prompts-file, and neither PROMPT nor --output."
+        )
+    output = output_dir or output or DEFAULT_OUTPUT
+    options.check_writable(output, folder=output_dir is not None or options.is_folder(output))
+    if sheet is not None:
+        options.check_writable(sheet, folder=False)

@@ -3,7 +3,9 @@
 import json
 import tempfile
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
@@ -27,17 +29,54 @@ Framing = Annotated[
     ),
 ]
 
-# How a picture is drawn
-NegativePrompt = Annotated[str | None, Option(help="What the pictures should not show.")]
-Height = Annotated[int | None, Option(help="Of the pictures, in pixels; the model's unless given.")]
-Width = Annotated[int | None, Option(help="Likewise.")]
-GuidanceScale = Annotated[float | None, Option(help="1 is no guidance. The checkpoint's unless given, as all below.")]
-GuidanceMinP = Annotated[float | None, Option("--guidance-min-p", help="Guidance chooses among codes this probable.")]
-Speculative = Annotated[int | None, Option(help="Draw up to that many codes in a step, such as 12: the same picture.")]
-Greedy = Annotated[bool, Option("--greedy", help="Always take the most probable code.")]
-Temperature = Annotated[float | None, Option(help="Below 1, the probable codes become more so.")]
-TopK = Annotated[int | None, Option(help="Draw among that many of the most probable codes.")]
-TopP = Annotated[float | None, Option(help="Draw among codes of this probability together.")]
+
+@dataclass
+class Running:
+    """Which model, and how it runs: options for [`shared`]."""
+
+    model: Model = None
+    device: Device = None
+    dtype: DType = "auto"
+    seed: Seed = None
+
+
+@dataclass
+class Drawn:
+    """How a picture is drawn: options for [`shared`]."""
+
+    negative_prompt: Annotated[str | None, Option(help="What the pictures should not show.")] = None
+    height: Annotated[int | None, Option(help="Of the pictures, in pixels; the model's unless given.")] = None
+    width: Annotated[int | None, Option(help="Likewise.")] = None
+    guidance_scale: Annotated[
+        float | None, Option(help="1 is no guidance. The checkpoint's unless given, as all below.")
+    ] = None
+    guidance_min_p: Annotated[
+        float | None, Option("--guidance-min-p", help="Guidance chooses among codes this probable.")
+    ] = None
+    speculative: Annotated[
+        int | None, Option(help="Draw up to that many codes in a step, such as 12: the same picture.")
+    ] = None
+    greedy: Annotated[bool, Option("--greedy", help="Always take the most probable code.")] = False
+    temperature: Annotated[float | None, Option(help="Below 1, the probable codes become more so.")] = None
+    top_k: Annotated[int | None, Option(help="Draw among that many of the most probable codes.")] = None
+    top_p: Annotated[float | None, Option(help="Draw among codes of this probability together.")] = None
+
+
+def shared(*groups: type) -> Callable[[Callable], Callable]:
+    """Gives a command the options of groups, as `**given`, behind its own."""
+
+    def add(command: Callable) -> Callable:
+        own = [one for one in signature(command).parameters.values() if one.kind is not one.VAR_KEYWORD]
+        more = [one.replace(kind=one.KEYWORD_ONLY) for group in groups for one in signature(group).parameters.values()]
+        command.__signature__ = Signature([*own, *more])
+        return command
+
+    return add
+
+
+def check_greedy(given: dict[str, Any]) -> None:
+    if given["greedy"] and any(given[name] is not None for name in ("temperature", "top_k", "top_p")):
+        raise ValueError("--greedy draws nothing by chance: leave out --temperature, --top-k and --top-p.")
 
 
 def is_folder(path: Path) -> bool:

@@ -31,8 +31,8 @@ METADATA_KEY = "transformers_liquid"
 SETTINGS = ("guidance_scale", "guidance_min_p", "speculative", "temperature", "top_k", "top_p")
 
 # What of its record says how it was drawn, but does not change it.
-# Speculation draws the same; the checkpoint's content is compared by itself.
-NO_MATTER = ("settings", "device", "version", "command", "speculative", "batch_size", "note", "identity")
+# Speculation draws the same; the contents of the checkpoint and of pictures are compared by themselves.
+NO_MATTER = ("settings", "device", "version", "command", "speculative", "batch_size", "note", "identity", "image")
 
 # What a configuration says of where and by what it was saved.
 NO_CONTENT = ("_name_or_path", "architectures", "dtype", "transformers_version")
@@ -53,9 +53,15 @@ class Drawing:
     Args:
         pipe ([`LiquidImageGenerationPipeline`]): Draws them.
         options (`Mapping`): The command's, by their names.
+        images (pairs of `str` and pictures): Of the context of each drawing: their names and what is there.
     """
 
-    def __init__(self, pipe: LiquidImageGenerationPipeline, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        pipe: LiquidImageGenerationPipeline,
+        options: Mapping[str, Any],
+        images: Sequence[tuple[str, Image.Image]] = (),
+    ) -> None:
         given = {name: options[name] for name in SETTINGS if options[name] is not None}
         if options["greedy"]:
             given["do_sample"] = False
@@ -66,21 +72,39 @@ class Drawing:
         self.pipe, self.model, self.identity, self.batch_size = pipe, options["model"], identity(pipe), 1
         self.settings = settings.to_dict()
         self.shared = {"negative_prompt": options["negative_prompt"], "height": height, "width": width}
+        self.images = [image for _, image in images]
+        digests = [hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest() for image in self.images]
+        self.context = {"image": [name for name, _ in images], "image_sha256": digests} if images else {}
 
-    def check(self, prompts: str | list[str]) -> None:
+    def of(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """What the pipeline is to be told with prompts."""
+        return self.shared | ({"image": [self.images] * len(prompts)} if self.images else {})
+
+    def check(self, prompts: Sequence[str]) -> None:
         """Raises what is wrong with prompts, or with what they all share."""
-        self.pipe.preprocess(prompts, **self.shared)
+        self.pipe.preprocess(prompts, **self.of(prompts))
 
     def sort_out(self, lines: Sequence[str]) -> tuple[dict[int, str], dict[int, str]]:
         """The lines that can be drawn, and what is wrong with the others, by their numbers from 1."""
-        good, bad = {}, {}
-        for number, line in enumerate(lines, start=1):
+
+        def wrong(numbers: range) -> dict[int, str]:
+            """By halves: all lines together have the pictures of their context encoded once."""
             try:
-                self.check(line)
-                good[number] = line
+                self.check([lines[number - 1] for number in numbers])
             except ValueError as error:
-                bad[number] = one_line(error)
-        return good, bad
+                if len(numbers) == 1:
+                    return {numbers[0]: one_line(error)}
+                half = len(numbers) // 2
+                return wrong(numbers[:half]) | wrong(numbers[half:])
+            return {}
+
+        bad = wrong(range(1, len(lines) + 1)) if lines else {}
+        return {number: line for number, line in enumerate(lines, start=1) if number not in bad}, bad
+
+    def by_turns(self) -> dict[str, Any]:
+        """The settings as a conversation takes them."""
+        settings = {name: value for name, value in self.settings.items() if name not in self.shared}
+        return {"image_generation_config": settings, **self.shared}
 
     def draw(self, pictures: Sequence[Picture], batch_size: int = 1) -> Iterator[Picture]:
         """Draws and writes pictures; each is handed out as soon as it is there."""
@@ -88,7 +112,7 @@ class Drawing:
             return
         prompts, seeds, _ = map(list, zip(*pictures, strict=True))
         self.batch_size = min(batch_size, len(pictures))
-        drawn = self.pipe.stream(prompts, seed=seeds, batch_size=batch_size, **self.shared, **self.settings)
+        drawn = self.pipe.stream(prompts, seed=seeds, batch_size=batch_size, **self.of(prompts), **self.settings)
         for index, image in drawn:
             save_png(image, pictures[index].path, self.record(pictures[index]))
             yield pictures[index]
@@ -104,13 +128,15 @@ class Drawing:
         settings = {name: value for name, value in self.settings.items() if name in SETTINGS and value is not True}
         options = {"model": self.model, "seed": picture.seed, **self.shared, **settings, **place}
         # With "=", and after "--", a value may begin with a dash.
-        words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+        words = [f"--image={name}" for name in self.context.get("image", ())]
+        words += [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
         words += ["--greedy"] * (not self.settings.get("do_sample")) + ["--"] * picture.prompt.startswith("-")
         record = {
             "prompt": picture.prompt,
             "seed": picture.seed,
             "model": self.model or Path(EMOJI_CHECKPOINT).name,
             "identity": self.identity,
+            **self.context,
             **self.shared,
             "settings": self.settings,
             **place,
@@ -182,15 +208,15 @@ def _slug(prompt: str) -> str:
     return re.sub(r"\W+", "-", prompt.lower())[:40].strip("-")
 
 
-def check_apart(pictures: list[Picture], sheet: Path | None, prompts_file: Path | None) -> None:
+def check_apart(pictures: list[Picture], sheet: Path | None, read: Sequence[str | Path | None]) -> None:
     """Nothing is written over what a command reads, or has just written."""
     paths = {os.path.realpath(picture.path) for picture in pictures}
-    for path in filter(None, (sheet, prompts_file)):
+    for path in filter(None, (sheet, *read)):
         if (real := os.path.realpath(path)) in paths:
             raise ValueError(
                 f"A picture would be written to {path}, which is another file of this command: rename one."
             )
-        paths.add(real)
+        paths |= {real} if path is sheet else set()
 
 
 def without_file(drawing: Drawing, pictures: list[Picture], folder: Path) -> list[Picture]:

@@ -1,28 +1,20 @@
 """`transformers-liquid story`"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from . import options
 
 
+@options.shared(options.Drawn, options.Running)
 def story(
     prompt: Annotated[str, Argument(help="How it begins.")],
     output: Annotated[Path, Option(writable=True, help="A new .md; its pictures go beside it.")] = Path("story.md"),
     max_images: Annotated[int | None, Option(min=1, help="Most pictures.", show_default="4, or what fits")] = None,
     max_new_tokens: options.MaxNewTokens = 256,
-    negative_prompt: options.NegativePrompt = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    guidance_scale: options.GuidanceScale = None,
-    guidance_min_p: options.GuidanceMinP = None,
-    speculative: options.Speculative = None,
-    model: options.Model = None,
-    device: options.Device = None,
-    dtype: options.DType = "auto",
-    seed: options.Seed = None,
+    **given: Any,
 ) -> None:
     """Goes on from a beginning with text and pictures by turns, and writes both down.
 
@@ -33,23 +25,23 @@ def story(
     if output.suffix.lower() != ".md" or output.exists():
         raise ValueError(f"A story is written to a new file that ends with .md, got {output}.")
     options.check_writable(output.parent, folder=True)
+    options.check_greedy(given)
     import transformers
 
     from transformers_liquid import LiquidConversation
     from transformers_liquid.utils.files import whole, write_text
 
     from .models import load
+    from .pictures import Drawing
 
-    pipe = load(model, device, dtype)
-    pictures = {"guidance_scale": guidance_scale, "guidance_min_p": guidance_min_p, "speculative": speculative}
-    settings = {name: value for name, value in pictures.items() if value is not None}
-    settings |= {"max_images": max_images, "max_new_tokens": max_new_tokens, "negative_prompt": negative_prompt}
+    pipe, seed = load(given["model"], given["device"], given["dtype"]), given["seed"]
+    settings = Drawing(pipe, given).by_turns() | {"max_images": max_images, "max_new_tokens": max_new_tokens}
     if seed is not None:
         transformers.set_seed(seed)
     converse = LiquidConversation(pipe.model, pipe.processor)
     written = prompt
     print(prompt, end="", flush=True)
-    for event in converse.stream(prompt, seed=seed, height=height, width=width, **settings):
+    for event in converse.stream(prompt, seed=seed, **settings):
         if event["type"] == "text":
             written += event["text"]
             print(event["text"], end="", flush=True)

@@ -259,10 +259,12 @@ class LiquidImageGenerationPipeline(Pipeline):
         for index, (text, own) in enumerate(zip(prompts, of_each, strict=True)):
             prompts[index] = text if IMAGE_MARK in text else f"{IMAGE_MARK} " * len(own) + text
         # Read as far as is needed to say what is wrong, before the codec is at work.
-        pictures = [picture for own in of_each for picture in own]
         self.processor.validate_inputs(of_each, prompts)
-        pixel_values = self.processor.image_processor(pictures, framing="pad", return_tensors="pt", **size)
-        return prompts, [ids.tolist() for ids in self.model.encode_images(pixel_values["pixel_values"])]
+        pictures = [picture for own in of_each for picture in own]
+        once = {id(picture): picture for picture in pictures}  # one for all prompts is encoded once
+        pixel_values = self.processor.image_processor(list(once.values()), framing="pad", **size)["pixel_values"]
+        ids = dict(zip(once, self.model.encode_images(pixel_values), strict=True))
+        return prompts, [ids[id(picture)].tolist() for picture in pictures]
 
     def _draw(
         self,
