@@ -8,7 +8,7 @@ import sys
 # What the package derives its classes from and registers them with.
 NEEDED = """
 import PIL.Image
-from diffusers import VQModel
+from diffusers import DiffusionPipeline, VQModel
 from diffusers.image_processor import VaeImageProcessor
 from transformers import AutoImageProcessor, AutoModelForMultimodalLM, AutoProcessor, GenerationMixin, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer

@@ -30,6 +30,9 @@ from .models.liquid.configuration_liquid import LiquidConfig
 from .models.liquid.image_processing_liquid import LiquidImageProcessor
 from .models.liquid.modeling_liquid import LiquidForCausalLM, LiquidModel, LiquidPreTrainedModel
 from .models.liquid.processing_liquid import LiquidProcessor
+from .models.voken.configuration_voken import VokenConfig
+from .models.voken.image_decoder import VokenCondition, VokenImageDecoder
+from .models.voken.modeling_voken import VokenFeatureMapper, VokenForConditionalGeneration
 from .pipelines.conversation import LiquidConversation
 from .pipelines.streamers import ImageIteratorStreamer, ImageStreamer, partial_pictures
 from .pipelines.text_to_image import LiquidImageGenerationPipeline
@@ -48,6 +51,10 @@ for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelF
 # What goes by the name of the class (the Trainer's label smoothing, `transformers serve`) has tables of its own.
 for names in (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
     names["liquid"] = LiquidForCausalLM.__name__
+AutoConfig.register("voken", VokenConfig)
+for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    auto_class.register(VokenConfig, VokenForConditionalGeneration)
+modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["voken"] = VokenForConditionalGeneration.__name__
 AutoImageProcessor.register(LiquidConfig, image_processor_classes={"pil": LiquidImageProcessor})
 AutoProcessor.register(LiquidConfig, LiquidProcessor)
 
@@ -80,6 +87,11 @@ __all__ = [
     "LiquidTrainer",
     "LiquidVQModel",
     "SuppressImageTokensLogitsProcessor",
+    "VokenCondition",
+    "VokenConfig",
+    "VokenFeatureMapper",
+    "VokenForConditionalGeneration",
+    "VokenImageDecoder",
     "expand_vocabulary",
     "export_base_model",
     "liquid_lora_config",

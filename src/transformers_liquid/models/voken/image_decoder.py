@@ -1,0 +1,383 @@
+"""The diffusion model that draws what vokens condition: its training loss and its drawing, for the families of diffusers.
+
+The only file that knows these families. Everything about time, noise and guidance is diffusers' own: its pipelines draw
+from embeddings alone, without their text encoders, and its schedulers say what a denoiser has to predict.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import diffusers  # its parts, as they are used: pipelines and schedulers take their time to import
+import torch
+from diffusers.utils import BaseOutput
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+# The denoisers that are known, and the pipelines that draw with them.
+PIPELINES = {
+    "UNet2DConditionModel": "StableDiffusionPipeline",
+    "UNet2DConditionModel (text_time)": "StableDiffusionXLPipeline",
+    "SD3Transformer2DModel": "StableDiffusion3Pipeline",
+    "PixArtTransformer2DModel": "PixArtSigmaPipeline",
+    "SanaTransformer2DModel": "SanaPipeline",
+}
+TEXT_ENCODERS = [f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
+# What is taken of a diffusers pipeline; its text encoders are needed for captions alone.
+COMPONENTS = ["vae", "scheduler", "unet", "transformer", *TEXT_ENCODERS]
+
+
+@dataclass
+class VokenCondition(BaseOutput):
+    """What a diffusion model is told in place of an encoded prompt.
+
+    Args:
+        embeds (`torch.Tensor` of shape `(N, condition_length, condition_dim)`): What it attends to.
+        pooled (`torch.Tensor` of shape `(N, pooled_condition_dim)`, *optional*): For those that take a vector too.
+    """
+
+    embeds: torch.Tensor = None
+    pooled: torch.Tensor | None = None
+
+
+class VokenImageDecoder:
+    """A frozen diffusers text-to-image model that is told by embeddings what to draw.
+
+    Args:
+        pipe (`DiffusionPipeline`): Stable Diffusion 1 or 2 (which predict noise, velocity or the picture), SDXL, SD3,
+            PixArt-Sigma or Sana. Its text encoders may be `None`: only [`~VokenImageDecoder.caption_condition`] needs
+            them. Its models are frozen in place.
+
+    Raises:
+        ValueError: If there is no denoiser, or it or what it predicts is unknown.
+
+    Example:
+
+    ```python
+    >>> decoder = VokenImageDecoder.from_pretrained("stabilityai/stable-diffusion-2-1-base")
+    >>> latents = decoder.encode(pixel_values)
+    >>> loss = decoder.loss(latents, model.feature_mapper(states)).mean()
+    >>> images = decoder.draw(condition, model.unconditional(), guidance_scale=7.5)
+    ```
+    """
+
+    def __init__(self, pipe: DiffusionPipeline) -> None:
+        self.pipe, self.denoiser = pipe, _denoiser(pipe.components)
+        self.family = _family(self.denoiser)
+        channels = self.denoiser.config.in_channels, pipe.vae.config.latent_channels
+        if channels[0] != channels[1]:
+            raise ValueError(
+                f"The denoiser takes {channels[0]} channels, the VAE gives {channels[1]}: pass a text-to-image pipeline, "
+                "with the VAE it was trained with."
+            )
+        for component in pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        # Drawing changes the time steps of its scheduler, and not every one knows velocities: training has its own.
+        name, config = type(pipe.scheduler).__name__, pipe.scheduler.config
+        self.is_flow = name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
+        if self.is_flow:
+            shift = config.get("shift") or config.get("flow_shift") or 1.0
+            self.noise_scheduler = diffusers.FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=shift)
+        else:
+            self.noise_scheduler = diffusers.DDPMScheduler.from_config(config)
+            if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
+                raise ValueError(
+                    f"prediction_type of the scheduler must be 'epsilon', 'v_prediction', 'sample' or that of a flow, got "
+                    f"{self.prediction_type!r}."
+                )
+
+    @classmethod
+    def from_components(cls, **components: Any) -> VokenImageDecoder:
+        """From the parts of a diffusers pipeline, by their names there; what is not needed is left out.
+
+        Raises:
+            ValueError: As for the class.
+        """
+        pipeline = getattr(diffusers, PIPELINES[_family(_denoiser(components))])
+        names = inspect.signature(pipeline.__init__).parameters
+        required = [name for name, one in names.items() if one.default is inspect.Parameter.empty and name != "self"]
+        parts = {name: components.get(name) for name in {*required, *COMPONENTS} & names.keys()}
+        parts |= {name: False for name in ("requires_safety_checker", "add_watermarker") if name in names}
+        return cls(pipeline(**parts))
+
+    @classmethod
+    def from_pretrained(cls, name: str, **kwargs: Any) -> VokenImageDecoder:
+        """The image decoder of a diffusers repository, or of one of an [`InterleavedVokenPipeline`].
+
+        Args:
+            name (`str`): Name or path of the repository.
+            kwargs: As in diffusers' `from_pretrained`, such as `torch_dtype`.
+        """
+        index = diffusers.DiffusionPipeline.load_config(name)
+        unused = {part: None for part in ("model", "processor", "safety_checker") if part in index}
+        return cls.from_components(**diffusers.DiffusionPipeline.from_pretrained(name, **unused, **kwargs).components)
+
+    @property
+    def prediction_type(self) -> str:
+        """What the denoiser predicts: `"flow"`, `"epsilon"`, `"v_prediction"` or `"sample"`."""
+        return "flow" if self.is_flow else self.noise_scheduler.config.prediction_type
+
+    @property
+    def condition_dim(self) -> int:
+        """Width of what the denoiser attends to."""
+        config = self.denoiser.config
+        names = "caption_channels", "joint_attention_dim", "encoder_hid_dim", "cross_attention_dim"
+        dim = next(config[name] for name in names if config.get(name))
+        # Of Sana, cross_attention_dim is the width within; of UNets it may be one for each block, all the same.
+        return dim if isinstance(dim, int) else dim[0]
+
+    @property
+    def pooled_dim(self) -> int | None:
+        """Width of the pooled vector, if the denoiser takes one."""
+        config = self.denoiser.config
+        if "text_time" in self.family:
+            return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return config.get("pooled_projection_dim")
+
+    @property
+    def text_length(self) -> int:
+        """How many vectors of a text the denoiser knows: the usual `condition_length`."""
+        if self.family in ("PixArtTransformer2DModel", "SanaTransformer2DModel"):
+            return 300
+        tokenizer = self.pipe.components.get("tokenizer")
+        return 77 if tokenizer is None else tokenizer.model_max_length
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """Shape of the latents of a picture of so many pixels, by default of the denoiser's own size.
+
+        Raises:
+            ValueError: If the denoiser cannot draw this size.
+        """
+        size, factor = self.denoiser.config.sample_size, self.pipe.vae_scale_factor
+        own = (size, size) if isinstance(size, int) else size
+        height, width = height or own[0] * factor, width or own[1] * factor
+        step = factor * (self.denoiser.config.get("patch_size") or 1)
+        if height % step or width % step:
+            raise ValueError(f"Height and width must be multiples of {step}, got pictures of {height} x {width}.")
+        return self.denoiser.config.in_channels, height // factor, width // factor
+
+    @torch.no_grad()
+    def encode(self, pixel_values: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Latents of pictures, scaled as the denoiser knows them.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(N, 3, H, W)`): In [-1, 1].
+            generator (`torch.Generator`, *optional*): For the sample of the VAE's posterior.
+
+        Raises:
+            ValueError: If the denoiser cannot draw pictures of this size.
+        """
+        self.latent_shape(*pixel_values.shape[-2:])
+        vae = self.pipe.vae
+        overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast")
+        if overflows:
+            vae.float()
+        encoded = vae.encode(pixel_values.to(vae.device, vae.dtype))
+        if overflows:
+            vae.half()
+        latents = encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latent
+        return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def caption_condition(self, texts: Sequence[str], length: int | None = None) -> VokenCondition:
+        """What the diffusion model's own text encoders make of captions, the target of L_CAP.
+
+        Args:
+            texts (sequence of `str`): The captions.
+            length (`int`, *optional*): How many vectors, for families with no fixed number (SD3, PixArt, Sana).
+
+        Raises:
+            ValueError: If there is no text encoder, or it gives another number of vectors.
+        """
+        parameters = inspect.signature(self.pipe.encode_prompt).parameters
+        if self.pipe.text_encoder is None or self.pipe.tokenizer is None:
+            raise ValueError(
+                "The caption loss needs the diffusion model's text encoder and tokenizer, which are not there: load them "
+                "with it, or set `caption_loss_weight=0`."
+            )
+        arguments = {"prompt": list(texts), "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        arguments |= {"device": self.pipe.text_encoder.device}
+        arguments |= dict.fromkeys({"prompt_2", "prompt_3"} & parameters.keys())
+        more = (length or 0) - (self.text_length if self.family == "SD3Transformer2DModel" else 0)
+        if "max_sequence_length" in parameters and more > 0:
+            arguments["max_sequence_length"] = more
+        embeds, *others = self.pipe.encode_prompt(**arguments)
+        if length is not None and embeds.shape[1] != length:
+            raise ValueError(
+                f"The text encoders of {type(self.pipe).__name__} give {embeds.shape[1]} vectors, the condition has "
+                f"{length}: give `add_vokens` a condition_length of the same number, or set `caption_loss_weight=0`."
+            )
+        return VokenCondition(embeds=embeds, pooled=None if self.pooled_dim is None else others[1])
+
+    def loss(
+        self,
+        latents: torch.Tensor,
+        condition: VokenCondition,
+        snr_gamma: float | None = None,
+        noise: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """The denoiser's training loss of each picture; gradients flow through it into the condition.
+
+        Args:
+            latents (`torch.Tensor` of shape `(N, C, h, w)`): From `encode`.
+            condition ([`VokenCondition`]): Of the same N pictures.
+            snr_gamma (`float`, *optional*): Min-SNR weighting (arXiv 2303.09556, section 3.4): min(snr, gamma) of the loss
+                of the picture, and the same in terms of noise (divided by snr) or velocity (by snr + 1). Flows are not
+                weighted.
+            noise (`torch.Tensor` of shape `(N, C, h, w)`, *optional*): Instead of being drawn.
+            timesteps (`torch.Tensor` of shape `(N,)`, *optional*): Likewise: of 0 ... 999 uniformly; of flows in (0,
+                1000], logit-normally, as SD3 was trained (arXiv 2403.03206).
+            generator (`torch.Generator`, *optional*): On the latents' device, for both.
+
+        Returns:
+            `torch.Tensor` of shape `(N,)`, float32.
+
+        Raises:
+            ValueError: If latents do not fit the denoiser, or min-SNR is not defined: noise predicted from nothing but
+                noise (`rescale_betas_zero_snr`).
+        """
+        self._check_latents(latents, condition)
+        latents, scheduler = latents.float(), self.noise_scheduler
+        if snr_gamma and self.prediction_type == "epsilon" and scheduler.config.get("rescale_betas_zero_snr"):
+            raise ValueError(
+                "Min-SNR divides by 0 where the noise schedule ends in nothing but noise and the denoiser predicts noise: "
+                "set snr_gamma=None."
+            )
+        where = {"generator": generator, "device": latents.device}
+        if noise is None:
+            noise = torch.randn(latents.shape, **where)
+        steps = scheduler.config.num_train_timesteps
+        if self.is_flow:
+            if timesteps is None:
+                u = torch.randn(len(latents), **where).sigmoid()
+                timesteps = scheduler.timesteps.to(latents.device)[(u * steps).long()]
+            sigma = (timesteps / steps).view(-1, 1, 1, 1)
+            noisy, target = (1 - sigma) * latents + sigma * noise, noise - latents
+        else:
+            if timesteps is None:
+                timesteps = torch.randint(0, steps, (len(latents),), **where)
+            noisy = scheduler.add_noise(latents, noise, timesteps)
+            if self.prediction_type == "v_prediction":
+                target = scheduler.get_velocity(latents, noise, timesteps)
+            else:
+                target = noise if self.prediction_type == "epsilon" else latents
+        predicted = self._denoise(noisy.to(self.denoiser.dtype), timesteps, condition)
+        loss = (predicted.float() - target).square().flatten(1).mean(1)
+        if snr_gamma is None or self.is_flow:
+            return loss
+        snr = diffusers.training_utils.compute_snr(scheduler, timesteps)
+        divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[self.prediction_type]
+        return loss * snr.clamp(max=snr_gamma) / divisor
+
+    def _check_latents(self, latents: torch.Tensor, condition: VokenCondition) -> None:
+        channels = self.denoiser.config.in_channels
+        if latents.ndim != 4 or latents.shape[1] != channels or len(latents) != len(condition.embeds):
+            raise ValueError(
+                f"Latents must have the shape ({len(condition.embeds)}, {channels}, height, width), got "
+                f"{tuple(latents.shape)}."
+            )
+        self.latent_shape(*(side * self.pipe.vae_scale_factor for side in latents.shape[-2:]))
+
+    def _denoise(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: VokenCondition) -> torch.Tensor:
+        embeds = condition.embeds.to(noisy)
+        pooled = None if condition.pooled is None else condition.pooled.to(noisy)
+        if self.family == "SD3Transformer2DModel":
+            arguments = {"pooled_projections": pooled}
+        elif "text_time" in self.family:
+            height, width = (side * self.pipe.vae_scale_factor for side in noisy.shape[-2:])
+            time_ids = noisy.new_tensor([[height, width, 0, 0, height, width]]).expand(len(noisy), -1)
+            arguments = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
+        elif self.family == "UNet2DConditionModel":
+            arguments = {}
+        else:
+            arguments = {"encoder_attention_mask": _ones(embeds)}
+            if self.family == "PixArtTransformer2DModel":
+                arguments["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+            else:
+                timesteps = timesteps * self.denoiser.config.get("timestep_scale", 1.0)
+        predicted = self.denoiser(noisy, timestep=timesteps, encoder_hidden_states=embeds, **arguments).sample
+        return predicted[:, : noisy.shape[1]]  # what else PixArt predicts is the variance
+
+    @torch.no_grad()
+    def draw(
+        self,
+        condition: VokenCondition,
+        unconditional: VokenCondition,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Pictures, by diffusers' own pipeline.
+
+        Args:
+            condition ([`VokenCondition`]): Of N pictures.
+            unconditional ([`VokenCondition`]): Of one: what guidance leads away from.
+            generator (`torch.Generator` or a list of N, *optional*): Where the noise comes from.
+            kwargs: Of the pipeline: `guidance_scale`, `num_inference_steps`, `height`, `width`, `output_type`,
+                `callback_on_step_end`, ...
+
+        Returns:
+            N pictures: a list of `PIL.Image.Image`, or for `output_type` `"np"` or `"pt"` an array or tensor in [0, 1].
+
+        Raises:
+            ValueError: On a size that the denoiser cannot draw, or an argument that the pipeline does not know.
+        """
+        parameters, number = inspect.signature(self.pipe.__call__).parameters, len(condition.embeds)
+        arguments = {"prompt_embeds": condition.embeds, "negative_prompt_embeds": unconditional.embeds}
+        if condition.pooled is not None:
+            arguments |= {
+                "pooled_prompt_embeds": condition.pooled,
+                "negative_pooled_prompt_embeds": unconditional.pooled,
+            }
+        arguments = {
+            name: value.to(self.denoiser.device, self.denoiser.dtype).expand(number, *value.shape[1:])
+            for name, value in arguments.items()
+        }
+        if "prompt_attention_mask" in parameters:
+            mask = _ones(arguments["prompt_embeds"])
+            arguments |= {
+                "prompt_attention_mask": mask,
+                "negative_prompt_attention_mask": mask,
+                "negative_prompt": None,
+            }
+        if "use_resolution_binning" in parameters:
+            arguments["use_resolution_binning"] = False
+        if unknown := sorted(kwargs.keys() - parameters.keys() | kwargs.keys() & {"prompt", *arguments}):
+            raise ValueError(f"{type(self.pipe).__name__} draws from vokens and takes no {', '.join(unknown)} here.")
+        _, *size = self.latent_shape(kwargs.get("height"), kwargs.get("width"))
+        kwargs |= zip(("height", "width"), (side * self.pipe.vae_scale_factor for side in size), strict=True)
+        return self.pipe(generator=generator, **arguments, **kwargs).images
+
+
+def _denoiser(components: dict[str, Any]) -> nn.Module:
+    """The transformer or UNet among the parts of a pipeline."""
+    found = [components[name] for name in ("unet", "transformer") if components.get(name) is not None]
+    if len(found) != 1:
+        raise ValueError(
+            f"A pipeline that draws has a unet or a transformer, these parts have {len(found)}: {sorted(components)}."
+        )
+    return found[0]
+
+
+def _family(denoiser: nn.Module) -> str:
+    """Which of `PIPELINES` a denoiser belongs to."""
+    name = type(denoiser).__name__
+    kind = denoiser.config.get("addition_embed_type") if name in PIPELINES else None
+    family = name if kind is None else f"{name} ({kind})"
+    if family not in PIPELINES:
+        raise ValueError(f"{family} is no denoiser that vokens can condition. Known are: {', '.join(PIPELINES)}.")
+    return family
+
+
+def _ones(embeds: torch.Tensor) -> torch.Tensor:
+    """Every vector of a condition is attended to."""
+    return torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)

@@ -1,0 +1,407 @@
+"""MiniGPT-5 (arXiv 2310.02239): a language model that writes vokens where a picture belongs, and a mapper from the states
+that put them out to what a diffusion model attends to.
+
+The base is nested whole, whatever it is: any causal language model, or any that reads pictures. The diffusion model is
+attached beside it, frozen, and not a part of the weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from ...utils.versions import CACHE_NAME, CACHE_NAMES
+from .configuration_voken import VokenConfig
+from .image_decoder import VokenCondition, VokenImageDecoder
+
+
+@dataclass
+class VokenOutput(CausalLMOutputWithPast):
+    """As in transformers, and what the loss is made of.
+
+    Args:
+        text_loss (`torch.FloatTensor`, *optional*): The base's own next-token loss.
+        image_loss (`torch.FloatTensor`, *optional*): The diffusion model's loss, the mean over pictures.
+        caption_loss (`torch.FloatTensor`, *optional*): Mean squared distance to the diffusion model's own encoding of the
+            captions.
+        condition (`torch.FloatTensor` of shape `(N, condition_length, condition_dim)`, *optional*): Of the N pictures.
+        pooled_condition (`torch.FloatTensor` of shape `(N, pooled_condition_dim)`, *optional*): Likewise.
+    """
+
+    text_loss: torch.FloatTensor | None = None
+    image_loss: torch.FloatTensor | None = None
+    caption_loss: torch.FloatTensor | None = None
+    condition: torch.FloatTensor | None = None
+    pooled_condition: torch.FloatTensor | None = None
+
+
+class VokenFeatureMapper(nn.Module):
+    """From the states that put out a run of vokens to a condition: theta_MLP, theta_enc-dec and q of equation 2.
+
+    At the reference's sizes it is the reference's, weight for weight. Neither the states nor the queries get positions, so
+    that states are a set to it: what tells vokens apart is their content alone.
+
+    Args:
+        config ([`VokenConfig`]): Its sizes.
+    """
+
+    def __init__(self, config: VokenConfig) -> None:
+        super().__init__()
+        width, layers = config.mapper_hidden_size, config.mapper_num_layers
+        self.mlp = nn.Sequential(nn.Linear(config.state_size, width), nn.GELU(), nn.Linear(width, width))
+        layer = {"d_model": width, "nhead": config.mapper_num_heads, "dim_feedforward": config.mapper_intermediate_size}
+        layer |= {"dropout": 0.0, "norm_first": True, "batch_first": True}
+        # Given, since the one that nn.Transformer builds warns that it does without nested tensors.
+        encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(**layer), layers, nn.LayerNorm(width), enable_nested_tensor=False
+        )
+        self.encoder_decoder = nn.Transformer(**layer, num_decoder_layers=layers, custom_encoder=encoder)
+        # A pooled vector is one more query's.
+        has_pooled = config.pooled_condition_dim is not None
+        self.query = nn.Parameter(torch.randn(1, config.condition_length + has_pooled, width))
+        is_wide = width == config.condition_dim
+        self.projection = nn.Identity() if is_wide else nn.Linear(width, config.condition_dim)
+        self.pooled_projection = nn.Linear(width, config.pooled_condition_dim) if has_pooled else None
+
+    def forward(self, states: torch.Tensor) -> VokenCondition:
+        """The condition of each picture.
+
+        Args:
+            states (`torch.Tensor` of shape `(N, number of vokens, state_size)`): Zeros for the unconditional condition.
+        """
+        states = self.mlp(states.to(self.query.dtype))
+        mapped = self.encoder_decoder(states, self.query.expand(len(states), -1, -1))
+        if self.pooled_projection is None:
+            return VokenCondition(embeds=self.projection(mapped))
+        return VokenCondition(embeds=self.projection(mapped[:, :-1]), pooled=self.pooled_projection(mapped[:, -1]))
+
+
+class VokenPreTrainedModel(PreTrainedModel):
+    config_class = VokenConfig
+    base_model_prefix = ""
+    output_modalities = ("image", "text")
+    # Losses are means over the batch: the Trainer has to divide by the number of accumulated ones.
+    accepts_loss_kwargs = False
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = [*CACHE_NAMES]
+    # None of its own, the base has them; PEFT looks for a base's tied weights only where there is a mapping.
+    _tied_weights_keys = {}
+    # Quantizers leave out what is named here: attention reads the weights of its projections without calling them.
+    _keep_in_fp32_modules = ["feature_mapper"]
+    _keep_in_fp32_modules_strict = ["feature_mapper"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """torch's own for every layer of the mapper, as in the reference: transformers' would make matrices a quarter."""
+        if isinstance(module, VokenFeatureMapper):
+            init.normal_(module.query)
+            module.encoder_decoder._reset_parameters()  # after its layers: of all matrices
+        elif isinstance(module, nn.MultiheadAttention):
+            module._reset_parameters()
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
+    r"""A language model that says where pictures belong, with vokens, and what they show, with the states of the vokens.
+
+    A run of all vokens in their order stands for one picture. The states that put out its vokens become the condition
+    of a diffusion model.
+
+    Args:
+        config ([`VokenConfig`]): Of base and mapper. The image decoder is no part of it: see `attach`.
+
+    Example:
+
+    ```python
+    >>> from transformers_liquid import VokenForConditionalGeneration, VokenImageDecoder
+    >>> model = VokenForConditionalGeneration.from_pretrained("my-vokens")
+    >>> model.attach(VokenImageDecoder.from_pretrained("stabilityai/stable-diffusion-2-1-base"))
+    >>> loss = model(**batch, labels=labels, target_pixel_values=pictures, captions=captions).loss
+    ```
+    """
+
+    def __init__(self, config: VokenConfig) -> None:
+        super().__init__(config)
+        reads_pictures = type(config.text_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        auto_class = AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM
+        self.text_model = auto_class.from_config(config.text_config, trust_remote_code=False)
+        # One object: what resizing writes to the one must be read from the other.
+        config.text_config = self.text_model.config
+        head = self.get_output_embeddings()
+        if head.weight.shape[1] != config.state_size:
+            raise ValueError(
+                f"The base's head reads states of {head.weight.shape[1]}, but state_size={config.state_size}."
+            )
+        self.feature_mapper = VokenFeatureMapper(config)
+        self._attach(None)
+        self.post_init()
+
+    @property
+    def input_modalities(self) -> tuple[str, ...]:
+        return self.text_model.input_modalities
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.text_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_output_embeddings(value)
+
+    def attach(self, decoder: VokenImageDecoder) -> VokenForConditionalGeneration:
+        """Gives the model its image decoder, which is no part of its modules: nothing of it is saved, trained or sharded.
+
+        Raises:
+            ValueError: If the decoder attends to something else than the mapper gives.
+        """
+        ours = self.config.condition_dim, self.config.pooled_condition_dim
+        if ours != (decoder.condition_dim, decoder.pooled_dim):
+            raise ValueError(
+                f"The image decoder is told what to draw by vectors of {decoder.condition_dim} (pooled: "
+                f"{decoder.pooled_dim}), but this model was made for {ours[0]} (pooled: {ours[1]})."
+            )
+        self._attach(decoder)
+        return self
+
+    def _attach(self, decoder: VokenImageDecoder | None) -> None:
+        self.__dict__["_image_decoder"] = decoder
+
+    @property
+    def image_decoder(self) -> VokenImageDecoder:
+        """What draws: the one that was attached, else `config.image_decoder`, which is loaded when it is needed.
+
+        Raises:
+            ValueError: If there is neither.
+        """
+        if self._image_decoder is None:
+            if self.config.image_decoder is None:
+                raise ValueError(
+                    "This model has no image decoder: `model.attach(VokenImageDecoder(pipe))`, or name its diffusers "
+                    "repository in `config.image_decoder`."
+                )
+            decoder = VokenImageDecoder.from_pretrained(self.config.image_decoder, torch_dtype=self.dtype)
+            decoder.pipe.to(self.device)
+            self.attach(decoder)
+        return self._image_decoder
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        target_pixel_values: torch.Tensor | None = None,
+        target_latents: torch.Tensor | None = None,
+        captions: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> VokenOutput:
+        """Next-token logits; with labels, the loss of texts and pictures.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): Text, the base's own placeholders of pictures that it reads,
+                and runs of vokens for pictures to draw.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 where a token is attended to.
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): Ids to predict, -100 elsewhere. Every label that is
+                the first voken stands for a picture to draw.
+            pixel_values (`torch.Tensor`, *optional*): Pictures that the base reads, as its processor makes them.
+            target_pixel_values (`torch.Tensor` of shape `(N, 3, H, W)`, *optional*): The N pictures to draw, in [-1, 1],
+                in reading order over the batch.
+            target_latents (`torch.Tensor` of shape `(N, C, h, w)`, *optional*): Instead: their latents
+                ([`VokenImageDecoder.encode`]).
+            captions (sequence of N `str`, *optional*): What they show, for the caption loss; without them there is none.
+            kwargs: Of the base, such as `image_grid_thw`.
+
+        Returns:
+            [`VokenOutput`]: `loss = text_loss_weight * text_loss + image_loss_weight * image_loss + caption_loss_weight *
+            caption_loss`, of what there is.
+
+        Raises:
+            ValueError: If pictures, captions and runs to draw differ in number, or a run is not whole.
+        """
+        if labels is None:
+            outputs, _ = self._read(input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs)
+            return self._output(outputs)
+        rows, columns = find_runs(input_ids, labels == self.config.voken_token_ids[0], self.config, attention_mask)
+        self._check_targets(labels, rows, target_pixel_values, target_latents, captions)
+        outputs, states = self._read(
+            input_ids,
+            **{
+                "attention_mask": attention_mask,
+                "labels": labels,
+                "pixel_values": pixel_values,
+                "use_cache": False,
+                **kwargs,
+            },
+        )
+        out = self._output(outputs)
+        out.text_loss = outputs.loss
+        out.loss = self.config.text_loss_weight * outputs.loss
+        if not len(rows):
+            # Every weight takes part in every step: processes of which one has pictures wait for each other.
+            nothing = self.unconditional()
+            out.loss = out.loss + 0.0 * sum(one.sum() for one in nothing.values())
+            return out
+
+        is_dropped = torch.zeros_like(rows, dtype=torch.bool)
+        if self.training:
+            is_dropped = torch.rand(len(rows), device=rows.device) < self.config.unconditional_probability
+        run_states = voken_states(states, rows, columns, self.config).masked_fill(is_dropped[:, None, None], 0.0)
+        condition = self.feature_mapper(run_states)
+        out.condition, out.pooled_condition = condition.embeds, condition.pooled
+        if self.config.image_loss_weight:
+            latents = self.image_decoder.encode(target_pixel_values) if target_latents is None else target_latents
+            loss = self.image_decoder.loss(latents.to(run_states.device), condition, self.config.snr_gamma)
+            out.image_loss = loss.mean()
+            out.loss = out.loss + self.config.image_loss_weight * out.image_loss
+        if captions is not None and self.config.caption_loss_weight:
+            texts = ["" if dropped else text for text, dropped in zip(captions, is_dropped.tolist(), strict=True)]
+            target = self.image_decoder.caption_condition(texts, self.config.condition_length)
+            out.caption_loss = sum(
+                nn.functional.mse_loss(condition[name].float(), target[name].to(condition[name].device).float())
+                for name in condition
+            )
+            out.loss = out.loss + self.config.caption_loss_weight * out.caption_loss
+        return out
+
+    def conditions(
+        self, input_ids: torch.LongTensor, first_new: int = 0, **inputs: Any
+    ) -> tuple[VokenCondition, torch.LongTensor]:
+        """The conditions of all pictures of finished sequences, by one forward.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): Sequences with runs of vokens.
+            first_new (`int`, defaults to 0): Runs before this position are context: nothing is drawn from them.
+            inputs: As for `forward`: `attention_mask`, `pixel_values`, ...
+
+        Returns:
+            The [`VokenCondition`] of N runs in reading order, and the sequence of each, `(N,)`.
+
+        Raises:
+            ValueError: If a run is not whole.
+        """
+        is_first = input_ids == self.config.voken_token_ids[0]
+        is_first[:, :first_new] = False
+        rows, columns = find_runs(input_ids, is_first, self.config, inputs.get("attention_mask"))
+        _, states = self._read(input_ids, **inputs)
+        return self.feature_mapper(voken_states(states, rows, columns, self.config)), rows
+
+    def unconditional(self) -> VokenCondition:
+        """The condition of a picture of which nothing is known: what the mapper makes of zeros, `(1, L, D)`."""
+        query = self.feature_mapper.query
+        return self.feature_mapper(query.new_zeros(1, len(self.config.voken_token_ids), self.config.state_size))
+
+    def _read(self, input_ids: torch.LongTensor | None, **inputs: Any) -> tuple[ModelOutput, torch.Tensor]:
+        """The base's own output, and the states that its head read, `(B, T, state_size)`.
+
+        At the head's door, since not every base has a body that can be called without it.
+        """
+        reader, states = self._reader(inputs.get("pixel_values")), []
+        hook = reader.get_output_embeddings().register_forward_pre_hook(lambda _, read: states.append(read[0]))
+        try:
+            outputs = reader(input_ids=input_ids, **{name: one for name, one in inputs.items() if one is not None})
+        finally:
+            hook.remove()
+        return outputs, states[0]
+
+    def _reader(self, pixel_values: torch.Tensor | None) -> PreTrainedModel:
+        """The base; or its language model alone where the base demands pictures (BLIP-2) and there are none."""
+        argument = inspect.signature(self.text_model.forward).parameters.get("pixel_values")
+        demands = argument is not None and argument.default is inspect.Parameter.empty
+        return self.text_model.language_model if demands and pixel_values is None else self.text_model
+
+    def _output(self, outputs: ModelOutput) -> VokenOutput:
+        names = "logits", "hidden_states", "attentions"
+        cache = next((outputs[name] for name in CACHE_NAMES if outputs.get(name) is not None), None)
+        return VokenOutput(**{name: outputs.get(name) for name in names}, **{CACHE_NAME: cache})
+
+    def _check_targets(
+        self,
+        labels: torch.LongTensor,
+        rows: torch.LongTensor,
+        target_pixel_values: torch.Tensor | None,
+        target_latents: torch.Tensor | None,
+        captions: Sequence[str] | None,
+    ) -> None:
+        """As many pictures and captions as there are runs to draw, and something to learn."""
+        if not (labels[:, 1:] != -100).any():
+            raise ValueError("There is nothing to learn: all labels are -100.")
+        if target_pixel_values is not None and target_latents is not None:
+            raise ValueError("Give target_pixel_values or target_latents, not both.")
+        targets = target_pixel_values if target_latents is None else target_latents
+        numbers = {"captions": len(rows) if captions is None else len(captions)}
+        if self.config.image_loss_weight:
+            numbers["target pictures"] = 0 if targets is None else len(targets)
+        for name, number in numbers.items():
+            if number != len(rows):
+                each = rows.bincount(minlength=len(labels)).tolist()
+                raise ValueError(
+                    f"The labels hold {len(rows)} runs of vokens to draw (by sequence: {each}), but there are {number} "
+                    f"{name}. They come in reading order over the batch, one for each run."
+                )
+        if captions is not None and not all(isinstance(one, str) for one in captions):
+            raise ValueError(f"captions must be a text for each picture to draw, got {list(captions)!r}.")
+
+
+def find_runs(
+    ids: torch.LongTensor,
+    is_first: torch.BoolTensor,
+    config: VokenConfig,
+    attention_mask: torch.Tensor | None = None,
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Sequence and position of every run of vokens that begins where `is_first`, in reading order.
+
+    Args:
+        ids (`torch.LongTensor` of shape `(B, T)`): The ids.
+        is_first (`torch.BoolTensor` of shape `(B, T)`): Where first vokens are asked for.
+        config ([`VokenConfig`]): Has the vokens.
+        attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): A run cannot begin a sequence.
+
+    Raises:
+        ValueError: If one is not whole, or nothing is before it that could have put it out.
+    """
+    rows, columns = is_first.nonzero(as_tuple=True)
+    vokens = torch.tensor(config.voken_token_ids, device=ids.device)
+    run = columns[:, None] + torch.arange(len(vokens), device=ids.device)
+    is_whole = (ids[rows[:, None], run.clamp(max=ids.shape[1] - 1)] == vokens).all(1) & (run[:, -1] < ids.shape[1])
+    has_state = columns > 0
+    if attention_mask is not None:
+        has_state &= attention_mask[rows, (columns - 1).clamp(min=0)].bool()
+    if not (is_whole & has_state).all():
+        index = int((~(is_whole & has_state)).nonzero()[0])
+        problem = "is not followed by the others" if has_state[index] else "begins the sequence: no state put it out"
+        raise ValueError(
+            f"The first voken (id {config.voken_token_ids[0]}) at position {int(columns[index])} of sequence "
+            f"{int(rows[index])} {problem}. A run is {config.voken_token_ids}, after at least one other token."
+        )
+    return rows, columns
+
+
+def voken_states(
+    states: torch.Tensor, rows: torch.LongTensor, columns: torch.LongTensor, config: VokenConfig
+) -> torch.Tensor:
+    """The states that put out the vokens of runs, those of the positions before them: `(N, number of vokens, d)`."""
+    before = columns[:, None] - 1 + torch.arange(len(config.voken_token_ids), device=columns.device)
+    return states[rows[:, None], before]
