@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from ..utils.files import read_yaml
+from ..utils.files import check_keys, read_tensors, read_yaml
 from .vq_model import LiquidVQModel
 
 
@@ -82,19 +81,11 @@ def load_taming_codec(path: str | Path, config: str | Path | dict[str, Any] | No
     """
     checkpoint = Path(path) / TAMING_CHECKPOINT_NAME if Path(path).is_dir() else Path(path)
     vq_config = load_taming_config(path, config)
-    with checkpoint.open("rb") as file:
-        try:
-            stored = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch and zipfile raise many kinds on broken files
-            raise ValueError(
-                f"{checkpoint} cannot be read as plain tensors: it is damaged or incomplete (download it again), or "
-                "holds pickled Python objects, which are never executed (re-save its state dict where you trust it). "
-                f"{error}"
-            ) from error
+    stored = read_tensors(checkpoint)
     tensors = stored.get("state_dict", stored) if isinstance(stored, dict) else {}
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(TAMING_TRAINING_PREFIX)}
     table = vq_key_table(vq_config)
-    _check_keys("The taming checkpoint", tensors, required=table, optional=())
+    check_keys("The taming checkpoint", tensors, required=table, optional=())
     with torch.device("meta"):  # the tensors read become its weights
         codec = LiquidVQModel(**vq_config)
     state_dict = {key: tensors[name].float() for name, key in table.items()}
@@ -156,9 +147,9 @@ def vq_config_from_taming(config: dict[str, Any]) -> dict[str, Any]:
     params = config
     for level in ("model", "params"):
         params = params.get(level, params) if isinstance(params, dict) else params
-    _check_keys("The configuration", params, required=("ddconfig", "embed_dim", "n_embed"))
+    check_keys("The configuration", params, required=("ddconfig", "embed_dim", "n_embed"))
     ddconfig = params["ddconfig"]
-    _check_keys("ddconfig", ddconfig, required=DDCONFIG_KEYS, optional=(*DDCONFIG_FIXED, "dropout"))
+    check_keys("ddconfig", ddconfig, required=DDCONFIG_KEYS, optional=(*DDCONFIG_FIXED, "dropout"))
     # A file that remaps codes stands beside `ddconfig`.
     # taming's first convolution gives ch channels, diffusers' gives as many as the first level has.
     ch, ch_mult = ddconfig["ch"], ddconfig["ch_mult"]
@@ -245,12 +236,3 @@ def vq_key_table(vq_config: dict[str, Any]) -> dict[str, str]:
             name = name.replace(ours, tamings)
         table[name] = key
     return table
-
-
-def _check_keys(name: str, given: Any, required: Iterable[str], optional: Iterable[str] | None = None) -> None:
-    """Raises unless `given` has the required keys, and no others than the optional ones unless these are `None`."""
-    given, required = given if isinstance(given, dict) else {}, set(required)
-    if missing := sorted(required - given.keys()):
-        raise ValueError(f"{name} lacks {len(missing)} keys that are needed: {', '.join(missing[:10])}.")
-    if optional is not None and (unknown := sorted(given.keys() - required - set(optional))):
-        raise ValueError(f"{name} has {len(unknown)} unknown keys: {', '.join(map(str, unknown[:10]))}.")

@@ -1,4 +1,4 @@
-"""Adapters (PEFT) that train the image rows: LoRA beside them, or these rows alone."""
+"""Adapters (PEFT) that train new rows of the vocabulary: image rows or vokens, with LoRA beside them or what else is new."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.versions import require_version
 
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
+from ..models.voken.modeling_voken import VokenForConditionalGeneration
 from ..utils.optional import require
 
 
@@ -111,32 +112,101 @@ def liquid_rows_config(model: LiquidForCausalLM) -> TrainableTokensConfig:
     return TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=rows, target_modules=modules)
 
 
+def voken_stage1_config(model: VokenForConditionalGeneration, **kwargs: Any) -> LoraConfig:
+    """Training of the rows of the vokens and of the whole feature mapper: the first stage of MiniGPT-5.
+
+    All other rows stay as they are to the bit, which masked gradients would not give: weight decay moves what has none.
+
+    Args:
+        model ([`VokenForConditionalGeneration`]): As in [`liquid_lora_config`].
+        kwargs: Of [`peft.LoraConfig`].
+
+    Returns:
+        [`peft.LoraConfig`] for `get_peft_model`, without any LoRA.
+
+    Raises:
+        ValueError, ImportError: As in [`liquid_lora_config`].
+    """
+    return _voken_config(model, target_modules="dummy-target-modules", modules_to_save=["feature_mapper"], **kwargs)
+
+
+def voken_lora_config(
+    model: VokenForConditionalGeneration,
+    r: int = 8,
+    lora_alpha: int = 16,
+    lora_dropout: float = 0.05,
+    **kwargs: Any,
+) -> LoraConfig:
+    """LoRA on queries and values of the language model, and training of the rows of the vokens and of the mapper's encoder
+    and decoder: the second stage of MiniGPT-5, with its numbers. The mapper's MLP and queries are frozen.
+
+    Args:
+        model ([`VokenForConditionalGeneration`]): As in [`liquid_lora_config`].
+        r (`int`, defaults to 8): Rank.
+        lora_alpha (`int`, defaults to 16): Updates are scaled by `lora_alpha / r`.
+        lora_dropout (`float`, defaults to 0.05): Of what LoRA reads.
+        kwargs: Of [`peft.LoraConfig`]; they replace what is chosen here, such as `target_modules`.
+
+    Returns:
+        [`peft.LoraConfig`] for `get_peft_model`.
+
+    Raises:
+        ValueError: As in [`liquid_lora_config`]; or if the language model has no `q_proj` and `v_proj`.
+        ImportError: As in [`liquid_lora_config`].
+    """
+    names = [name for name, module in model.named_modules() if module is model.text_model.get_decoder()]
+    target = rf"{re.escape(names[0])}\..*[._][qv]_proj"
+    if "target_modules" not in kwargs and not any(re.fullmatch(target, name) for name, _ in model.named_modules()):
+        raise ValueError(
+            f"{type(model.text_model).__name__} has no q_proj and v_proj: name the layers for LoRA in target_modules, such as "
+            r"r'text_model\..*\.c_attn'."
+        )
+    lora = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "target_modules": target}
+    return _voken_config(model, modules_to_save=["feature_mapper.encoder_decoder"], **lora | kwargs)
+
+
+def _voken_config(model: VokenForConditionalGeneration, **kwargs: Any) -> LoraConfig:
+    require("peft", "An adapter")
+    from peft import LoraConfig
+
+    _check_bare(model, VokenForConditionalGeneration)
+    rows = dict.fromkeys(_row_modules(model), sorted(model.config.voken_token_ids))
+    return LoraConfig(**{"task_type": "CAUSAL_LM", "trainable_token_indices": rows} | kwargs)
+
+
 def _trainable_rows(model: LiquidForCausalLM) -> list[int]:
     """The ids of the codes and of the image specials, after a check of the model."""
+    _check_bare(model, LiquidForCausalLM)
+    layout = model.config.image_layout
+    return sorted({*layout.special_image_token_ids, *layout.image_token_range})
+
+
+def _check_bare(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Raises unless PEFT can train single rows of the model, which is of the kind and has no adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
     require_version("peft>=0.18.1", "Older ones train the embeddings of a tied model without its head.")
     is_adapted = any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules())
-    if is_adapted or not isinstance(model, LiquidForCausalLM):
+    if is_adapted or not isinstance(model, kind):
+        maker = "expand_vocabulary" if kind is LiquidForCausalLM else "add_vokens"
         raise ValueError(
-            f"The model must be a LiquidForCausalLM without adapters, got {type(model).__name__}"
-            f"{' with adapters' if is_adapted else ''}. Load it with `LiquidForCausalLM.from_pretrained`, make one with "
-            "`expand_vocabulary`, or `merge_and_unload()` the adapters that it has."
+            f"The model must be a {kind.__name__} without adapters, got {type(model).__name__}"
+            f"{' with adapters' if is_adapted else ''}. Load it with `{kind.__name__}.from_pretrained`, make one with "
+            f"`{maker}`, or `merge_and_unload()` the adapters that it has."
         )
     if model.get_output_embeddings().bias is not None:
+        base = getattr(model, "model", model).text_model
         raise ValueError(
-            f"The head of {type(model.model.text_model).__name__} has a bias, which PEFT leaves out of the logits when "
-            "it trains single rows of a head. Train the whole model instead."
+            f"The head of {type(base).__name__} has a bias, which PEFT leaves out of the logits when it trains single rows of "
+            "a head. Train the whole model instead."
         )
     if not model.name_or_path:
         warnings.warn(
             "The model was not loaded from a repository, so its adapter cannot say what it belongs to, and is worth "
             "nothing without this very model. Save the model, and train what `from_pretrained` loads.",
-            stacklevel=3,
+            stacklevel=4,
         )
-    layout = model.config.image_layout
-    return sorted({*layout.special_image_token_ids, *layout.image_token_range})
 
 
 def _row_modules(model: LiquidForCausalLM) -> list[str]:

@@ -31,7 +31,60 @@ from .checkpoints import alone, check_checkpoint, last_whole_checkpoint
 METRICS = ("loss", "text_loss", "image_loss", "text_accuracy", "image_accuracy")
 
 
-class LiquidTrainer(Trainer):
+class WholeTrainer(Trainer):
+    """What every trainer here adds: checkpoints that are whole, one run a folder, and an end when the loss is no number."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        check_arguments(self.args)  # here, because nothing was done yet
+        self.args.accelerator_config.dispatch_batches = False  # of streams, the default is otherwise
+        if self.args.max_grad_norm is None:  # here, because DeepSpeed is told now
+            is_large = sum(weight.numel() for weight in self.model.parameters()) >= 7e9
+            self.args.max_grad_norm = 0.5 if is_large else 1.0
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            # accelerate would round losses and counts to half precision, and add up gradients in it.
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+            )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in the Trainer, alone in the output folder; `True` goes on from the newest checkpoint that is whole.
+
+        Raises:
+            ValueError: If another run is in the output folder, or the checkpoint is not whole.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
+        elif resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint)
+        with alone(self.args):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card that `save_pretrained` wrote stays."""
+
+    def _check_finite(self, loss: torch.Tensor, records: str) -> None:
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"The loss is {loss.item()} in step {self.state.global_step + 1}, on {records}. Look at these records; or "
+                "lower learning_rate, or train in bf16 instead of fp16. Continue from an earlier checkpoint."
+            )
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"{folder} could not be written ({error}) and has been removed; earlier checkpoints are intact. Make "
+                "room on the disk (save_total_limit keeps only the last ones), then run the same command again."
+            ) from error
+
+
+class LiquidTrainer(WholeTrainer):
     r"""Trains a [`LiquidForCausalLM`], or a PEFT model around one.
 
     What it adds to the Trainer:
@@ -87,33 +140,6 @@ class LiquidTrainer(Trainer):
         self.add_callback(_EpochCallback(data_collator))
         self._token_stats = {"train": 0.0, "eval": 0.0}
 
-    def create_accelerator_and_postprocess(self) -> None:
-        check_arguments(self.args)  # here, because nothing was done yet
-        self.args.accelerator_config.dispatch_batches = False  # of streams, the default is otherwise
-        if self.args.max_grad_norm is None:  # here, because DeepSpeed is told now
-            is_large = sum(weight.numel() for weight in self.model.parameters()) >= 7e9
-            self.args.max_grad_norm = 0.5 if is_large else 1.0
-        super().create_accelerator_and_postprocess()
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
-            # accelerate would round losses and counts to half precision, and add up gradients in it.
-            plugin.mixed_precision_policy = dataclasses.replace(
-                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
-            )
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in the Trainer, alone in the output folder; `True` goes on from the newest checkpoint that is whole.
-
-        Raises:
-            ValueError: If another run is in the output folder, or the checkpoint is not whole.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
-        elif resume_from_checkpoint:
-            check_checkpoint(resume_from_checkpoint)
-        with alone(self.args):
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         train_collator, self.data_collator = self.data_collator, self.eval_data_collator
         try:
@@ -133,12 +159,7 @@ class LiquidTrainer(Trainer):
         if not model.training:
             inputs["labels"], counts = self._labels_without_repeats(inputs, len(indices))
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if not loss.isfinite():
-            raise FloatingPointError(
-                f"The loss is {loss.item()} in step {self.state.global_step + 1}, on the records with index "
-                f"{indices.tolist()} (-1: unknown). Look at these records; or lower learning_rate, "
-                "or train in bf16 instead of fp16. Continue from an earlier checkpoint."
-            )
+        self._check_finite(loss, f"the records with index {indices.tolist()} (-1: unknown)")
         if outputs.get("token_stats") is not None:
             self._token_stats["train" if model.training else "eval"] += outputs["token_stats"].detach() * counts
         return (loss, outputs) if return_outputs else loss
@@ -198,9 +219,6 @@ class LiquidTrainer(Trainer):
             metrics[f"{prefix}loss"] = losses / number
         return metrics
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The card that `save_pretrained` wrote stays."""
-
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         tied = liquid_model(self.model).all_tied_weights_keys  # these are not missing
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
@@ -215,18 +233,6 @@ class LiquidTrainer(Trainer):
                 name: self._codec.get(name, tensor) for name, tensor in state_dict.items() if name not in tied
             }
         super()._save(output_dir, state_dict)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(
-                f"{folder} could not be written ({error}) and has been removed; earlier checkpoints are intact. Make "
-                "room on the disk (save_total_limit keeps only the last ones), then run the same command again."
-            ) from error
 
 
 class PreviewCallback(TrainerCallback):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
+import torch
 import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -88,6 +89,37 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold options as `name: value` lines, got {type(value).__name__}.")
     return value
+
+
+def read_tensors(path: Path, allowed: Sequence[type | tuple[type, str]] = ()) -> Any:
+    """What a file of `torch.save` holds. Code in it is never executed.
+
+    Args:
+        path (`Path`): The file.
+        allowed: Classes of which it may hold objects beside tensors, as for `torch.serialization.safe_globals`.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+        ValueError: If it is damaged, or holds other pickled objects.
+    """
+    with path.open("rb") as file, torch.serialization.safe_globals(list(allowed)):
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch and zipfile raise many kinds on broken files
+            raise ValueError(
+                f"{path} cannot be read as plain tensors: it is damaged or incomplete (download it again), or "
+                "holds pickled Python objects, which are never executed (re-save its state dict where you trust it). "
+                f"{error}"
+            ) from error
+
+
+def check_keys(name: str, given: Any, required: Iterable[str], optional: Iterable[str] | None = None) -> None:
+    """Raises unless `given` has the required keys, and no others than the optional ones unless these are `None`."""
+    given, required = given if isinstance(given, dict) else {}, set(required)
+    if missing := sorted(required - given.keys()):
+        raise ValueError(f"{name} lacks {len(missing)} keys that are needed: {', '.join(missing[:10])}.")
+    if optional is not None and (unknown := sorted(given.keys() - required - set(optional))):
+        raise ValueError(f"{name} has {len(unknown)} unknown keys: {', '.join(map(str, unknown[:10]))}.")
 
 
 @contextmanager

@@ -1,0 +1,117 @@
+"""`transformers.Trainer` for models with vokens: losses by name, the same step however it is accumulated, previews."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..models.voken.modeling_voken import VokenForConditionalGeneration
+from .trainer import WholeTrainer
+
+
+# What a loss is made of, each a mean: over labels, over pictures, over pictures with captions. The last one is no loss: a
+# mapper that gives the same condition for all pictures has learned nothing yet, whatever the losses are.
+MEASURES = ("text_loss", "image_loss", "caption_loss", "condition_std")
+
+
+class VokenTrainer(WholeTrainer):
+    r"""Trains a [`VokenForConditionalGeneration`], or a PEFT model around one, on batches of a [`VokenDataCollator`].
+
+    What it adds to the Trainer:
+
+    - `text_loss`, `image_loss`, `caption_loss` and `condition_std` (of the conditions of a batch, over its pictures) are
+      logged beside `loss`, each the mean since the last log, on all processes;
+    - each loss of a step is the mean over all its labels or pictures, however these are spread over accumulated batches
+      and processes;
+    - the image decoder is moved to the device of the model, and frozen parts train without their dropout (with
+      `gradient_checkpointing` they keep it, since layers in eval mode are not recomputed);
+    - a loss that is not finite stops the run, and a checkpoint that cannot be written is removed.
+
+    Args:
+        args: As for the Trainer, first of all `model`, `args`, `data_collator`, `train_dataset`, and the
+            [`VokenProcessor`] as `processing_class`. Train with `remove_unused_columns=False`.
+        kwargs: As for the Trainer.
+
+    Raises:
+        ValueError: If the model is another one, or has no image decoder that its losses need.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        model = voken_model(self.model)
+        if model.config.image_loss_weight or model.config.caption_loss_weight:
+            model.image_decoder.pipe.to(self.args.device)
+        self._frozen = []
+        if not self.args.gradient_checkpointing:
+            self._frozen = [part for part in model.modules() if not any(one.requires_grad for one in part.parameters())]
+        self._stats: dict[str, torch.Tensor | float] = {"train": 0.0, "eval": 0.0}
+        self._totals: list[int] = []
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
+        """As in the Trainer; counts what the losses of the whole step are means over, on all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        numbers = torch.tensor([self._numbers(batch) for batch in batches], device=device).sum(0)
+        self._totals = self.accelerator.reduce(numbers, reduction="sum").tolist() if batches else []
+        return batches, None
+
+    def _numbers(self, batch: dict[str, Any]) -> list[int]:
+        """Labels, pictures, and pictures with captions."""
+        pictures = int((batch["labels"] == voken_model(self.model).config.voken_token_ids[0]).sum())
+        return [int((batch["labels"][:, 1:] != -100).sum()), pictures, pictures * (batch.get("captions") is not None)]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As in the Trainer.
+
+        Raises:
+            FloatingPointError: If the loss is not finite, naming the step.
+        """
+        for part in self._frozen:
+            part.training = False
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._check_finite(loss, f"a batch that begins with the ids {inputs['input_ids'][0, :20].tolist()}")
+        numbers, config = self._numbers(inputs), voken_model(self.model).config
+        stats = torch.zeros(len(MEASURES), 2, dtype=torch.float64, device=loss.device)
+        for index, (name, number) in enumerate(zip(MEASURES, numbers, strict=False)):
+            if outputs.get(name) is None:
+                continue
+            stats[index] = stats.new_tensor([number, number])
+            stats[index, 0] *= outputs[name].detach()
+            if model.training:
+                # The Trainer averages over the accumulated batches, and over the processes.
+                at_once = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+                share = number * at_once / self._totals[index]
+                loss = loss + getattr(config, f"{name}_weight") * (share - 1) * outputs[name]
+        if outputs.get("condition") is not None and len(outputs["condition"]) > 1:
+            stats[-1] = torch.stack([outputs["condition"].detach().double().std(0).mean(), stats.new_ones(())])
+        self._stats["train" if model.training else "eval"] += stats
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As in the Trainer, for losses alone."""
+        return super().prediction_step(model, inputs, prediction_loss_only=True, ignore_keys=ignore_keys)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._pop_stats("train", "")}
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._stats["eval"] = 0.0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update(self._pop_stats("eval", f"{metric_key_prefix}_"))
+        return output
+
+    def _pop_stats(self, phase: str, prefix: str) -> dict[str, float]:
+        stats, self._stats[phase] = self._stats[phase], 0.0
+        stats = self.accelerator.reduce(stats, reduction="sum").tolist()
+        return {
+            f"{prefix}{name}": total / number for name, (total, number) in zip(MEASURES, stats, strict=True) if number
+        }
+
+
+def voken_model(model: torch.nn.Module) -> VokenForConditionalGeneration:
+    """The [`VokenForConditionalGeneration`] itself, without PEFT around it; adapters inside it stay."""
+    return model if isinstance(model, VokenForConditionalGeneration) else model.get_base_model()

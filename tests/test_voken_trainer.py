@@ -1,0 +1,240 @@
+"""Both stages of training vokens: what moves and what does not, and steps that do not depend on how they are put together."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny_vokens import VOKENS, tiny_image_pipeline, tiny_voken_model
+from transformers import TrainingArguments
+
+from transformers_liquid.models.voken.image_decoder import VokenImageDecoder
+from transformers_liquid.models.voken.modeling_voken import VokenForConditionalGeneration
+from transformers_liquid.training.adapters import voken_lora_config, voken_stage1_config
+from transformers_liquid.training.voken_trainer import VokenTrainer
+
+
+class SteadyDecoder(VokenImageDecoder):
+    """Noise and time of a picture are its own, whatever batch it is in."""
+
+    def loss(self, latents, condition, snr_gamma=None):
+        noise = torch.stack([torch.randn(one.shape, generator=self._generator(one)) for one in latents])
+        timesteps = torch.cat([torch.randint(0, 1000, (1,), generator=self._generator(one)) for one in latents])
+        return super().loss(latents, condition, snr_gamma, noise=noise, timesteps=timesteps)
+
+    def _generator(self, latents):
+        return torch.Generator().manual_seed(int(latents.abs().sum() * 1000))
+
+
+def record(index, pictures=1, length=3):
+    """A prompt, some words to learn, and pictures to draw between them."""
+    generator = torch.Generator().manual_seed(index)
+    words = torch.randint(10, 200, (length,), generator=generator).tolist()
+    ids = [1, *words, *[*VOKENS, 20 + index % 100] * pictures]
+    return {
+        "input_ids": ids,
+        "labels": [-100, -100, *ids[2:]],
+        "latents": torch.randn(pictures, 4, 8, 8, generator=generator),
+        "captions": [f"{index}"] * pictures,
+    }
+
+
+def collate(records):
+    longest = max(len(one["input_ids"]) for one in records)
+    pad = lambda name, filler: torch.tensor([one[name] + [filler] * (longest - len(one[name])) for one in records])  # noqa: E731
+    batch = {"input_ids": pad("input_ids", 0), "labels": pad("labels", -100)}
+    batch["attention_mask"] = (batch["input_ids"] != 0).long()
+    if latents := [one for one in records if len(one["latents"])]:
+        batch["target_latents"] = torch.cat([one["latents"] for one in latents])
+        batch["captions"] = [text for one in records for text in one["captions"]]
+    return batch
+
+
+def arguments(folder, **kwargs):
+    settings = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "seed": 0}
+    settings |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False}
+    settings |= {"save_strategy": "no", "train_sampling_strategy": "sequential", "max_grad_norm": 1.0}
+    return TrainingArguments(output_dir=str(folder), **settings | kwargs)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Saves a tiny model, and loads it with its image decoder: an adapter knows its base then."""
+
+    def load(model_type="llama", tied=False, decoder=SteadyDecoder, **kwargs):
+        torch.manual_seed(0)
+        pipe = tiny_image_pipeline("sd-v")
+        model = tiny_voken_model(model_type, "sd-v", **kwargs)
+        model.save_pretrained(tmp_path / model_type)
+        model = VokenForConditionalGeneration.from_pretrained(tmp_path / model_type)
+        return model.attach(decoder(pipe))
+
+    return load
+
+
+def weights(model):
+    return {name: one.detach().clone() for name, one in model.named_parameters()}
+
+
+def trained(model, folder, records, collator=collate, **kwargs):
+    trainer = VokenTrainer(model=model, args=arguments(folder, **kwargs), train_dataset=records, data_collator=collator)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("model_type", ["llama", "llava"])
+def test_stage_1_moves_the_rows_of_the_vokens_and_the_mapper_and_not_a_bit_of_all_else(model_type, saved, tmp_path):
+    model = saved(model_type)
+    before, decoder = weights(model), model.image_decoder.pipe
+    frozen = {name: weights(getattr(decoder, name)) for name in ("vae", "unet", "text_encoder")}
+    adapted = get_peft_model(model, voken_stage1_config(model))
+    trained(adapted, tmp_path / "run", [record(index) for index in range(40)], max_steps=20, weight_decay=0.1)
+    for name, parts in frozen.items():
+        now = weights(getattr(decoder, name))
+        assert all(torch.equal(now[key], one) for key, one in parts.items()), name
+    after = weights(adapted.merge_and_unload())
+    assert after.keys() == before.keys()
+    rows = torch.zeros(len(model.get_input_embeddings().weight), dtype=torch.bool)
+    rows[VOKENS] = True
+    for name, one in before.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            moved = (after[name] != one).any(1)
+            assert torch.equal(moved, rows), name
+        elif not name.endswith("bias"):  # some of those have no gradient at all
+            assert torch.equal(after[name], one) != name.startswith("feature_mapper."), name
+
+
+@pytest.mark.parametrize("model_type", ["llama", "llava"])
+def test_stage_2_moves_lora_the_rows_and_the_encoder_decoder(model_type, saved, tmp_path):
+    model = saved(model_type)
+    adapted = get_peft_model(model, voken_lora_config(model))
+    before = weights(adapted)
+    trained(adapted, tmp_path / "run", [record(index) for index in range(40)], max_steps=20, weight_decay=0.1)
+    moved = {name for name, one in weights(adapted).items() if not torch.equal(one, before[name])}
+    kinds = ("lora_A.default.", "lora_B.default.", "trainable_tokens_delta.default", "encoder_decoder.modules_to_save.")
+    assert all(any(kind in name for kind in kinds) for name in moved)
+    assert {kind for kind in kinds for name in moved if kind in name} == {*kinds}
+    lora = [name for name in moved if "lora_" in name]
+    assert len(lora) == 2 * 2 * 2 and all(".q_proj." in name or ".v_proj." in name for name in lora)
+    assert not any("vision" in name for name in moved)
+    assert sum("trainable_tokens_delta" in name for name in moved) == 2  # rows of the embeddings and of the head
+    assert all(before[name].shape == (8, 32) for name in moved if "trainable_tokens_delta" in name)
+
+
+@pytest.mark.parametrize("config", [voken_stage1_config, voken_lora_config])
+def test_an_adapter_is_the_same_model_when_it_is_loaded_and_when_it_is_merged(config, saved, tmp_path):
+    model = saved()
+    folder = model.name_or_path
+    adapted = get_peft_model(model, config(model))
+    trained(adapted, tmp_path / "run", [record(index) for index in range(8)], max_steps=4)
+    adapted.save_pretrained(tmp_path / "adapter")
+    batch = collate([record(3), record(4)])
+    again = PeftModel.from_pretrained(VokenForConditionalGeneration.from_pretrained(folder), tmp_path / "adapter")
+
+    def results(one):
+        one.double().eval()  # merging rounds
+        with torch.no_grad():
+            bare = one if isinstance(one, VokenForConditionalGeneration) else one.get_base_model()
+            out = bare.attach(SteadyDecoder(tiny_image_pipeline("sd-v")))(**batch)
+        return out.logits, out.condition, out.loss
+
+    expected = results(adapted)
+    for other in (again, adapted.merge_and_unload()):
+        for one, right in zip(results(other), expected, strict=True):
+            torch.testing.assert_close(one, right, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [record(index) for index in range(8)],
+        # Batches of two with more and fewer labels and pictures, and one without pictures
+        [
+            record(index, *sizes)
+            for index, sizes in enumerate([(0, 9), (0, 2), (2, 3), (1, 7), (3, 1), (0, 4), (1, 2), (1, 12)])
+        ],
+    ],
+    ids=["even", "uneven"],
+)
+def test_a_step_is_the_same_at_once_and_accumulated(records, saved, tmp_path):
+    steps = []
+    for size, accumulated in ((8, 1), (2, 4)):
+        model = saved(unconditional_probability=0.0)
+        trainer = trained(
+            model,
+            tmp_path / f"{size}",
+            records,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulated,
+            optim="sgd",
+            max_grad_norm=1e9,
+            learning_rate=1.0,
+            lr_scheduler_type="constant",
+        )
+        before = weights(saved(unconditional_probability=0.0))
+        gradients = {name: before[name] - one for name, one in weights(model).items()}
+        steps.append((trainer.state.log_history[0], gradients))
+    (one, first), (other, second) = steps
+    for name in ("loss", "text_loss", "image_loss", "caption_loss", "grad_norm"):
+        assert one[name] == pytest.approx(other[name], rel=2e-6), name
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], atol=1e-6, rtol=1e-5)
+
+
+def test_losses_are_logged_by_name_and_make_up_the_loss(saved, tmp_path):
+    model = saved(unconditional_probability=0.0)
+    records = [record(index) for index in range(4)]
+    trainer = VokenTrainer(
+        model=model,
+        args=arguments(tmp_path, per_device_train_batch_size=4, per_device_eval_batch_size=2, learning_rate=0.0),
+        train_dataset=records,
+        eval_dataset=records,
+        data_collator=collate,
+    )
+    trainer.train()
+    with torch.no_grad():
+        out = model.train()(**collate(records))
+    logs = trainer.state.log_history[0]
+    for name in ("loss", "text_loss", "image_loss", "caption_loss"):
+        assert logs[name] == pytest.approx(out[name].item(), rel=1e-5), name
+    assert logs["loss"] == pytest.approx(
+        0.01 * logs["text_loss"] + logs["image_loss"] + 0.1 * logs["caption_loss"], rel=1e-5
+    )
+    assert logs["condition_std"] == pytest.approx(out.condition.std(0).mean().item(), rel=1e-5)
+    metrics = trainer.evaluate()
+    for name in ("text_loss", "image_loss", "caption_loss"):
+        assert metrics[f"eval_{name}"] == pytest.approx(out[name].item(), rel=1e-5), name
+
+
+def test_frozen_parts_train_without_their_dropout(saved, tmp_path):
+    model = saved("opt", unconditional_probability=0.0)  # has dropout 0.1
+    assert model.text_model.config.dropout > 0
+    adapted = get_peft_model(model, voken_stage1_config(model))
+    records = [record(index) for index in range(2)]
+    logs = trained(adapted, tmp_path, records, learning_rate=0.0, max_steps=2, num_train_epochs=2).state.log_history
+    with torch.no_grad():
+        expected = model.eval()(**collate(records)).text_loss.item()
+    assert logs[0]["text_loss"] == pytest.approx(expected, rel=1e-5) == logs[1]["text_loss"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(saved, tmp_path):
+    model = saved()
+    model.feature_mapper.query.data[0, 0, 0] = torch.inf
+    with pytest.raises(
+        FloatingPointError, match=r"The loss is nan in step 1, on a batch that begins with the ids \[1, "
+    ):
+        trained(model, tmp_path, [record(0), record(1)])
+
+
+def test_what_peft_cannot_train_is_refused(saved):
+    with pytest.raises(
+        ValueError, match="GPT2LMHeadModel has no q_proj and v_proj: name the layers for LoRA in target_modules"
+    ):
+        voken_lora_config(saved("gpt2"))
+    config = voken_lora_config(saved("gpt2"), target_modules=r"text_model\..*\.c_attn")
+    assert get_peft_model(saved("gpt2"), config).peft_config["default"].r == 8
+    model = saved()
+    adapted = get_peft_model(model, voken_stage1_config(model))
+    for config in (voken_stage1_config, voken_lora_config):
+        with pytest.raises(
+            ValueError, match=r"must be a VokenForConditionalGeneration without adapters, got .* with adapters"
+        ):
+            config(adapted.get_base_model())
