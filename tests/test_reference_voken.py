@@ -88,12 +88,10 @@ def files(tmp_path_factory):
     return folder, first, second
 
 
-def load(folder, *stages, **kwargs):
-    arguments = {
-        "projection": folder / "proj.pth",
-        "vision_model": f"{folder}/blip2",
-        "language_model": f"{folder}/vicuna",
-    }
+def load(folder, *stages, base=None, **kwargs):
+    """From the files in a folder, with BLIP-2 and Vicuna from another one if they are not in it."""
+    base = base or folder
+    arguments = {"projection": folder / "proj.pth", "vision_model": f"{base}/blip2", "language_model": f"{base}/vicuna"}
     return load_minigpt5(*(folder / f"{stage}.ckpt" for stage in stages), **arguments | kwargs)
 
 
@@ -154,14 +152,10 @@ def test_the_reference_s_layout_comes_back_to_the_bit(files, tmp_path):
         assert all(torch.equal(before[key], after[key]) for key in before)
     # The pair that was written is whole by itself.
     (again, _), (before, _) = (
-        load(tmp_path / "two", "stage1", "stage2", **places(folder)),
+        load(tmp_path / "two", "stage1", "stage2", base=folder, projection=folder / "proj.pth"),
         load(folder, "stage1", "stage2"),
     )
     assert all(torch.equal(one, before.state_dict()[name]) for name, one in again.state_dict().items())
-
-
-def places(folder):
-    return {"projection": folder / "proj.pth", "vision_model": f"{folder}/blip2", "language_model": f"{folder}/vicuna"}
 
 
 def test_names_of_former_peft_are_known(files, tmp_path):
@@ -171,7 +165,7 @@ def test_names_of_former_peft_are_known(files, tmp_path):
         {"state_dict": {key.replace(".default", ""): one for key, one in stored.items()}}, tmp_path / "stage2.ckpt"
     )
     torch.save(torch.load(folder / "stage1.ckpt", weights_only=False), tmp_path / "stage1.ckpt")
-    old, _ = load(tmp_path, "stage1", "stage2", **places(folder))
+    old, _ = load(tmp_path, "stage1", "stage2", base=folder, projection=folder / "proj.pth")
     new, _ = load(folder, "stage1", "stage2")
     assert all(torch.equal(one, new.state_dict()[name]) for name, one in old.state_dict().items())
 
@@ -209,7 +203,7 @@ def test_a_key_that_is_missing_unknown_or_of_another_shape_is_named(file, change
             change(stored.get("state_dict", stored.get("model")))
         torch.save(stored, tmp_path / name)
     with pytest.raises(ValueError, match=message):
-        load(tmp_path, "stage1", "stage2", **places(folder) | {"projection": tmp_path / "proj.pth"})
+        load(tmp_path, "stage1", "stage2", base=folder)
 
 
 class Pickled:
@@ -220,7 +214,7 @@ def test_pickled_objects_are_refused_and_never_made(files, tmp_path):
     folder, *_ = files
     torch.save({"state_dict": {}, "hyper_parameters": Pickled()}, tmp_path / "stage1.ckpt")
     with pytest.raises(ValueError, match="holds pickled Python objects, which are never executed"):
-        load(tmp_path, "stage1", **places(folder))
+        load(tmp_path, "stage1", base=folder, projection=folder / "proj.pth")
 
 
 def test_another_language_model_is_told_before_weights_are_loaded(files, tmp_path, monkeypatch):

@@ -45,6 +45,7 @@ INTERNALS = {
         ["get_text_with_replacements", "validate_inputs", "_process_images"],
     ),
     "models/liquid/model_card.py: cards that are pushed": (PushToHubMixin, ["_upload_modified_files"]),
+    "training/voken_trainer.py: what a step accumulates": (Trainer, ["get_batch_samples"]),
     "training/trainer.py: what is missing in a checkpoint": (Trainer, ["_issue_warnings_after_load"]),
 }
 

@@ -3,6 +3,7 @@
 Importing this package registers its classes with the Auto classes and its pipeline as the task "text-to-image".
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transformers import (
@@ -33,14 +34,16 @@ from .models.liquid.processing_liquid import LiquidProcessor
 from .models.voken.configuration_voken import VokenConfig
 from .models.voken.image_decoder import VokenCondition, VokenImageDecoder
 from .models.voken.modeling_voken import VokenFeatureMapper, VokenForConditionalGeneration
+from .models.voken.reference import load_minigpt5, save_minigpt5
 from .pipelines.conversation import LiquidConversation
 from .pipelines.streamers import ImageIteratorStreamer, ImageStreamer, partial_pictures
 from .pipelines.text_to_image import LiquidImageGenerationPipeline
-from .training.adapters import liquid_lora_config, liquid_rows_config
+from .training.adapters import liquid_lora_config, liquid_rows_config, voken_lora_config, voken_stage1_config
 
 
 if TYPE_CHECKING:
     from .training.trainer import LiquidTrainer
+    from .training.voken_trainer import VokenTrainer
 
 __version__ = "0.1.0"
 
@@ -60,10 +63,9 @@ AutoProcessor.register(LiquidConfig, LiquidProcessor)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LiquidTrainer":  # transformers' Trainer takes seconds to import
-        from .training.trainer import LiquidTrainer
-
-        return LiquidTrainer
+    # transformers' Trainer takes seconds to import.
+    if (module := {"LiquidTrainer": "trainer", "VokenTrainer": "voken_trainer"}.get(name)) is not None:
+        return getattr(import_module(f".training.{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -92,14 +94,19 @@ __all__ = [
     "VokenFeatureMapper",
     "VokenForConditionalGeneration",
     "VokenImageDecoder",
+    "VokenTrainer",
     "expand_vocabulary",
     "export_base_model",
     "liquid_lora_config",
     "liquid_rows_config",
+    "load_minigpt5",
     "load_records",
     "load_taming_codec",
     "mix_records",
     "partial_pictures",
+    "save_minigpt5",
     "save_taming_codec",
     "tokenize_dataset",
+    "voken_lora_config",
+    "voken_stage1_config",
 ]

@@ -127,7 +127,10 @@ def voken_stage1_config(model: VokenForConditionalGeneration, **kwargs: Any) -> 
     Raises:
         ValueError, ImportError: As in [`liquid_lora_config`].
     """
-    return _voken_config(model, target_modules="dummy-target-modules", modules_to_save=["feature_mapper"], **kwargs)
+    require("peft", "An adapter")
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    return _voken_config(model, target_modules=DUMMY_TARGET_MODULES, modules_to_save=["feature_mapper"], **kwargs)
 
 
 def voken_lora_config(

@@ -17,9 +17,10 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
-    Blip2Config,
-    Blip2ForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -221,10 +222,11 @@ def _config(stage1: dict[str, torch.Tensor], vision_model: str, language_model: 
     check_keys("The file of stage 1", stage1, required=(*names, "model.llama_model.lm_head.weight"))
     query, mlp, linear = (stage1[name] for name in names)
     rows = len(stage1["model.llama_model.lm_head.weight"])
-    reader, text_config = Blip2Config.from_pretrained(vision_model), AutoConfig.from_pretrained(language_model)
+    reader, text_config = AutoConfig.from_pretrained(vision_model), AutoConfig.from_pretrained(language_model)
     text_config.vocab_size = rows
     return VokenConfig(
-        text_config=Blip2Config(
+        text_config=AutoConfig.for_model(
+            "blip-2",
             vision_config=reader.vision_config,
             qformer_config=reader.qformer_config,
             num_query_tokens=reader.num_query_tokens,
@@ -261,13 +263,11 @@ def _named(
     return tensors
 
 
-def _load_base(
-    config: Blip2Config, vision_model: str, language_model: str, **kwargs: Any
-) -> Blip2ForConditionalGeneration:
+def _load_base(config: PreTrainedConfig, vision_model: str, language_model: str, **kwargs: Any) -> PreTrainedModel:
     """BLIP-2 with another language model, the linear layer before which is still to come."""
     reader_config = copy.deepcopy(config)
-    reader_config.text_config.num_hidden_layers, reader_config.text_config.vocab_size = 0, 1
-    base, info = Blip2ForConditionalGeneration.from_pretrained(
+    reader_config.text_config.num_hidden_layers = 0
+    base, info = AutoModelForImageTextToText.from_pretrained(
         vision_model, config=reader_config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
     )
     missing = [key for key in info["missing_keys"] if not key.startswith("language_")]
