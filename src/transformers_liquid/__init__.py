@@ -6,6 +6,7 @@ Importing this package registers its classes with the Auto classes and its pipel
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -34,8 +35,11 @@ from .models.liquid.processing_liquid import LiquidProcessor
 from .models.voken.configuration_voken import VokenConfig
 from .models.voken.image_decoder import VokenCondition, VokenImageDecoder
 from .models.voken.modeling_voken import VokenFeatureMapper, VokenForConditionalGeneration
+from .models.voken.processing_voken import VokenProcessor
 from .models.voken.reference import load_minigpt5, save_minigpt5
+from .pipelines.add_vokens import add_vokens
 from .pipelines.conversation import LiquidConversation
+from .pipelines.interleaved_voken import InterleavedVokenPipeline
 from .pipelines.streamers import ImageIteratorStreamer, ImageStreamer, partial_pictures
 from .pipelines.text_to_image import LiquidImageGenerationPipeline
 from .training.adapters import liquid_lora_config, liquid_rows_config, voken_lora_config, voken_stage1_config
@@ -60,6 +64,9 @@ for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
 modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["voken"] = VokenForConditionalGeneration.__name__
 AutoImageProcessor.register(LiquidConfig, image_processor_classes={"pil": LiquidImageProcessor})
 AutoProcessor.register(LiquidConfig, LiquidProcessor)
+AutoProcessor.register(VokenConfig, VokenProcessor)
+# Where DiffusionPipeline.from_pretrained looks for the class that a repository names.
+diffusers.InterleavedVokenPipeline = InterleavedVokenPipeline
 
 
 def __getattr__(name: str) -> Any:
@@ -77,6 +84,7 @@ __all__ = [
     "ImageIteratorStreamer",
     "ImageStreamer",
     "ImageTokenLogitsProcessor",
+    "InterleavedVokenPipeline",
     "LiquidConfig",
     "LiquidConversation",
     "LiquidDataCollator",
@@ -94,7 +102,9 @@ __all__ = [
     "VokenFeatureMapper",
     "VokenForConditionalGeneration",
     "VokenImageDecoder",
+    "VokenProcessor",
     "VokenTrainer",
+    "add_vokens",
     "expand_vocabulary",
     "export_base_model",
     "liquid_lora_config",

@@ -66,29 +66,11 @@ def expand_vocabulary(
 
     if _is_unpacked_gguf(base_model):
         base_model.hf_quantizer.remove_quantization_config(base_model)
-    vocabulary = tokenizer.get_vocab()
-    num_rows, num_text_tokens = base_model.get_input_embeddings().weight.shape[0], max(vocabulary.values()) + 1
-    eos = base_model.generation_config.eos_token_id
-    stops = tokenizer.convert_ids_to_tokens(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    reserved = (token for token in free_tokens(tokenizer) if token not in stops)
-    tokens = {name: token if token in vocabulary else next(reserved, token) for name, token in IMAGE_TOKENS.items()}
-    # One that is in the vocabulary, but that texts are split within, keeps its id and becomes whole.
-    new_tokens = [token for token in tokens.values() if not is_one_token(tokenizer, token)]
-    tokenizer.add_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in new_tokens], special_tokens=True
-    )
-    token_ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
-
-    image_token_offset = max(num_rows, max(token_ids.values()) + 1)
-    with torch.random.fork_rng():
-        base_model.resize_token_embeddings(image_token_offset + codec.codebook_size, mean_resizing=False)
-    embeddings, head = base_model.get_input_embeddings(), base_model.get_output_embeddings()
-    weights = [embeddings.weight.data]
-    weights += [head.weight.data] if head.weight is not embeddings.weight else []
-    weights += [head.bias.data[:, None]] if head.bias is not None else []
-    generator = torch.Generator().manual_seed(seed)
-    for weight in weights:
-        _set_new_rows(weight[:num_text_tokens], weight[num_rows:], init, generator)
+    num_rows, num_text_tokens = len(base_model.get_input_embeddings().weight), max(tokenizer.get_vocab().values()) + 1
+    ids = special_token_ids(base_model, tokenizer, list(IMAGE_TOKENS.values()))
+    token_ids = {f"{name}_id": one for name, one in zip(IMAGE_TOKENS, ids, strict=True)}
+    image_token_offset = max(num_rows, max(ids) + 1)
+    grow(base_model, image_token_offset + codec.codebook_size, num_text_tokens, init, seed)
     config = LiquidConfig(
         text_config=base_model.config,
         vq_config=dict(codec.config),
@@ -99,6 +81,34 @@ def expand_vocabulary(
     )
     processor = build_processor(config, tokenizer)
     return assemble(config, base_model, codec), processor
+
+
+def special_token_ids(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> list[int]:
+    """Ids of tokens of these names: those that are there, then those that the base reserved, then new ones."""
+    vocabulary, eos = tokenizer.get_vocab(), base_model.generation_config.eos_token_id
+    stops = tokenizer.convert_ids_to_tokens(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    reserved = (token for token in free_tokens(tokenizer) if token not in stops)
+    tokens = [token if token in vocabulary else next(reserved, token) for token in names]
+    # One that is in the vocabulary, but that texts are split within, keeps its id and becomes whole.
+    new_tokens = [token for token in tokens if not is_one_token(tokenizer, token)]
+    tokenizer.add_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in new_tokens], special_tokens=True
+    )
+    return tokenizer.convert_tokens_to_ids(tokens)
+
+
+def grow(base_model: PreTrainedModel, num_rows: int, num_text_tokens: int, init: str = "mean", seed: int = 0) -> None:
+    """Gives a base more rows, which begin as `init` says of its first `num_text_tokens`; the old ones stay as they are."""
+    old = len(base_model.get_input_embeddings().weight)
+    with torch.random.fork_rng():
+        base_model.resize_token_embeddings(num_rows, mean_resizing=False)
+    embeddings, head = base_model.get_input_embeddings(), base_model.get_output_embeddings()
+    weights = [embeddings.weight.data]
+    weights += [head.weight.data] if head.weight is not embeddings.weight else []
+    weights += [head.bias.data[:, None]] if head.bias is not None else []
+    generator = torch.Generator().manual_seed(seed)
+    for weight in weights:
+        _set_new_rows(weight[:num_text_tokens], weight[old:], init, generator)
 
 
 def _obstacle(
@@ -114,6 +124,19 @@ def _obstacle(
             f"base_model must be a causal language model as AutoModelForCausalLM loads it, got {name}. (Merge adapters "
             "first.)"
         )
+    if (problem := growth_obstacle(base_model, tokenizer)) is not None:
+        return problem
+    if not isinstance(codec, LiquidVQModel):
+        return (
+            f"codec must be a LiquidVQModel (one code per position), got {type(codec).__name__}. Load diffusers' VQModel "
+            "repositories with `LiquidVQModel.from_pretrained`; codecs with several codes per position do not fit."
+        )
+    return None if init in ("mean", "normal") else f"init must be 'mean' or 'normal', got {init!r}."
+
+
+def growth_obstacle(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why this base cannot have more rows for tokens of this tokenizer."""
+    name = type(base_model).__name__
     if getattr(base_model.config, "quantization_config", None) is not None and not _is_unpacked_gguf(base_model):
         return "The base model is quantized: its rows cannot grow. Expand it in fp32 or bf16, then quantize."
     embeddings, head = base_model.get_input_embeddings(), base_model.get_output_embeddings()
@@ -130,12 +153,7 @@ def _obstacle(
             f"The tokenizer does not fit the base model: its token {token!r} has id {token_id}, but the model has "
             f"{len(embeddings.weight)} rows. Load both from one repository."
         )
-    if not isinstance(codec, LiquidVQModel):
-        return (
-            f"codec must be a LiquidVQModel (one code per position), got {type(codec).__name__}. Load diffusers' VQModel "
-            "repositories with `LiquidVQModel.from_pretrained`; codecs with several codes per position do not fit."
-        )
-    return None if init in ("mean", "normal") else f"init must be 'mean' or 'normal', got {init!r}."
+    return None
 
 
 def _is_unpacked_gguf(base_model: PreTrainedModel) -> bool:

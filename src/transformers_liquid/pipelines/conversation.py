@@ -112,7 +112,7 @@ class LiquidConversation:
         if seed is not None:
             kwargs["generator"] = torch.Generator().manual_seed(operator.index(seed))
         events = _EventQueue(self.model, self.processor, every, height, width)
-        cancel = _Cancelled()
+        cancel = Cancelled()
         kwargs["stopping_criteria"] = [*kwargs.get("stopping_criteria", []), cancel]
         work = Thread(target=events.follow, args=(inputs,), kwargs=kwargs, daemon=True)
         work.start()
@@ -121,7 +121,7 @@ class LiquidConversation:
             raise first
         return self._events(first, events, cancel, work)
 
-    def _events(self, event: Any, events: _EventQueue, cancel: _Cancelled, work: Thread) -> Iterator[dict[str, Any]]:
+    def _events(self, event: Any, events: _EventQueue, cancel: Cancelled, work: Thread) -> Iterator[dict[str, Any]]:
         try:
             while event["type"] != "end":
                 yield event
@@ -142,7 +142,29 @@ def add_event(parts: list[dict[str, Any]], event: dict[str, Any]) -> None:
         parts.append({name: event[name] for name in ("type", event["type"])})
 
 
-class _Cancelled(StoppingCriteria):
+class GrowingText:
+    """The text of ids that come one after another.
+
+    Args:
+        processor: What decodes them.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor, self.ids, self.told = processor, [], ""
+
+    def new(self, ids: Sequence[int], is_over: bool = False) -> str:
+        """What is new in the text, but for characters of which a part of the bytes is still to come."""
+        self.ids += ids
+        text = self.processor.decode(self.ids, skip_special_tokens=True)
+        if len(text) <= len(self.told) or (not is_over and text.endswith("\N{REPLACEMENT CHARACTER}")):
+            return ""
+        new, self.told = text[len(self.told) :], text
+        return new
+
+
+class Cancelled(StoppingCriteria):
+    """Stops a generation within a step, once it is set."""
+
     def __init__(self) -> None:
         self.is_set = Event()
 
@@ -165,8 +187,7 @@ class _EventQueue(BaseStreamer):
             raise ValueError(f"every must be a whole number of codes, at least 1, got {every!r}.")
         self.model, self.processor, self.every, self.size = model, processor, every, (height, width)
         self.queue: Queue[dict[str, Any] | Exception] = Queue()
-        self.ids: list[int] = []
-        self.told = ""
+        self.text = GrowingText(processor)
         self.codes: list[torch.LongTensor] = []
 
     def follow(self, inputs: Any, **kwargs: Any) -> None:
@@ -176,16 +197,15 @@ class _EventQueue(BaseStreamer):
             self.queue.put(error)
 
     def put_event(self, event: InterleavedEvent) -> None:
+        if text := self.text.new(event.ids, is_over=event.type != "text"):
+            self.queue.put({"type": "text", "text": text})
         if event.type == "text":
-            self.ids += event.ids
-            self._tell_text()
             return
-        self._tell_text(is_over=True)
         told: dict[str, Any] = {"type": event.type, "index": event.index}
         if event.type == "end":
             told = {"type": "end", "reason": event.reason}
         elif event.type == "image_start":
-            self.ids, self.told, self.codes = [], "", []
+            self.text, self.codes = GrowingText(self.processor), []
         elif event.type == "image_partial":
             self.codes.append(event.codes)
             codes = torch.cat(self.codes)[None]
@@ -197,13 +217,6 @@ class _EventQueue(BaseStreamer):
             pictures = self.processor.image_processor.postprocess(event.pixel_values[None])
             told |= {"image": pictures[0], "seed": event.seed}
         self.queue.put(told)
-
-    def _tell_text(self, is_over: bool = False) -> None:
-        """What is new in the text, but for characters of which a part of the bytes is still to come."""
-        text = self.processor.decode(self.ids, skip_special_tokens=True)
-        if len(text) > len(self.told) and (is_over or not text.endswith("\N{REPLACEMENT CHARACTER}")):
-            self.queue.put({"type": "text", "text": text[len(self.told) :]})
-            self.told = text
 
     def put(self, value: Any) -> None:
         """Events tell everything."""

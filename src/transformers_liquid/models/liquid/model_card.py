@@ -15,7 +15,7 @@ from ...generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 if TYPE_CHECKING:
     from .modeling_liquid import LiquidPreTrainedModel
 
-# What the empty card says that transformers puts into a repository when it pushes one without a card.
+# What the empty card says that transformers, or diffusers, puts into a repository when it pushes one without a card.
 GENERATED_BY_TRANSFORMERS = "This model card has been automatically generated."
 
 
@@ -58,8 +58,12 @@ def write_model_card(model: LiquidPreTrainedModel, directory: str | Path, name: 
         directory (`str` or `Path`): Where it is saved.
         name (`str`, *optional*): What the repository is called. Defaults to the name of the directory.
     """
+    write_card(model_card(model, name or Path(directory).resolve().name), directory)
+
+
+def write_card(text: str, directory: str | Path) -> None:
+    """Writes a card as `README.md`, unless one is there that was written by hand."""
     path = Path(directory) / "README.md"
-    text = model_card(model, name or Path(directory).resolve().name)
     if path.exists():
         before = path.read_text(encoding="utf-8")
         if GENERATED_BY_TRANSFORMERS not in before:

@@ -351,11 +351,25 @@ class VokenImageDecoder:
             }
         if "use_resolution_binning" in parameters:
             arguments["use_resolution_binning"] = False
-        if unknown := sorted(kwargs.keys() - parameters.keys() | kwargs.keys() & {"prompt", *arguments}):
+        return self.pipe(generator=generator, **arguments, **self.checked(kwargs)).images
+
+    @property
+    def settings(self) -> set[str]:
+        """The arguments of the diffusers pipeline that say how to draw, not what."""
+        names = inspect.signature(self.pipe.__call__).parameters.keys()
+        return {name for name in names - {"kwargs", "return_dict", "use_resolution_binning"} if "prompt" not in name}
+
+    def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings of a drawing with its size, before any work.
+
+        Raises:
+            ValueError: On a size that the denoiser cannot draw, or a setting that the pipeline does not know.
+        """
+        if unknown := sorted(settings.keys() - self.settings):
             raise ValueError(f"{type(self.pipe).__name__} draws from vokens and takes no {', '.join(unknown)} here.")
-        _, *size = self.latent_shape(kwargs.get("height"), kwargs.get("width"))
-        kwargs |= zip(("height", "width"), (side * self.pipe.vae_scale_factor for side in size), strict=True)
-        return self.pipe(generator=generator, **arguments, **kwargs).images
+        _, *size = self.latent_shape(settings.get("height"), settings.get("width"))
+        height, width = (side * self.pipe.vae_scale_factor for side in size)
+        return {**settings, "height": height, "width": width}
 
 
 def _denoiser(components: dict[str, Any]) -> nn.Module:

@@ -7,6 +7,7 @@ attached beside it, frozen, and not a part of the weights.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    GenerationConfig,
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -26,8 +29,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from ...utils.versions import CACHE_NAME, CACHE_NAMES
+from ..liquid.reference import load_whole
 from .configuration_voken import VokenConfig
+from .generation_voken import VokenRunLogitsProcessor
 from .image_decoder import VokenCondition, VokenImageDecoder
+from .repository import part_of
 
 
 @dataclass
@@ -155,6 +161,25 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         self._attach(None)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Loads a saved model, or that of a pipeline's whole repository, whose diffusion model then draws.
+
+        Raises:
+            ValueError: If weights are missing, unknown or of another shape.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        found = part_of(pretrained_model_name_or_path, "model", kwargs)
+        load = functools.partial(super().from_pretrained, pretrained_model_name_or_path, *model_args)
+        if pretrained_model_name_or_path is None and not kwargs.get("state_dict"):
+            model, info = load(output_loading_info=True, **found)
+        else:
+            name = str(pretrained_model_name_or_path)
+            model, info = load_whole(load, name, output_loading_info=wants_info, **found)
+        if found is not kwargs:
+            model.config.image_decoder = str(pretrained_model_name_or_path)
+        return (model, info) if wants_info else model
+
     @property
     def input_modalities(self) -> tuple[str, ...]:
         return self.text_model.input_modalities
@@ -202,8 +227,8 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
                     "This model has no image decoder: `model.attach(VokenImageDecoder(pipe))`, or name its diffusers "
                     "repository in `config.image_decoder`."
                 )
-            decoder = VokenImageDecoder.from_pretrained(self.config.image_decoder, torch_dtype=self.dtype)
-            decoder.pipe.to(self.device)
+            decoder = VokenImageDecoder.from_pretrained(self.config.image_decoder)
+            decoder.pipe.to(self.device, self.dtype)
             self.attach(decoder)
         return self._image_decoder
 
@@ -292,9 +317,10 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         """The conditions of all pictures of finished sequences, by one forward.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(B, T)`): Sequences with runs of vokens.
+            input_ids (`torch.LongTensor` of shape `(B, T)`): Sequences with runs of vokens, as `generate` returns them.
             first_new (`int`, defaults to 0): Runs before this position are context: nothing is drawn from them.
-            inputs: As for `forward`: `attention_mask`, `pixel_values`, ...
+            inputs: As for `generate`: `attention_mask`, `pixel_values`, ...; what is of the prompts' length holds for the
+                prompts, and text comes after them.
 
         Returns:
             The [`VokenCondition`] of N runs in reading order, and the sequence of each, `(N,)`.
@@ -304,22 +330,98 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         """
         is_first = input_ids == self.config.voken_token_ids[0]
         is_first[:, :first_new] = False
-        rows, columns = find_runs(input_ids, is_first, self.config, inputs.get("attention_mask"))
-        _, states = self._read(input_ids, **inputs)
+        for name, fill in (("attention_mask", 1), ("token_type_ids", 0), ("mm_token_type_ids", 0)):
+            if inputs.get(name) is not None:
+                inputs[name] = nn.functional.pad(
+                    inputs[name], (0, input_ids.shape[1] - inputs[name].shape[1]), value=fill
+                )
+        mask = inputs.pop("attention_mask", None)
+        rows, columns = find_runs(input_ids, is_first, self.config, mask)
+        if mask is not None:
+            # Padding goes to the right, where it moves no position and no state, whatever the base.
+            order = mask.argsort(dim=1, descending=True, stable=True)
+            inputs |= {name: one.gather(1, order) for name, one in inputs.items() if name.endswith("token_type_ids")}
+            input_ids, columns = input_ids.gather(1, order), mask.cumsum(1)[rows, columns] - 1
+            inputs["attention_mask"] = mask.gather(1, order)
+        _, states = self._read(input_ids, keep_logits=False, **inputs)
         return self.feature_mapper(voken_states(states, rows, columns, self.config)), rows
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        *,
+        generation_mode: str = "text",
+        num_images: int | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput | torch.Tensor:
+        """Writes text with runs of vokens, by the base's own `generate()`, or draws what a prompt leads to.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(B, T)`, *optional*): The prompts; or as `input_ids`.
+            generation_config (`GenerationConfig`, *optional*): Of the text; defaults to the model's.
+            logits_processor (`LogitsProcessorList`, *optional*): Yours; that of runs comes after them.
+            generation_mode (`"text"` or `"image"`, defaults to `"text"`): What to generate.
+            num_images (`int`, *optional*): Text mode: at least so many runs in `max_new_tokens`.
+            kwargs: As in transformers, and pictures to read as the base's processor makes them. Image mode: settings of
+                the diffusion model's pipeline, such as `guidance_scale`, `num_inference_steps`, `height`, `width` and
+                `generator`; those of text have no effect there, since every token of a run is known.
+
+        Returns:
+            Text mode: as in transformers, prompts and continuations with whole runs, but for one that the last token cut
+            off. Image mode: pictures `(B, 3, height, width)` in [0, 1], the one that comes right after each prompt.
+
+        Raises:
+            ValueError: If `num_images` runs have no room in `max_new_tokens`.
+        """
+        input_ids, vokens = kwargs.pop("input_ids", inputs), self.config.voken_token_ids
+        config = self.generation_config if generation_config is None else generation_config
+        if generation_mode == "image":
+            decoder = self.image_decoder
+            drawing = {name: kwargs.pop(name) for name in decoder.settings & kwargs.keys()}
+            kwargs = {name: one for name, one in kwargs.items() if not hasattr(config, name)}
+            run = torch.tensor(vokens, device=input_ids.device).expand(len(input_ids), -1)
+            condition, _ = self.conditions(torch.cat([input_ids, run], 1), input_ids.shape[1], **kwargs)
+            return decoder.draw(condition, self.unconditional(), output_type="pt", **drawing)
+        if generation_mode != "text":
+            raise ValueError(f"generation_mode must be 'text' or 'image', got {generation_mode!r}.")
+        room = kwargs.get("max_new_tokens") or config.max_new_tokens or 0
+        if num_images and num_images * len(vokens) > room:
+            raise ValueError(
+                f"{num_images} pictures are {num_images * len(vokens)} tokens, but max_new_tokens={room}: raise it."
+            )
+        eos = config.eos_token_id
+        eos = [eos] if isinstance(eos, int) else eos or []
+        runs = VokenRunLogitsProcessor(vokens, num_images or 0, eos, input_ids.shape[1], room)
+        kwargs["logits_processor"] = LogitsProcessorList([*(logits_processor or []), runs])
+        reader = self._reader(kwargs.get("pixel_values"))
+        if generation_config is None:
+            reader.generation_config = config
+        else:
+            kwargs["generation_config"] = generation_config
+        return reader.generate(input_ids=input_ids, **kwargs)
 
     def unconditional(self) -> VokenCondition:
         """The condition of a picture of which nothing is known: what the mapper makes of zeros, `(1, L, D)`."""
         query = self.feature_mapper.query
         return self.feature_mapper(query.new_zeros(1, len(self.config.voken_token_ids), self.config.state_size))
 
-    def _read(self, input_ids: torch.LongTensor | None, **inputs: Any) -> tuple[ModelOutput, torch.Tensor]:
+    def _read(
+        self, input_ids: torch.LongTensor | None, keep_logits: bool = True, **inputs: Any
+    ) -> tuple[ModelOutput, torch.Tensor]:
         """The base's own output, and the states that its head read, `(B, T, state_size)`.
 
         At the head's door, since not every base has a body that can be called without it.
         """
         reader, states = self._reader(inputs.get("pixel_values")), []
-        hook = reader.get_output_embeddings().register_forward_pre_hook(lambda _, read: states.append(read[0]))
+
+        def at_the_door(_: nn.Module, read: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+            states.append(read[0])
+            return None if keep_logits else (read[0][:, :1],)
+
+        hook = reader.get_output_embeddings().register_forward_pre_hook(at_the_door)
         try:
             outputs = reader(input_ids=input_ids, **{name: one for name, one in inputs.items() if one is not None})
         finally:

@@ -1,0 +1,83 @@
+"""Writing with vokens: runs that are whole, and the pieces of a reply."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import LogitsProcessor
+
+
+class VokenRunLogitsProcessor(LogitsProcessor):
+    """After the first voken come the others in their order, and they come nowhere else.
+
+    Where the next token follows from the last one alone, as it does here, batches, beams and caches of any kind need no
+    care. Put it last, so that nothing penalizes or ends a run.
+
+    Args:
+        voken_token_ids (sequence of `int`): The vokens in their order.
+        num_images (`int`, defaults to 0): At least so many runs: until then a picture is put in place of the end, and where
+            there is just room for those that are missing.
+        eos_token_ids (sequence of `int`, defaults to none): What ends a text.
+        prompt_length (`int`, defaults to 0): Runs before this position do not count.
+        max_new_tokens (`int`, *optional*): Room for text and runs together; needed for `num_images`.
+    """
+
+    def __init__(
+        self,
+        voken_token_ids: Sequence[int],
+        num_images: int = 0,
+        eos_token_ids: Sequence[int] = (),
+        prompt_length: int = 0,
+        max_new_tokens: int = 0,
+    ) -> None:
+        self.ids, self.eos_ids = list(voken_token_ids), list(eos_token_ids)
+        self.num_images, self.prompt_length, self.max_new_tokens = num_images, prompt_length, max_new_tokens
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        first, *others = self.ids
+        scores = scores.clone()
+        if self.num_images:
+            new = input_ids[:, self.prompt_length :]
+            missing = self.num_images - (new == first).sum(1)
+            room = self.max_new_tokens - new.shape[1]
+            ends = scores[:, [first, *self.eos_ids]].amax(1)
+            scores[:, first] = ends.where(missing > 0, scores[:, first])
+            scores[:, self.eos_ids] = scores[:, self.eos_ids].masked_fill((missing > 0)[:, None], -torch.inf)
+            is_last_chance = (missing > 0) & (missing * len(self.ids) >= room)
+            scores = self._only(scores, torch.full_like(missing, first), is_last_chance)
+        scores[:, others] = -torch.inf
+        if not others or not input_ids.shape[1]:
+            return scores
+        vokens = torch.tensor(self.ids, device=scores.device)
+        is_last = input_ids[:, -1:] == vokens[:-1]
+        return self._only(scores, vokens[1:][is_last.int().argmax(1)], is_last.any(1))
+
+    def _only(self, scores: torch.Tensor, ids: torch.LongTensor, where: torch.BoolTensor) -> torch.Tensor:
+        """Leaves one token, with probability 1, to the sequences of `where`."""
+        only = torch.full_like(scores, -torch.inf).scatter(1, ids[:, None], 0.0)
+        return only.where(where[:, None], scores)
+
+
+def finished(ids: Sequence[int], voken_token_ids: Sequence[int], eos_token_ids: Sequence[int]) -> list[int]:
+    """A reply without what ends it; a run that the last token cut off is completed, since its tokens are known."""
+    ids = list(ids)
+    ids = ids[: min((ids.index(one) for one in eos_token_ids if one in ids), default=len(ids))]
+    if ids and ids[-1] in voken_token_ids:
+        ids += voken_token_ids[voken_token_ids.index(ids[-1]) + 1 :]
+    return ids
+
+
+def segments(ids: Sequence[int], voken_token_ids: Sequence[int]) -> Iterator[list[int] | None]:
+    """The pieces of a reply with whole runs, in order: ids of a text, `None` for a picture."""
+    text: list[int] = []
+    for one in ids:
+        if one == voken_token_ids[0]:
+            if text:
+                yield text
+            yield None
+            text = []
+        elif one not in voken_token_ids:
+            text.append(one)
+    if text:
+        yield text

@@ -1,0 +1,148 @@
+"""The processor of a model with vokens: the base's own, with vokens kept out of what users write."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from transformers import AutoProcessor, AutoTokenizer, BatchFeature
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import ProcessorMixin  # diffusers looks for it here
+from transformers.utils import PROCESSOR_NAME, cached_file
+
+from ...utils.files import parse_json, read_text, write_json
+from ..liquid.image_processing_liquid import flatten_images, is_column
+from ..liquid.reference import hub_arguments
+from .repository import part_of
+
+
+# For bases without a chat template: what the messages say, and nothing around it.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{{ IMAGE if part.type == 'image' else part.text }}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
+
+
+class VokenProcessor(ProcessorMixin):
+    r"""Builds the inputs of a [`VokenForConditionalGeneration`] with the base's own processor, and reads its outputs.
+
+    A picture in a prompt, a user's or one that was drawn before, is read: in text it is the base's own placeholder. A
+    picture to draw is a run of vokens, which is written as ids and never as text.
+
+    Args:
+        base (`ProcessorMixin` or `PreTrainedTokenizerBase`): The base's processor, or its tokenizer if it reads no
+            pictures.
+        voken_token_ids (list of `int`): The vokens in their order.
+        chat_template (`str`, *optional*): Defaults to the base's; without one, messages are put one after the other.
+
+    Example:
+
+    ```python
+    >>> inputs = processor(text="<image> What comes next?", images=picture)
+    >>> messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Next?"}]}]
+    >>> inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    >>> ids = model.generate(**inputs, max_new_tokens=64)
+    ```
+    """
+
+    def __init__(self, base=None, voken_token_ids: list[int] | None = None, chat_template: str | None = None) -> None:
+        super().__init__()
+        self.base, self.voken_token_ids = base, list(voken_token_ids)
+        self.tokenizer = getattr(base, "tokenizer", base)
+        self.image_processor = getattr(base, "image_processor", None)
+        token = getattr(base, "image_token", None)
+        self.image_token = None if token is None else str(token)
+        own = getattr(base, "chat_template", None) or self.tokenizer.chat_template
+        self.chat_template = chat_template or own or PLAIN_TEMPLATE.replace("IMAGE", repr(self.image_token or ""))
+        tokens = self.tokenizer.convert_ids_to_tokens(self.voken_token_ids)
+        if None in tokens or len({*tokens}) < len(tokens):
+            raise ValueError(f"The tokenizer has no tokens for all vokens {self.voken_token_ids}: see `add_vokens`.")
+
+    def __call__(
+        self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        """Prepares prompts.
+
+        Args:
+            images (`ImageInput`, *optional*): The pictures of all placeholders in reading order, flat or one list per
+                text.
+            text (`str` or list of `str`): Prompts, with one placeholder of the base (`processor.image_token`) for each
+                picture.
+            kwargs: Of the base's processor. Prompts are padded on the left, and tensors are returned, by default.
+
+        Returns:
+            `BatchFeature` with `input_ids` and `attention_mask` of shape `(B, T)`, and what the base's processor makes of
+            pictures.
+
+        Raises:
+            ValueError: If there are more or fewer pictures than placeholders, the base reads none, or a text has vokens.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        images = [] if images is None else images
+        of_each = images if is_column(images) and any(map(is_column, images)) else [images]
+        numbers = [len(list(flatten_images(own))) for own in of_each]
+        marks = [0 if self.image_token is None else one.count(self.image_token) for one in texts]
+        if numbers != (marks if len(numbers) == len(texts) else [sum(marks)]):
+            reads = f"one {self.image_token} in the text" if self.image_token else "a base that reads pictures"
+            raise ValueError(f"Got {numbers} pictures for texts with {marks} places for them: each needs {reads}.")
+        kwargs = {"return_tensors": "pt", "padding": len(texts) > 1, "padding_side": "left", **kwargs}
+        if not sum(numbers):
+            inputs = self.tokenizer(texts, **kwargs)
+        elif getattr(self.base, "num_query_tokens", None):  # BLIP-2's puts pictures in front of every text
+            expanded = self.image_token * self.base.num_query_tokens
+            inputs = self.tokenizer([one.replace(self.image_token, expanded) for one in texts], **kwargs)
+            inputs |= self.image_processor(list(flatten_images(images)), return_tensors="pt")
+        else:
+            inputs = self.base(images=images, text=texts, **kwargs)
+        if self.base is self.tokenizer:
+            inputs.pop("token_type_ids", None)
+        rows = torch.as_tensor(inputs["input_ids"]).tolist()
+        if vokens := {*self.voken_token_ids}.intersection(*[[one for row in rows for one in row]]):
+            tokens = self.tokenizer.convert_ids_to_tokens(sorted(vokens))
+            raise ValueError(f"A text has {', '.join(tokens)}, which only the model writes: remove it.")
+        return BatchFeature(dict(inputs))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Saves the base's processor in `base/`, and beside it which ids are vokens."""
+        folder = Path(save_directory)
+        self.base.save_pretrained(folder / "base")
+        config = {"processor_class": "VokenProcessor", "voken_token_ids": self.voken_token_ids}
+        config |= {"chat_template": self.chat_template, "is_tokenizer": self.base is self.tokenizer}
+        write_json(folder / PROCESSOR_NAME, config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> VokenProcessor:
+        """Loads the processor that this class saved, or that of a pipeline's whole repository."""
+        kwargs = part_of(pretrained_model_name_or_path, "processor", kwargs)
+        where = hub_arguments(kwargs)
+        path = cached_file(pretrained_model_name_or_path, PROCESSOR_NAME, **where)
+        config = parse_json(read_text(path), path)
+        auto_class = AutoTokenizer if config.pop("is_tokenizer") else AutoProcessor
+        where["subfolder"] = "/".join(filter(None, (where.get("subfolder"), "base")))
+        base = auto_class.from_pretrained(pretrained_model_name_or_path, **where)
+        return cls(base, config["voken_token_ids"], config["chat_template"])
+
+    # Outputs
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
+        """Text of each row of ids; see the tokenizer's `batch_decode`."""
+        if skip_special_tokens:  # vokens may be tokens that the base reserved, not all of which are marked as special
+            rows = torch.as_tensor(sequences).tolist() if isinstance(sequences, torch.Tensor) else sequences
+            sequences = [[one for one in row if one not in self.voken_token_ids] for row in rows]
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def post_process_multimodal_output(
+        self,
+        generated_outputs: Any,
+        generation_mode: str | None = None,
+        skip_special_tokens: bool = True,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Texts of ids `(B, T)`, or for `generation_mode="image"` pictures of pixels `(B, 3, H, W)` in [0, 1]."""
+        if generation_mode == "image":
+            return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(generated_outputs.float()))
+        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)

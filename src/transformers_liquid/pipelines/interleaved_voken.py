@@ -1,0 +1,348 @@
+"""Text and pictures by turns, by a model with vokens and a diffusion model: the pipeline of diffusers' kind."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from queue import Queue
+from threading import Thread
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from transformers.generation.streamers import BaseStreamer
+
+from ..models.liquid.image_processing_liquid import flatten_images, is_column
+from ..models.voken.generation_voken import finished, segments
+from ..models.voken.image_decoder import COMPONENTS, TEXT_ENCODERS, VokenCondition, VokenImageDecoder
+from ..models.voken.model_card import write_pipeline_card
+from .conversation import Cancelled, GrowingText
+
+
+# What asks for the next scene of a story: MiniGPT-5's own words (its training data of VIST, `task_prompt` of the
+# multimodal task), which its checkpoints answer to.
+NEXT_SCENE = "Tell me the next scene with image."
+
+
+@dataclass
+class VokenPipelineOutput(BaseOutput):
+    """What was written and drawn.
+
+    Args:
+        segments (list of lists): For each prompt, or scene: `str` and pictures in reading order.
+        messages (list of `dict`): The same as turns of the assistant: append one to its conversation to go on.
+    """
+
+    segments: list[list[Any]] = None
+    messages: list[dict[str, Any]] = None
+
+
+class InterleavedVokenPipeline(DiffusionPipeline):
+    r"""Writes and draws by turns: a [`VokenForConditionalGeneration`] decides when and what, a diffusion model draws.
+
+    Args:
+        model ([`VokenForConditionalGeneration`]): The language model with vokens.
+        processor ([`VokenProcessor`]): Its processor.
+        vae, scheduler, unet or transformer: Of a diffusers text-to-image pipeline: [`VokenImageDecoder`] says of which.
+        text_encoder, tokenizer (and `_2`, `_3`): Of the same, for training with captions; drawing needs none.
+
+    Raises:
+        ValueError: If there is no denoiser, or it does not attend to what the model gives.
+
+    Example:
+
+    ```python
+    >>> pipe = DiffusionPipeline.from_pretrained("my-vokens", torch_dtype=torch.bfloat16).to("cuda")
+    >>> out = pipe("Tell me the next scene with image.", images=[picture], seed=0)
+    >>> out.segments[0]  # text, picture, text, ...
+    ```
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->model->unet->transformer->vae"
+    _optional_components = ["unet", "transformer", *TEXT_ENCODERS]
+
+    def __init__(
+        self,
+        model,
+        processor,
+        vae,
+        scheduler,
+        unet=None,
+        transformer=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    ) -> None:
+        super().__init__()
+        parts = {name: one for name, one in locals().items() if name not in ("self", "__class__")}
+        self.register_modules(**parts)
+        if model is not None:  # without, it is loaded for its image decoder
+            self._attach()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | list[dict[str, Any]] | list[list[dict[str, Any]]],
+        images: Any = None,
+        max_new_tokens: int = 256,
+        num_images: int | None = None,
+        guidance_scale: float = 7.5,
+        num_inference_steps: int = 50,
+        seed: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int | None = None,
+        output_type: str = "pil",
+        draw_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> VokenPipelineOutput:
+        """Answers prompts or conversations with text and pictures.
+
+        Args:
+            prompt (`str` or list of `str`, or messages or a list of these): What is answered. A text is the user's turn;
+                messages may hold pictures, as `{"type": "image", "image": picture}`.
+            images (picture, list of pictures, or for several prompts a list of lists, *optional*): In front of each prompt
+                of text.
+            max_new_tokens (`int`, defaults to 256): Of text and vokens together.
+            num_images (`int`, *optional*): At least so many pictures in each reply. Defaults to as the model likes.
+            guidance_scale (`float`, defaults to 7.5): How far pictures lead away from the unconditional condition; 1 is no
+                guidance.
+            num_inference_steps (`int`, defaults to 50): Of the diffusion model, for each picture.
+            seed (`int`, *optional*): Picture `k` of reply `j` is drawn from seed `seed + j + (k << 32)`, whatever is drawn
+                beside it; text is sampled from `seed`.
+            height, width (`int`, *optional*): Of pictures in pixels. Default to the diffusion model's own.
+            batch_size (`int`, *optional*): Pictures that are drawn side by side. Defaults to all of the call.
+            output_type (`str`, defaults to `"pil"`): Of pictures: `"pil"`, `"np"` or `"pt"`.
+            draw_kwargs (`dict`, *optional*): Further settings of the diffusers pipeline, such as `callback_on_step_end`.
+            kwargs: Of the model's `generate`: `do_sample`, `top_p`, `repetition_penalty`, `stop_strings`, ...
+
+        Returns:
+            [`VokenPipelineOutput`]
+
+        Raises:
+            ValueError: On input that cannot be met, before any work.
+        """
+        decoder = self._attach()
+        drawing = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, "height": height}
+        drawing |= {"width": width, "output_type": output_type, **(draw_kwargs or {})}
+        drawing, seed = decoder.checked(drawing), None if seed is None else operator.index(seed)
+        if output_type not in ("pil", "np", "pt") or (batch_size is not None and batch_size < 1):
+            raise ValueError(
+                f"output_type must be 'pil', 'np' or 'pt' and batch_size at least 1, got {output_type!r} and {batch_size!r}."
+            )
+        if kwargs.get("num_return_sequences") not in (None, 1):
+            raise ValueError("The pipeline gives one reply to each prompt: leave out num_return_sequences.")
+        inputs = self.processor.apply_chat_template(
+            _conversations(prompt, images), add_generation_prompt=True, tokenize=True, return_dict=True
+        ).to(self.model.device)
+
+        # 1. Text with whole runs
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, num_images=num_images, **kwargs)
+        prompts, config = inputs.pop("input_ids"), self.model.generation_config
+        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        ends, vokens = [*eos, config.pad_token_id], self.model.config.voken_token_ids
+        replies = [finished(row, vokens, ends) for row in ids[:, prompts.shape[1] :].tolist()]
+
+        # 2. All pictures
+        padded = [torch.tensor(reply, dtype=torch.long) for reply in replies]
+        padded = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True).to(prompts.device)
+        pictures: list[list[Any]] = [[] for _ in replies]
+        if (padded == vokens[0]).any():
+            condition, rows = self.model.conditions(torch.cat([prompts, padded], 1), prompts.shape[1], **inputs)
+            rows = rows.tolist()
+            for start in range(0, len(rows), batch_size or len(rows)):
+                part = slice(start, start + (batch_size or len(rows)))
+                seeds = [row + (rows[:index].count(row) << 32) for index, row in enumerate(rows)][part]
+                generators = None if seed is None else [torch.Generator().manual_seed(seed + one) for one in seeds]
+                some = VokenCondition(**{name: one[part] for name, one in condition.items()})
+                drawn = decoder.draw(some, self.model.unconditional(), generators, **drawing)
+                for row, picture in zip(rows[part], drawn, strict=True):
+                    pictures[row].append(picture)
+
+        # 3. In reading order
+        found = [self._in_order(*pair) for pair in zip(replies, pictures, strict=True)]
+        contents = [[_part(one) for one in pieces] for pieces in found]
+        return VokenPipelineOutput(found, [{"role": "assistant", "content": content} for content in contents])
+
+    def stream(self, prompt: Any, images: Any = None, **kwargs: Any) -> Iterator[dict[str, Any]]:
+        """One reply as it comes: text while it is written, pictures, which do not change the text, after it.
+
+        Args:
+            prompt, images, kwargs: As for a call, of one prompt.
+
+        Returns:
+            An iterator of `{"type": "text", "text": new text}`, `{"type": "image_start", "index": k}` where a picture
+            belongs, then `{"type": "image", "index": k, "image": picture}`, and at last `{"type": "end", "output": what
+            the call returns}`. Closing it stops the text within a step.
+
+        Raises:
+            ValueError: As for a call.
+        """
+        events: Queue[dict[str, Any]] = Queue()
+        cancel = Cancelled()
+        criteria = [*kwargs.pop("stopping_criteria", []), cancel]
+        streamer = _EventStreamer(self.processor, events)
+
+        def work() -> None:
+            try:
+                out = self(prompt, images, streamer=streamer, stopping_criteria=criteria, **kwargs)
+                drawn = [one for one in out.segments[0] if not isinstance(one, str)]
+                for index, picture in enumerate(drawn):
+                    events.put({"type": "image", "index": index, "image": picture})
+                events.put({"type": "end", "output": out})
+            except Exception as error:  # raised again in the thread that reads
+                events.put({"type": "error", "error": error})
+
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            event = {"type": "begin"}
+            while event["type"] != "end":
+                event = events.get()
+                if event["type"] == "error":
+                    raise event["error"]
+                yield event
+        finally:
+            cancel.is_set.set()
+            thread.join()
+
+    def story(
+        self,
+        parts: Sequence[Any],
+        scenes: int = 1,
+        instruction: str | None = NEXT_SCENE,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> VokenPipelineOutput:
+        """Goes on with a story: every scene, with its pictures, is context of the next.
+
+        Args:
+            parts (sequence of `str` and pictures): How it begins, in reading order.
+            scenes (`int`, defaults to 1): How many replies.
+            instruction (`str`, *optional*): What asks for each scene, after the story so far. Defaults to the reference's.
+            seed (`int`, *optional*): As for a call; the pictures of the whole story are counted.
+            kwargs: As for a call.
+
+        Returns:
+            [`VokenPipelineOutput`] with an entry for each scene.
+
+        Raises:
+            ValueError: As for a call; or if the base reads no pictures, so that none can be context.
+        """
+        if scenes > 1 and self.processor.image_token is None:
+            raise ValueError("This model's base reads no pictures: the first scene cannot be context of the next.")
+        story, out, drawn = list(parts), VokenPipelineOutput([], []), 0
+        for _ in range(scenes):
+            asked = [*story, instruction] if instruction else story
+            turn = {"role": "user", "content": [_part(one) for one in asked]}
+            scene = self([turn], seed=None if seed is None else seed + (drawn << 32), **kwargs)
+            out.segments += scene.segments
+            out.messages += scene.messages
+            drawn += sum(not isinstance(one, str) for one in scene.segments[0])
+            story += scene.segments[0]
+        return out
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As in diffusers; and at the root `config.json`, by which transformers finds the model, and a card.
+
+        Raises:
+            ValueError: If a component is an adapter around a model, which diffusers would leave out.
+        """
+        for name, component in self.components.items():
+            if type(component).__module__.startswith("peft.") or getattr(component, "_hf_peft_config_loaded", False):
+                raise ValueError(
+                    f"{name} is a model with an adapter ({type(component).__name__}), which diffusers does not save: merge "
+                    "it first (`merge_and_unload()`), or save the adapter beside the pipeline."
+                )
+        super().save_pretrained(str(save_directory), **kwargs)
+        self._write_root(save_directory)
+
+    def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        self._write_root(working_dir, repo_id.rpartition("/")[2])
+        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
+
+    def _write_root(self, directory: str | os.PathLike, name: str | None = None) -> None:
+        self.model.config.save_pretrained(directory)
+        write_pipeline_card(self.components, directory, name)
+
+    def _attach(self) -> VokenImageDecoder:
+        """The image decoder of what the components are now: users may put another scheduler in place."""
+        decoder = VokenImageDecoder.from_components(**{name: getattr(self, name) for name in COMPONENTS})
+        decoder.pipe.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        self.model.attach(decoder)
+        return decoder
+
+    def _in_order(self, reply: list[int], pictures: list[Any]) -> list[Any]:
+        pictures, pieces = iter(pictures), []
+        for ids in segments(reply, self.model.config.voken_token_ids):
+            piece = next(pictures) if ids is None else self.processor.decode(ids, skip_special_tokens=True)
+            pieces += [] if isinstance(piece, str) and not piece else [piece]
+        return pieces
+
+
+class _EventStreamer(BaseStreamer):
+    """Tells what `generate` writes."""
+
+    def __init__(self, processor: Any, events: Queue[dict[str, Any]]) -> None:
+        self.processor, self.events = processor, events
+        self.is_begun, self.number, self.text = False, 0, GrowingText(processor)
+
+    def put(self, value: torch.LongTensor) -> None:
+        if not self.is_begun:  # the prompt
+            self.is_begun = True
+            return
+        (token,) = value.flatten().tolist()
+        vokens = self.processor.voken_token_ids
+        if token not in vokens:
+            self._tell([token])
+        elif token == vokens[0]:
+            self._tell([], is_over=True)
+            self.events.put({"type": "image_start", "index": self.number})
+            self.number, self.text = self.number + 1, GrowingText(self.processor)
+
+    def end(self) -> None:
+        self._tell([], is_over=True)
+
+    def _tell(self, ids: list[int], is_over: bool = False) -> None:
+        if text := self.text.new(ids, is_over):
+            self.events.put({"type": "text", "text": text})
+
+
+def _part(one: Any) -> dict[str, Any]:
+    """A text or a picture as a part of a message."""
+    kind = "text" if isinstance(one, str) else "image"
+    return {"type": kind, kind: one}
+
+
+def _conversations(prompt: Any, images: Any) -> list[list[dict[str, Any]]]:
+    """Prompts or messages, one or a batch, as conversations.
+
+    Raises:
+        ValueError: If they are neither, or pictures are not given as they have to be.
+    """
+    if isinstance(prompt, str):
+        prompt, images = [prompt], [[] if images is None else images]
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        raise ValueError(f"A prompt is a text, messages, or a list of these, got {prompt!r}.")
+    if all(isinstance(one, str) for one in prompt):
+        images = [[]] * len(prompt) if images is None else images
+        if not is_column(images) or len(images) != len(prompt):
+            raise ValueError(f"images must be a list of pictures for each of the {len(prompt)} prompts.")
+        pairs = zip(prompt, images, strict=True)
+        return [[{"role": "user", "content": [*map(_part, flatten_images(own)), _part(one)]}] for one, own in pairs]
+    conversations = [prompt] if isinstance(prompt[0], Mapping) else prompt
+    if images is not None:
+        raise ValueError("Pictures of messages belong in their content: {'type': 'image', 'image': picture}.")
+    for message in (message for one in conversations for message in one):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"A message is a dictionary with 'role' and 'content', got {message!r}.")
+    return conversations
