@@ -134,7 +134,7 @@ def test_the_loss_is_the_weighted_sum_of_text_picture_and_caption(model_type):
     labels = inputs["labels"]
     expected = nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(out.text_loss, expected, atol=1e-6, rtol=0)
-    decoder = model.image_decoder
+    decoder, _ = model.image_decoder, inputs.pop("labels")
     torch.manual_seed(1)
     image_loss = decoder.loss(latents, model.conditions(inputs.pop("input_ids"), **inputs)[0], 5.0).mean()
     torch.testing.assert_close(out.image_loss, image_loss, atol=1e-5, rtol=0)

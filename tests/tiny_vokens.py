@@ -27,11 +27,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    Blip2Processor,
+    BlipImageProcessor,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    LlavaProcessor,
     PreTrainedModel,
     T5Config,
     T5EncoderModel,
@@ -40,6 +44,8 @@ from transformers import (
 from transformers_liquid.models.voken.configuration_voken import VokenConfig
 from transformers_liquid.models.voken.image_decoder import VokenImageDecoder
 from transformers_liquid.models.voken.modeling_voken import VokenForConditionalGeneration
+from transformers_liquid.pipelines.add_vokens import add_vokens
+from transformers_liquid.pipelines.interleaved_voken import InterleavedVokenPipeline
 
 
 # Bytes and specials as in tiny.py, then eight vokens.
@@ -379,3 +385,29 @@ def _randomized(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         if parameter.ndim >= 2 and not name.endswith("A_log"):
             parameter.data.normal_(std=0.2, generator=generator)
     return model
+
+
+def tiny_base_processor(model_type: str = "llama", **kwargs: Any) -> Any:
+    """The processor of a base without vokens: a tokenizer, or pictures of 16 x 16 pixels beside it."""
+    if model_type == "llava":
+        return LlavaProcessor(
+            CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+            tiny_tokenizer(**kwargs),
+            patch_size=8,
+            vision_feature_select_strategy="default",
+            image_token="<image>",
+            num_additional_image_tokens=1,
+        )
+    if model_type == "blip-2":
+        image_processor = BlipImageProcessor(size={"height": 16, "width": 16})
+        return Blip2Processor(image_processor, tiny_tokenizer(**kwargs), num_query_tokens=4)
+    return tiny_tokenizer(**kwargs)
+
+
+def tiny_voken_pipeline(model_type: str = "llama", family: str = "sd", **kwargs: Any) -> InterleavedVokenPipeline:
+    """A base of 263 tokens and a diffusion model with vokens added, of random weights."""
+    base = tiny_voken_base(model_type, vocab_size=VOKENS[0])
+    kwargs = {"condition_length": 6, "mapper_num_layers": 1, "mapper_num_heads": 2, **kwargs}
+    pipe = add_vokens(base, tiny_base_processor(model_type), tiny_image_pipeline(family), **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

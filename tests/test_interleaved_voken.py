@@ -1,0 +1,454 @@
+"""Writing and drawing by turns with vokens: whole runs, the same reply whatever is beside it, one repository for all doors."""
+
+import json
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tiny import SPECIAL_TOKENS, tiny_base, tiny_tokenizer
+from tiny_vokens import (
+    CAUSAL_BASES,
+    FAMILIES,
+    VISION_BASES,
+    VOKENS,
+    picture_inputs,
+    tiny_base_processor,
+    tiny_image_pipeline,
+    tiny_voken_base,
+    tiny_voken_model,
+    tiny_voken_pipeline,
+)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+
+from transformers_liquid import (
+    InterleavedVokenPipeline,
+    VokenForConditionalGeneration,
+    VokenImageDecoder,
+    VokenProcessor,
+    add_vokens,
+)
+from transformers_liquid.models.voken.generation_voken import VokenRunLogitsProcessor, finished, segments
+
+
+RED, BLUE = (Image.new("RGB", (16, 16), color) for color in ("red", "blue"))
+FAST = {"num_inference_steps": 2, "max_new_tokens": 24}
+
+
+def like(one, other, atol=0.0):
+    """Whether replies have the same texts, and pictures as near as that (in 0 ... 255)."""
+    assert [type(part) for part in one] == [type(part) for part in other]
+    for mine, theirs in zip(one, other, strict=True):
+        if isinstance(mine, str):
+            assert mine == theirs
+        else:
+            assert np.abs(np.asarray(mine, float) - np.asarray(theirs, float)).max() <= atol
+
+
+def runs_of(ids):
+    """Positions of first vokens, after a check that every one is followed by the others, and none stands elsewhere."""
+    at = [index for index, one in enumerate(ids) if one == VOKENS[0]]
+    within = [index + offset for index in at for offset in range(8)]
+    whole = [index for index in within if index < len(ids)]
+    assert [ids[index] for index in whole] == (VOKENS * len(at))[: len(whole)]
+    assert [index for index, one in enumerate(ids) if one in VOKENS] == whole
+    return at
+
+
+WAYS = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "top_p": 0.9, "temperature": 1.3},
+    "beams": {"num_beams": 3},
+    "penalized": {"repetition_penalty": 2.0, "no_repeat_ngram_size": 2, "min_new_tokens": 25},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("model_type", [*CAUSAL_BASES, *VISION_BASES])
+def test_every_first_voken_is_followed_by_the_others_and_they_come_nowhere_else(model_type, way):
+    model = tiny_voken_model(model_type)
+    head = model.get_output_embeddings()
+    head.weight.data[VOKENS[0]] = head.weight.data[VOKENS[3]] = head.weight.data.mean(0) * 3  # so that some come
+    pictures, tensors = ([], {}) if model_type in CAUSAL_BASES else picture_inputs(model_type, 2)
+    ids = torch.tensor([[0, 0, 1, *pictures, 40], [1, *pictures, 41, 42, 43]])
+    mask = (ids != 0).long()
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=30, num_images=1, **tensors, **WAYS[way])
+    assert torch.equal(out[:, : ids.shape[1]], ids)
+    for row in out[:, ids.shape[1] :].tolist():
+        assert runs_of(row)
+
+
+@pytest.mark.parametrize("model_type", [*CAUSAL_BASES, *VISION_BASES])
+def test_states_of_one_forward_are_those_of_decoding_step_by_step(model_type):
+    """What the head read while a batch with left pads was decoded with a cache."""
+    model, seen = tiny_voken_model(model_type), []
+    pictures, tensors = ([], {}) if model_type in CAUSAL_BASES else picture_inputs(model_type, 2)
+    ids = torch.tensor([[0, 0, 1, *pictures, 40], [1, *pictures, 41, 42, 43]])
+    mask = (ids != 0).long()
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1:]))
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=8, num_images=1, **tensors)
+    hook.remove()
+    assert out[:, ids.shape[1] :].tolist() == [VOKENS] * 2
+    condition, rows = model.conditions(out, ids.shape[1], attention_mask=mask, **tensors)
+    assert rows.tolist() == [0, 1]
+    expected = model.feature_mapper(torch.cat(seen, 1)).embeds
+    torch.testing.assert_close(condition.embeds, expected, atol=1e-5, rtol=0)
+
+
+def test_a_picture_is_put_in_place_of_the_end_and_where_there_is_just_room():
+    scores = torch.zeros(4, 280)
+    scores[:, 2] = 5.0
+    processor = VokenRunLogitsProcessor(VOKENS, num_images=2, eos_token_ids=[2], prompt_length=1, max_new_tokens=20)
+    begun = torch.tensor([[1, 40, 41, 42], [1, 40, 41, VOKENS[0]], [1, VOKENS[0], VOKENS[0], 40], [1, 40, 41, 43]])
+    best = processor(begun, scores).argmax(1).tolist()
+    assert best == [VOKENS[0], VOKENS[1], 2, VOKENS[0]]
+    late = torch.tensor([[1, 40, 41, 42, 43]])  # 16 tokens left: two runs
+    allowed = processor(late, torch.zeros(1, 280)).isfinite()[0].nonzero().flatten().tolist()
+    assert allowed == [VOKENS[0]]
+    assert processor(late[:, :4], torch.zeros(1, 280)).isfinite().sum() == 280 - 7 - 1
+
+
+def test_a_cut_off_run_is_completed_and_a_reply_is_cut_into_texts_and_pictures():
+    assert finished([40, *VOKENS[:3]], VOKENS, [2]) == [40, *VOKENS]
+    assert finished([40, 2, 0, 0], VOKENS, [2, 0]) == [40] and finished([], VOKENS, [2]) == []
+    assert [*segments([40, *VOKENS, *VOKENS, 41, 42], VOKENS)] == [[40], None, None, [41, 42]]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "llava", "blip-2"])
+def test_a_reply_is_the_same_alone_and_in_a_batch_with_a_seed_for_each_picture(model_type):
+    pipe = tiny_voken_pipeline(model_type)
+    prompts = ["a cat", "a much longer prompt than that"]
+    images = None if model_type == "llama" else [[RED], [BLUE]]
+    settings = {"num_images": 2, "output_type": "np", **FAST}
+    both = pipe(prompts, images, seed=5, **settings)
+    for index, prompt in enumerate(prompts):
+        alone = pipe(prompt, images and images[index], seed=5 + index, **settings)
+        like(alone.segments[0], both.segments[index], 1e-4)
+    chunks = pipe(prompts, images, seed=5, batch_size=1, **settings)
+    for one, other in zip(chunks.segments, both.segments, strict=True):
+        like(one, other, 1e-4)
+    pictures = [part for part in both.segments[0] if not isinstance(part, str)]
+    assert len(pictures) >= 2 and np.abs(pictures[0] - pictures[1]).max() > 0.01
+
+
+def test_pictures_come_from_the_states_by_diffusers_and_from_their_seeds():
+    """Against a plain loop: greedy text, states of a plain forward, the mapper, diffusers' own pipeline."""
+    pipe = tiny_voken_pipeline("llava")
+    out = pipe("a cat", [RED], num_images=2, seed=7, output_type="np", guidance_scale=3.0, **FAST)
+    inputs = pipe.processor(text="<image>a cat", images=RED)
+    ids = pipe.model.generate(**inputs, max_new_tokens=24, num_images=2)
+    (reply,) = ids[:, inputs["input_ids"].shape[1] :].tolist()
+    assert out.messages[0]["role"] == "assistant"
+    with torch.no_grad():
+        plain = pipe.model.text_model(
+            input_ids=torch.tensor([[*inputs["input_ids"][0].tolist(), *finished(reply, VOKENS, [2])]]),
+            pixel_values=inputs["pixel_values"],
+            output_hidden_states=True,
+        ).hidden_states[-1][0]
+        begin = inputs["input_ids"].shape[1] - 1
+        drawn = [part for part in out.segments[0] if not isinstance(part, str)]
+        for k, (at, picture) in enumerate(zip(runs_of(reply), drawn, strict=True)):
+            embeds = pipe.model.feature_mapper(plain[None, begin + at : begin + at + 8]).embeds
+            expected = tiny_image_pipeline("sd")(
+                prompt_embeds=embeds,
+                negative_prompt_embeds=pipe.model.feature_mapper(torch.zeros(1, 8, 32)).embeds,
+                generator=torch.Generator().manual_seed(7 + (k << 32)),
+                guidance_scale=3.0,
+                num_inference_steps=2,
+                output_type="np",
+            ).images[0]
+            np.testing.assert_allclose(picture, expected, atol=1e-5)
+
+
+class Recording(diffusers.DDIMScheduler):
+    def step(self, model_output, timestep, sample, *args, **kwargs):
+        Recording.seen.append((model_output, timestep, sample))
+        return super().step(model_output, timestep, sample, *args, **kwargs)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_guidance_leads_away_from_the_unconditional_condition(scale):
+    """The scheduler is given u + s (c - u); without guidance the mapper of zeros has no influence."""
+    pipe = tiny_voken_pipeline()
+    pipe.scheduler = Recording.from_config(pipe.scheduler.config)
+    Recording.seen = []
+    pipe("a cat", num_images=1, seed=1, guidance_scale=scale, max_new_tokens=8, num_inference_steps=2)
+    inputs = pipe.processor(text="a cat")
+    ids = torch.tensor([[*inputs["input_ids"][0].tolist(), *VOKENS]])
+    condition, _ = pipe.model.conditions(ids)
+    for output, timestep, sample in Recording.seen:
+        with torch.no_grad():
+            c = pipe.unet(sample, timestep, condition.embeds).sample
+            u = pipe.unet(sample, timestep, pipe.model.unconditional().embeds).sample
+        torch.testing.assert_close(output, u + scale * (c - u) if scale > 1 else c, atol=1e-4, rtol=1e-4)
+    assert len(Recording.seen) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_repository_gives_the_same_weights_and_pictures_whatever_the_family(family, tmp_path):
+    pipe = tiny_voken_pipeline(family=family)
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(again) is InterleavedVokenPipeline
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            ours, theirs = part.state_dict(), again.components[name].state_dict()
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    again.set_progress_bar_config(disable=True)
+    settings = {"num_images": 1, "seed": 3, "output_type": "np", "num_inference_steps": 2, "max_new_tokens": 10}
+    like(pipe("a cat", **settings).segments[0], again("a cat", **settings).segments[0], 1e-5)
+
+
+def test_all_doors_of_transformers_open_the_repository_of_a_pipeline(tmp_path):
+    pipe = tiny_voken_pipeline("llava")
+    pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
+        (tmp_path / "model/config.json").read_text()
+    )
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "voken"
+    for door in (AutoModelForMultimodalLM, AutoModelForImageTextToText, VokenForConditionalGeneration):
+        model = door.from_pretrained(tmp_path)
+        assert all(map(torch.equal, model.state_dict().values(), pipe.model.state_dict().values()))
+    for door in (AutoProcessor, VokenProcessor):
+        processor = door.from_pretrained(tmp_path)
+        assert type(processor.base) is type(pipe.processor.base) and processor.voken_token_ids == VOKENS
+    inputs = processor(text="<image>a cat", images=RED)
+    settings = {"generation_mode": "image", "num_inference_steps": 2, "generator": torch.Generator().manual_seed(1)}
+    drawn = model.generate(**inputs, **settings)  # by the diffusion model of the repository
+    settings["generator"] = torch.Generator().manual_seed(1)
+    assert drawn.shape == (1, 3, 16, 16) and drawn.min() >= 0 and drawn.max() <= 1
+    torch.testing.assert_close(drawn, pipe.model.generate(**inputs, **settings), atol=1e-5, rtol=0)
+    (picture,) = processor.post_process_multimodal_output(drawn, generation_mode="image")
+    assert picture.size == (16, 16)
+    ids = model.generate(**inputs, max_new_tokens=10, num_images=1)
+    assert "[IMG" not in processor.post_process_multimodal_output(ids)[0]
+
+
+def test_the_pipeline_any_to_any_writes_and_draws(tmp_path, monkeypatch):
+    import transformers.pipelines.any_to_any as any_to_any
+
+    monkeypatch.setattr(any_to_any, "requires_backends", lambda *_: None)  # torchvision, which is not used
+    tiny_voken_pipeline("llava").save_pretrained(tmp_path)
+    pipe = any_to_any.AnyToAnyPipeline(
+        model=AutoModelForMultimodalLM.from_pretrained(tmp_path), processor=AutoProcessor.from_pretrained(tmp_path)
+    )
+    messages = [{"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": "a cat"}]}]
+    settings = {"generation_mode": "image", "generate_kwargs": {"num_inference_steps": 2}}
+    assert pipe(text=messages, **settings)[0]["generated_image"].size == (16, 16)
+    assert pipe(text=messages, max_new_tokens=4)[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def test_a_saved_repository_has_a_card_which_is_also_pushed(tmp_path, monkeypatch):
+    pipe = tiny_voken_pipeline()
+    pipe.save_pretrained(tmp_path / "my-vokens")
+    card = (tmp_path / "my-vokens" / "README.md").read_text()
+    assert "library_name: transformers_liquid" in card and "`llama`" in card and "6 vectors of 8" in card
+    (tmp_path / "my-vokens" / "README.md").write_text("by hand")
+    pipe.save_pretrained(tmp_path / "my-vokens")
+    assert (tmp_path / "my-vokens" / "README.md").read_text() == "by hand"
+
+    from diffusers.utils import hub_utils
+
+    pushed = {}
+
+    def upload_folder(folder_path, **kwargs):
+        pushed.update({name: (tmp_path / folder_path / name).read_text() for name in ("README.md", "config.json")})
+
+    monkeypatch.setattr(hub_utils, "create_repo", lambda name, **_: type("Repo", (), {"repo_id": name}))
+    monkeypatch.setattr(hub_utils, "upload_folder", upload_folder)
+    monkeypatch.setattr(
+        hub_utils, "load_or_create_model_card", lambda *_, **__: hub_utils.ModelCard("This model card has been automatically generated.")
+    )  # fmt: skip
+    pipe.push_to_hub("me/their-vokens")
+    assert "their-vokens" in pushed["README.md"] and "voken" in pushed["config.json"]
+
+
+def test_a_stream_tells_text_as_it_comes_and_ends_with_what_the_call_returns():
+    pipe = tiny_voken_pipeline()
+    settings = {"num_images": 1, "seed": 0, **FAST}
+    events = list(pipe.stream("a cat", **settings))
+    whole = pipe("a cat", **settings)
+    like(events[-1]["output"].segments[0], whole.segments[0])
+    told = "".join(event["text"] for event in events if event["type"] == "text")
+    assert told == "".join(part for part in whole.segments[0] if isinstance(part, str))
+    kinds = [event["type"] for event in events]
+    number = sum(not isinstance(part, str) for part in whole.segments[0])
+    assert kinds.count("image_start") == kinds.count("image") == number and kinds[-1] == "end"
+    with pytest.raises(ValueError, match="multiples of 2"):
+        next(pipe.stream("a cat", height=17))
+
+
+def test_a_stream_that_is_closed_stops_writing():
+    pipe, steps = tiny_voken_pipeline(), []
+    pipe.model.get_output_embeddings().register_forward_pre_hook(lambda *_: steps.append(1))
+    stream = pipe.stream("a cat", max_new_tokens=100, num_inference_steps=1)
+    next(stream)
+    stream.close()
+    assert len(steps) < 90
+
+
+def test_every_scene_of_a_story_is_context_of_the_next():
+    pipe = tiny_voken_pipeline("llava")
+    settings = {"num_images": 1, **FAST}
+    story = pipe.story(["a cat met a dog.", RED], scenes=2, seed=3, **settings)
+    assert len(story.segments) == len(story.messages) == 2
+
+    def turn(*parts):
+        kinds = [("text", part) if isinstance(part, str) else ("image", part) for part in parts]
+        return [{"role": "user", "content": [{"type": kind, kind: part} for kind, part in kinds]}]
+
+    ask = "Tell me the next scene with image."
+    first = pipe(turn("a cat met a dog.", RED, ask), seed=3, **settings).segments[0]
+    like(story.segments[0], first)
+    drawn = sum(not isinstance(part, str) for part in first)
+    second = pipe(turn("a cat met a dog.", RED, *first, ask), seed=3 + (drawn << 32), **settings).segments[0]
+    like(story.segments[1], second)
+    other = pipe.story(["a cat met a dog.", BLUE], scenes=1, seed=3, **settings).segments[0]
+    assert [str(part) for part in other] != [str(part) for part in first]
+
+
+def test_a_drawn_picture_of_an_earlier_turn_is_read():
+    pipe = tiny_voken_pipeline("llava")
+    conversation = [{"role": "user", "content": "a cat"}]
+    reply = pipe(conversation, num_images=1, seed=0, **FAST).messages[0]
+    again = pipe([*conversation, reply, {"role": "user", "content": "and then?"}], num_images=1, seed=0, **FAST)
+    assert any(not isinstance(part, str) for part in again.segments[0])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", [*CAUSAL_BASES, "llava", "blip-2"])
+def test_text_logits_stay_those_of_the_base(model_type, tied):
+    base = tiny_voken_base(model_type, vocab_size=VOKENS[0], tied=tied)
+    pictures, tensors = ([], {}) if model_type in CAUSAL_BASES else picture_inputs(model_type)
+    ids = torch.tensor([[1, *pictures, 40, 41, 42]])
+    with torch.no_grad():
+        before = base(input_ids=ids, **tensors).logits
+        rows = [one.weight.clone() for one in (base.get_input_embeddings(), base.get_output_embeddings())]
+        pipe = add_vokens(base, tiny_base_processor(model_type), tiny_image_pipeline(), condition_length=6)
+        after = pipe.model(ids, **tensors).logits
+    torch.testing.assert_close(after[..., : VOKENS[0]], before, atol=1e-5, rtol=0)
+    assert pipe.model.config.voken_token_ids == VOKENS
+    for old, new in zip(rows, (base.get_input_embeddings(), base.get_output_embeddings()), strict=True):
+        assert torch.equal(new.weight[: VOKENS[0]], old)
+        torch.testing.assert_close(new.weight[VOKENS[0] :], old.mean(0).expand(8, -1), atol=1e-6, rtol=0)
+
+
+def test_vokens_prefer_reserved_tokens_then_padded_rows_then_new_ones():
+    tokenizer = tiny_tokenizer([*SPECIAL_TOKENS, "<unused0>", "<unused1>"])
+    base = tiny_base(vocab_size=len(tokenizer) + 3)  # three padded rows
+    before = base.get_input_embeddings().weight.clone()
+    pipe = add_vokens(base, tokenizer, tiny_image_pipeline(), condition_length=6)
+    length = 265
+    assert pipe.model.config.voken_token_ids == [7, 8, *range(length, length + 6)]
+    assert tokenizer.convert_ids_to_tokens([7, length]) == ["<unused0>", "[IMG2]"]
+    assert torch.equal(base.get_input_embeddings().weight[: len(before)], before)
+
+
+def test_sizes_come_from_the_pipeline():
+    for family, expected in {
+        "sd": (6, 8, None),
+        "sdxl": (6, 16, 12),
+        "sd3": (3, 24, 12),
+        "sana": (300, 8, None),
+    }.items():
+        base = tiny_voken_base(vocab_size=VOKENS[0])
+        config = add_vokens(base, tiny_tokenizer(), tiny_image_pipeline(family), mapper_num_layers=1).model.config
+        assert (config.condition_length, config.condition_dim, config.pooled_condition_dim) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a [IMG0] b",), r"has \[IMG0\], which only the model writes"),
+        (("a cat", [RED]), "a base that reads pictures"),
+        (("a cat", None, {"num_images": 4}), "32 tokens, but max_new_tokens=24"),
+        (("a cat", None, {"height": 15}), "multiples of 2"),
+        (("a cat", None, {"output_type": "jpg"}), "'pil', 'np' or 'pt'"),
+        (("a cat", None, {"batch_size": 0}), "batch_size at least 1"),
+        (("a cat", None, {"num_return_sequences": 2}), "one reply"),
+        (("a cat", None, {"draw_kwargs": {"steps": 2}}), "takes no steps"),
+        ((7,), "A prompt is a text"),
+        (([],), "A prompt is a text"),
+        ((["a", "b"], [RED]), "a list of pictures for each of the 2 prompts"),
+        (([{"content": "a"}],), "with 'role' and 'content'"),
+        (([{"role": "user", "content": "a"}], [RED]), "belong in their content"),
+    ],
+)
+def test_input_that_cannot_be_met_is_refused_before_any_work(arguments, message):
+    pipe = tiny_voken_pipeline()
+    pipe.model.text_model.forward = None  # nothing may be run
+    prompt, images, settings = (*arguments, None, None, {})[:3] if len(arguments) < 3 else arguments
+    with pytest.raises(ValueError, match=message):
+        pipe(prompt, images, **{**FAST, **(settings or {})})
+
+
+def test_pictures_and_their_places_are_as_many():
+    processor = tiny_voken_pipeline("llava").processor
+    with pytest.raises(ValueError, match=r"Got \[1\] pictures for texts with \[2\] places"):
+        processor(text="<image> and <image>", images=RED)
+    with pytest.raises(ValueError, match=r"Got \[2, 0\] pictures for texts with \[1, 1\] places"):
+        processor(text=["<image>a", "<image>b"], images=[[RED, BLUE], []])
+    with pytest.raises(ValueError, match="has no tokens for all vokens"):
+        VokenProcessor(tiny_tokenizer(), [1, 9999])
+
+
+def test_a_story_needs_a_base_that_reads_pictures():
+    with pytest.raises(ValueError, match="reads no pictures"):
+        tiny_voken_pipeline().story(["a cat"], scenes=2)
+
+
+def test_repositories_that_are_not_whole_are_refused(tmp_path):
+    pipe = tiny_voken_pipeline()
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "unet": [None, None]}))
+    with pytest.raises(ValueError, match="a unet or a transformer, these parts have 0"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    for change, message in (({}, "missing"), ({"extra": torch.zeros(1)}, "extra")):
+        some = {name: one for name, one in weights.items() if change or "query" not in name}
+        save_file(some | change, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            VokenForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_model_with_an_adapter_is_not_saved_without_it(tmp_path):
+    peft = pytest.importorskip("peft")
+    pipe = tiny_voken_pipeline()
+    adapter = peft.LoraConfig(target_modules=r"text_model\..*q_proj")
+    pipe.register_modules(model=peft.get_peft_model(pipe.model, adapter))
+    with pytest.raises(ValueError, match="merge"):
+        pipe.save_pretrained(tmp_path)
+    assert not (tmp_path / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base_model": tiny_voken_model()}, "without vokens, got VokenForConditionalGeneration"),
+        ({"base_model": torch.nn.Linear(1, 1)}, "got Linear"),
+        ({"base_model": tiny_base(vocab_size=100)}, "does not fit the base model"),
+        (
+            {"image_pipeline": diffusers.DDPMPipeline(diffusers.UNet2DModel(), diffusers.DDPMScheduler())},
+            "UNet2DModel is no",
+        ),
+    ],
+)
+def test_what_cannot_get_vokens_is_refused_unchanged(change, message):
+    arguments = {"base_model": tiny_base(), "processor": tiny_tokenizer(), "image_pipeline": tiny_image_pipeline()}
+    before = len(arguments["processor"])
+    with pytest.raises(ValueError, match=message):
+        add_vokens(**{**arguments, **change})
+    assert len(arguments["processor"]) == before
+
+
+def test_the_image_decoder_is_no_part_of_the_model():
+    model = tiny_voken_model(family="sd")
+    assert not [name for name, _ in model.named_parameters() if not name.startswith(("text_model.", "feature_mapper."))]
+    assert isinstance(model.image_decoder, VokenImageDecoder)
