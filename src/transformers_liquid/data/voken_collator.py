@@ -1,0 +1,317 @@
+"""Pairs, stories and dialogues of texts and pictures to batches of a model with vokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.nn.utils.rnn import pad_sequence
+
+from ..models.voken.image_decoder import VokenImageDecoder
+from ..models.voken.processing_voken import VokenProcessor
+from ..models.voken.prompts import CAPTION_PROMPT, STORY_PROMPTS
+from ..ops.chunked_loss import IGNORE_INDEX
+from .records import required_field
+
+
+# What a record of each kind must have.
+VOKEN_FIELDS = {
+    "text_to_image": ("text", "image"),
+    "caption": ("text", "image"),
+    "text": ("text",),
+    "conversation": ("messages",),
+    "story": ("texts", "images"),
+}
+
+
+@dataclass
+class VokenDataCollator:
+    r"""Makes training batches of a [`VokenForConditionalGeneration`]; for `Trainer(data_collator=...)`.
+
+    A record is a mapping with a `"kind"` and the fields of its kind. What is learned, in brackets, is the last turn, in
+    which pictures are drawn: a run of vokens each. Pictures before it are read by the base.
+
+    | kind            | fields                | turns                                                                  |
+    |-----------------|-----------------------|------------------------------------------------------------------------|
+    | `text_to_image` | `text`, `image`       | user: text; assistant: [picture]                                       |
+    | `caption`       | `text`, `image`       | user: picture, "Describe this picture."; assistant: [text]             |
+    | `text`          | `text`                | [text] alone                                                           |
+    | `conversation`  | `messages`, (`images`)| as in `apply_chat_template`; the last one is the assistant's           |
+    | `story`         | `texts`, `images`     | for each scene and task, user: all before it and what is asked;        |
+    |                 |                       | assistant: [picture], [text picture] or [text]                         |
+
+    A story becomes several sequences; `story_samples` makes records of them, one each. Pictures are paths or PIL images.
+    In `messages` they are parts `{"type": "image"}`, which take the `images` in turn unless they have an `"image"`.
+
+    Args:
+        processor ([`VokenProcessor`]): Of the model.
+        decoder ([`VokenImageDecoder`], *optional*): The one that is trained for: says the size of pictures to draw. Without
+            it there are no target pictures, for training with captions alone (`image_loss_weight=0`).
+        captions (`bool`, defaults to `False`): Whether to give captions, for the caption loss of stage 1: every picture to
+            draw needs one. It is the text of a pair or a scene; a conversation has `captions`.
+        voken_labels (`"all"` or `"first"`, defaults to `"all"`): Whether all vokens are learned, as in MiniGPT-5, or the
+            first alone: in generation the others follow from it.
+        story_tasks (sequence of `str`): What is learned of each scene, of `"image"`, `"multimodal"`, `"text"`. The last
+            two begin with the second scene.
+        latents (mapping, *optional*): Latents `(C, h, w)` of pictures to draw by their paths, from [`cache_latents`].
+        height, width (`int`, *optional*): Of pictures to draw, in pixels. Default to the decoder's.
+        flip_probability (`float`, defaults to 0.0): How often all pictures of a record are mirrored, those read and those
+            drawn alike.
+        max_length (`int`, *optional*): Longest sequence. Longer ones are refused, since a run cannot be cut.
+
+    Returns:
+        `dict` with `input_ids`, `attention_mask`, `labels` int64 (B, T), padded on the right; what the base's processor
+        makes of pictures; and with N > 0 pictures to draw, in reading order, `target_pixel_values` float32 (N, 3, H, W)
+        in [-1, 1] or `target_latents` (N, C, h, w), and `captions`, a list of N `str`.
+
+    Raises:
+        ValueError: If an option, or a record, is not as described here.
+    """
+
+    processor: VokenProcessor
+    decoder: VokenImageDecoder | None = None
+    captions: bool = False
+    voken_labels: str = "all"
+    story_tasks: Sequence[str] = tuple(STORY_PROMPTS)
+    latents: Mapping[str, torch.Tensor] | None = None
+    height: int | None = None
+    width: int | None = None
+    flip_probability: float = 0.0
+    max_length: int | None = None
+
+    def __post_init__(self):
+        if self.voken_labels not in ("all", "first"):
+            raise ValueError(f"voken_labels must be 'all' or 'first', got {self.voken_labels!r}.")
+        if not self.story_tasks or not {*self.story_tasks} <= STORY_PROMPTS.keys():
+            raise ValueError(f"story_tasks must be some of {', '.join(STORY_PROMPTS)}, got {self.story_tasks!r}.")
+        if self.latents is not None and (self.decoder is None or self.flip_probability):
+            raise ValueError(
+                "Cached latents are of one size and not mirrored: give the decoder, and flip_probability=0."
+            )
+        if self.decoder is not None:
+            shape, factor = self.decoder.latent_shape(self.height, self.width), self.decoder.pipe.vae_scale_factor
+            self.latent_shape, self.size = shape, (shape[2] * factor, shape[1] * factor)
+        # What ends a turn, as the template writes it.
+        turns = [{"role": role, "content": [{"type": "text", "text": "\0"}]} for role in ("user", "assistant")]
+        tokenizer = self.processor.tokenizer
+        end = self.processor.apply_chat_template(turns, tokenize=False).rpartition("\0")[2]
+        self.end_ids = tokenizer(end, add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
+        if None in self.end_ids:
+            raise ValueError("Nothing ends a turn: set tokenizer.eos_token, or a chat template that ends turns.")
+
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        conversations = [one for record in records for one in self._conversations(record)]
+        contexts, targets, captions = zip(*map(self._sample, conversations), strict=True)
+        batch = self._read([context for context in contexts if context])
+        # Without their pads, which are on the left; what has no value for each token is of pictures.
+        masks = batch.pop("attention_mask", torch.empty(0)).bool()
+        names = [name for name, one in batch.items() if one.shape == masks.shape] or ["input_ids"]
+        asked = iter([{name: batch[name][row, mask] for name in names} for row, mask in enumerate(masks)])
+        batch = {name: one for name, one in batch.items() if name not in names}
+        bos = self.processor.tokenizer.bos_token_id
+        nothing = dict.fromkeys(names, torch.tensor([] if bos is None else [bos], dtype=torch.long))
+
+        rows: list[dict[str, torch.Tensor]] = []
+        for context, target in zip(contexts, targets, strict=True):
+            row, (ids, labels) = next(asked) if context else nothing, self._target(target)
+            row = {name: torch.cat([one, ids if name == "input_ids" else 0 * ids]) for name, one in row.items()}
+            unlearned = len(row["input_ids"]) - len(ids)
+            row["labels"] = torch.cat([torch.full((unlearned,), IGNORE_INDEX), labels])
+            row["labels"][0] = IGNORE_INDEX  # nothing predicts it
+            row["attention_mask"] = torch.ones_like(row["labels"])
+            if self.max_length is not None and len(row["labels"]) > self.max_length:
+                raise ValueError(
+                    f"A sequence has {len(row['labels'])} tokens, more than max_length={self.max_length}, and a run of vokens "
+                    "cannot be cut: raise it, or leave out long records."
+                )
+            rows.append(row)
+        tokenizer = self.processor.tokenizer
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        for name in rows[0]:
+            fill = {"input_ids": pad, "labels": IGNORE_INDEX}.get(name, 0)
+            batch[name] = pad_sequence([row[name] for row in rows], batch_first=True, padding_value=fill)
+        drawn = [part["image"] for target in targets for part in target if part["type"] == "image"]
+        if drawn and self.captions:
+            batch["captions"] = [caption for own in captions for caption in own]
+        if drawn and self.latents is not None:
+            batch["target_latents"] = torch.stack([self._cached(picture) for picture in drawn])
+        elif drawn and self.decoder is not None:
+            batch["target_pixel_values"] = torch.stack([drawing_pixels(picture, self.size) for picture in drawn])
+        return batch
+
+    def _read(self, contexts: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+        if not contexts:
+            return {}
+        return dict(
+            self.processor.apply_chat_template(contexts, add_generation_prompt=True, tokenize=True, return_dict=True)
+        )
+
+    def _conversations(self, record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """A record as conversations; the caption of a picture to draw is the text that it was drawn for."""
+        kind = record.get("kind")
+        if kind not in VOKEN_FIELDS:
+            raise ValueError(f"A record's 'kind' must be one of {', '.join(VOKEN_FIELDS)}, got {kind!r}.")
+        for name in VOKEN_FIELDS[kind]:
+            required_field(record, name)
+        if kind == "conversation":
+            return [record]
+        if kind == "story":
+            return story_samples(record, self.story_tasks)
+        text, image = _text(record["text"]), _image(record.get("image"))
+        asked, answer = {
+            "text_to_image": ([text], [image]),
+            "caption": ([image, _text(CAPTION_PROMPT)], [text]),
+            "text": ([], [text]),
+        }[kind]
+        return [_conversation(asked, answer, record["text"])]
+
+    def _sample(self, record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+        """What comes before, what is learned, and captions of the pictures in this."""
+        images, flip = iter(record.get("images") or ()), bool(torch.rand(()) < self.flip_probability)
+        turns = []
+        for message in record["messages"]:
+            content = message["content"]
+            parts = [_text(content)] if isinstance(content, str) else [dict(part) for part in content]
+            for part in parts:
+                if part["type"] == "image" and part.get("image") is None:
+                    part["image"] = next(images, None)
+            turns.append({"role": message["role"], "content": parts})
+        pictures = [part for turn in turns for part in turn["content"] if part["type"] == "image"]
+        if None in [part["image"] for part in pictures] or next(images, None) is not None:
+            raise ValueError(
+                f"The messages have {len(pictures)} places for pictures, but there are {len(record.get('images') or ())} "
+                "images: give as many, or each picture in its part."
+            )
+        *context, last = turns
+        if last["role"] != "assistant" or not last["content"]:
+            raise ValueError(f"The last turn is what is learned: the assistant's, got {last!r}.")
+        number = sum(part["type"] == "image" for part in last["content"])
+        captions = list(record.get("captions") or ())[:number] if number else []
+        if self.captions and len(captions) < number:
+            raise ValueError(
+                f"The last turn draws {number} pictures, with {len(captions)} captions: the caption loss needs one of "
+                "each ('captions' of a conversation)."
+            )
+        for turn in context if self.latents is not None else turns:  # those with latents are known by their paths
+            for part in turn["content"]:
+                if part["type"] == "image":
+                    part["image"] = open_picture(part["image"], flip)
+        return context, last["content"], captions
+
+    def _target(self, parts: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and labels of what is learned."""
+        ids, labels = [], []
+        vokens, tokenizer = self.processor.voken_token_ids, self.processor.tokenizer
+        forbidden = {*vokens, tokenizer.convert_tokens_to_ids(self.processor.image_token)}
+        for part in parts:
+            if part["type"] == "image":
+                ids += vokens
+                labels += vokens if self.voken_labels == "all" else [vokens[0], *[IGNORE_INDEX] * (len(vokens) - 1)]
+                continue
+            words = tokenizer(part["text"], add_special_tokens=False).input_ids
+            if found := forbidden.intersection(words):
+                tokens = tokenizer.convert_ids_to_tokens(sorted(found))
+                raise ValueError(f"A text to learn has {', '.join(tokens)}, which stands for pictures: remove it.")
+            ids += words
+            labels += words
+        return torch.tensor(ids + self.end_ids), torch.tensor(labels + self.end_ids)
+
+    def _cached(self, picture: Any) -> torch.Tensor:
+        latents = self.latents.get(str(picture))
+        if latents is None or latents.shape != self.latent_shape:
+            what = "not there" if latents is None else f"of shape {tuple(latents.shape)}"
+            raise ValueError(
+                f"Cached latents of {picture} are {what}, expected {self.latent_shape}: make them with `cache_latents` for "
+                "this decoder and size, of pictures that are given by their paths."
+            )
+        return latents
+
+
+def story_samples(record: Mapping[str, Any], tasks: Sequence[str] = tuple(STORY_PROMPTS)) -> list[dict[str, Any]]:
+    """A story as conversations, one for each scene and task.
+
+    Args:
+        record: With `texts` and `images`, one of each for every scene.
+        tasks (sequence of `str`): Of `"image"` (every scene), `"multimodal"` and `"text"` (from the second scene on).
+
+    Raises:
+        ValueError: If texts and images differ in number, or nothing can be learned.
+    """
+    texts, images = record["texts"], record["images"]
+    if len(texts) != len(images):
+        raise ValueError(f"A story has a picture for each text, got {len(texts)} texts and {len(images)} images.")
+    samples, before = [], []
+    for text, image in zip(texts, images, strict=True):
+        for task in tasks:
+            if task != "image" and not before:
+                continue
+            asked = [*before, _text(STORY_PROMPTS[task].format(text=text))]
+            asked += [_image(image)] if task == "text" else []
+            told, drawn = _text(text), _image(image)
+            answer = {"image": [drawn], "multimodal": [told, drawn], "text": [told]}[task]
+            samples.append(_conversation(asked, answer, text))
+        before += [_text(text), _image(image)]
+    if not samples:
+        raise ValueError(f"A story of {len(texts)} scenes has nothing to learn for {', '.join(tasks)}.")
+    return samples
+
+
+@torch.no_grad()
+def cache_latents(
+    pictures: Sequence[str | Path],
+    decoder: VokenImageDecoder,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 16,
+) -> dict[str, torch.Tensor]:
+    """Latents of pictures to draw, by their paths, for [`VokenDataCollator`]: with them no picture is encoded in training.
+
+    Args:
+        pictures (sequence of paths): The pictures.
+        decoder ([`VokenImageDecoder`]): Whose VAE encodes them.
+        height, width (`int`, *optional*): As in the collator.
+        batch_size (`int`, defaults to 16): How many are encoded at once.
+    """
+    factor, (_, *sides) = decoder.pipe.vae_scale_factor, decoder.latent_shape(height, width)
+    paths, size = list(dict.fromkeys(map(str, pictures))), (sides[1] * factor, sides[0] * factor)
+    latents = {}
+    for start in range(0, len(paths), batch_size):
+        some = paths[start : start + batch_size]
+        pixels = torch.stack([drawing_pixels(open_picture(path), size) for path in some])
+        latents |= zip(some, decoder.encode(pixels).cpu(), strict=True)
+    return latents
+
+
+def open_picture(picture: str | Path | Image.Image, flip: bool = False) -> Image.Image:
+    """A picture as RGB, on white where it is transparent, and upright."""
+    if not isinstance(picture, str | Path | Image.Image):
+        raise ValueError(f"A picture is a path or a PIL image, got {type(picture).__name__}.")
+    opened = picture if isinstance(picture, Image.Image) else Image.open(picture)
+    opened = ImageOps.exif_transpose(opened).convert("RGBA")
+    opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened).convert("RGB")
+    return ImageOps.mirror(opened) if flip else opened
+
+
+def drawing_pixels(picture: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    """What is drawn: all of a picture, padded with white to the form of `size` (width, height); (3, H, W) in [-1, 1]."""
+    fitted = ImageOps.pad(picture, size, Image.Resampling.BILINEAR, color="white")
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _image(image: Any) -> dict[str, Any]:
+    return {"type": "image", "image": image}
+
+
+def _conversation(asked: list[dict[str, Any]], answer: list[dict[str, Any]], caption: str) -> dict[str, Any]:
+    turns = [{"role": "user", "content": asked}] if asked else []
+    turns.append({"role": "assistant", "content": answer})
+    return {"kind": "conversation", "messages": turns, "captions": [caption]}

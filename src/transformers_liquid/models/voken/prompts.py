@@ -1,0 +1,34 @@
+"""What models with vokens are asked. Strings of MiniGPT-5 (arXiv 2310.02239) are those of its released code
+(github.com/eric-ai-lab/MiniGPT-5, `dataloader.py`), which its checkpoints were trained to answer."""
+
+# The three tasks of a scene of a story, after what came before: draw what is told, tell and draw what comes next, tell what
+# is drawn. The picture, if any, comes last. MiniGPT-5's.
+STORY_PROMPTS = {
+    "image": "Generate an image with the scene description: {text}",
+    "multimodal": "Tell me the next scene with image.",
+    "text": "Tell me the next scene description by this image: ",
+}
+
+# Ours: after a picture to describe, and around captions of CC3M that come a second time as an order.
+CAPTION_PROMPT = "Describe this picture."
+ORDER_PROMPTS = ("draw this for me: {}", "i would like to see {}", "please show me a picture of this: {}")
+
+MINIGPT5_STORY_SYSTEM = (
+    "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once I provide it to "
+    "you. Please understanding images and generate story."
+)
+MINIGPT5_DIALOGUE_SYSTEM = MINIGPT5_STORY_SYSTEM.replace(
+    "generate story", "generate conversations with appropriate images"
+)
+# Of content in parts, what came before ends with a new line; the last text is what is asked.
+MINIGPT5_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% if messages[0].role != 'system' %}" + MINIGPT5_STORY_SYSTEM + "{% endif %}"
+    "{% for message in messages %}{% if message.role == 'system' %}{{ message.content }}{% else %}"
+    "{% if not loop.first and messages[loop.index0 - 1].role != 'system' %} {% endif %}"
+    "###{{ 'Human' if message.role == 'user' else 'Assistant' }}:"
+    "{% if message.content is string %} {{ message.content }}{% else %}"
+    "{% set texts = message.content | selectattr('type', 'equalto', 'text') | list %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}<Img><ImageHere></Img>{% else %}"
+    "{% if part == texts[-1] %}{{ ' ' if loop.first else '\n ' }}{% endif %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% endif %}{% endif %}{% endfor %} ###{{ 'Assistant:' if add_generation_prompt else '' }}"
+)
