@@ -6,10 +6,21 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from tiny import SPECIAL_TOKENS, tiny_base, tiny_pictures, tiny_tokenizer
 from torch import nn
-from transformers import AutoConfig, Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig
+from transformers import (
+    AutoConfig,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    BlipImageProcessorPil,
+)
 
+from transformers_liquid import VokenDataCollator, VokenProcessor
+from transformers_liquid.models.voken.prompts import MINIGPT5_DIALOGUE_SYSTEM, STORY_PROMPTS
 from transformers_liquid.models.voken.reference import load_minigpt5, save_minigpt5
 
 
@@ -57,6 +68,8 @@ def files(tmp_path_factory):
     llama = tiny_base(tied=False, vocab_size=VOCABULARY)
     llama.save_pretrained(folder / "vicuna")
     tiny_tokenizer().save_pretrained(folder / "vicuna")
+    images = BlipImageProcessorPil(size={"height": 8, "width": 8})
+    Blip2Processor(images, tiny_tokenizer(), num_query_tokens=4).save_pretrained(folder / "blip2")
     projection = nn.Linear(16, 32)
     torch.save(
         {"model": {f"llama_proj.{name}": one for name, one in projection.state_dict().items()}}, folder / "proj.pth"
@@ -100,8 +113,8 @@ def load(folder, *stages, base=None, **kwargs):
 def test_what_the_reference_computes_is_what_the_loaded_model_computes(stages, merge, files):
     folder, *references = files
     reference = references[len(stages) - 1]
-    model, tokenizer = load(folder, *stages, merge=merge)
-    assert tokenizer.convert_tokens_to_ids(TOKENS) == [*range(VOCABULARY, VOCABULARY + 9)]
+    model, processor = load(folder, *stages, merge=merge)
+    assert processor.tokenizer.convert_tokens_to_ids(TOKENS) == [*range(VOCABULARY, VOCABULARY + 9)]
     assert model.config.voken_token_ids == [*range(VOCABULARY, VOCABULARY + 8)]
     ids, states = torch.tensor([[1, 20, 30, *range(VOCABULARY, VOCABULARY + 8)]]), torch.randn(2, 8, 32)
     # A BLIP-2 takes a picture whether or not its ids have places for it.
@@ -222,7 +235,7 @@ def test_another_language_model_is_told_before_weights_are_loaded(files, tmp_pat
     tiny_tokenizer(extra_tokens=["<more>"]).save_pretrained(tmp_path)
     AutoConfig.from_pretrained(folder / "vicuna").save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=f"was trained with {VOCABULARY} tokens before the vokens, and .* has {VOCABULARY + 1}"
+        ValueError, match=f"trained with {VOCABULARY} tokens before the vokens, and .* has {VOCABULARY + 1}"
     ):
         load(folder, "stage1", language_model=str(tmp_path))
 
@@ -237,3 +250,47 @@ def test_what_the_reference_cannot_hold_is_not_written(files, tmp_path):
     with pytest.raises(ValueError, match=r"q_proj and v_proj alone, the model also .*k_proj"):
         save_minigpt5(get_peft_model(model, lora), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+SYSTEM = (
+    "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once I provide it to "
+    "you. Please understanding images and generate story."
+)
+
+
+def test_prompts_are_put_as_the_checkpoints_were_trained(files, tmp_path):
+    _, processor = load(files[0], "stage1")
+    processor.save_pretrained(tmp_path)
+    processor = VokenProcessor.from_pretrained(tmp_path)
+    told, picture = lambda text: {"type": "text", "text": text}, {"type": "image", "image": Image.new("RGB", (8, 8))}
+    begun = [told("text0"), picture, told("text1"), picture]
+    history = "text0<Img><ImageHere></Img>text1<Img><ImageHere></Img>\n"
+    shown = [told(STORY_PROMPTS["text"]), picture]
+    user = lambda *content: [{"role": "user", "content": [*content]}]  # noqa: E731
+    # (arXiv 2310.02239, the released `dataloader.py`: a story's tasks at the first and at a later scene, and a dialogue)
+    prompts = {
+        f"{SYSTEM}###Human: Generate an image with the scene description: a cat ###Assistant:": user(
+            told(STORY_PROMPTS["image"].format(text="a cat"))
+        ),
+        f"{SYSTEM}###Human:{history} Tell me the next scene with image. ###Assistant:": user(
+            *begun, told(STORY_PROMPTS["multimodal"])
+        ),
+        f"{SYSTEM}###Human:{history} Tell me the next scene description by this image: <Img><ImageHere></Img> "
+        "###Assistant:": user(*begun, *shown),
+        f"{MINIGPT5_DIALOGUE_SYSTEM}###Human: hi ###Assistant: yes <Img><ImageHere></Img> ###Human: and? ###Assistant:": [
+            {"role": "system", "content": MINIGPT5_DIALOGUE_SYSTEM},
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": [told("yes "), picture]},
+            {"role": "user", "content": "and?"},
+        ],
+    }
+    for expected, messages in prompts.items():
+        assert processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == "<s>" + expected
+    # Where a picture is read there are as many places as queries of the Q-Former, and a target ends with ###.
+    inputs = processor.apply_chat_template(
+        user(*begun, *shown), add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    assert (inputs["input_ids"] == VOCABULARY + 8).sum() == 3 * 4 and len(inputs["pixel_values"]) == 3
+    collator = VokenDataCollator(processor)
+    ids = collator([{"kind": "text_to_image", "text": "a", "image": picture["image"]}])["input_ids"][0]
+    assert ids[-12:].tolist() == [*range(VOCABULARY, VOCABULARY + 8), *processor.tokenizer(" ###").input_ids]

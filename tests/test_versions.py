@@ -10,7 +10,14 @@ import torch
 import transformers
 from packaging.requirements import Requirement
 from tiny import tiny_model
-from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel, ProcessorMixin, Trainer
+from transformers import (
+    GenerationMixin,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+)
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.utils import PushToHubMixin
 
@@ -45,6 +52,10 @@ INTERNALS = {
         ["get_text_with_replacements", "validate_inputs", "_process_images"],
     ),
     "models/liquid/model_card.py: cards that are pushed": (PushToHubMixin, ["_upload_modified_files"]),
+    "models/voken/reference.py: what stands for a picture": (
+        PreTrainedTokenizerBase,
+        ["_set_model_specific_special_tokens"],
+    ),
     "training/voken_trainer.py: what a step accumulates": (Trainer, ["get_batch_samples"]),
     "training/trainer.py: what is missing in a checkpoint": (Trainer, ["_issue_warnings_after_load"]),
 }

@@ -26,6 +26,7 @@ from .conversion.export import export_base_model
 from .data.collator import LiquidDataCollator
 from .data.mixture import load_records, mix_records
 from .data.tokenize import tokenize_dataset
+from .data.voken_collator import VokenDataCollator, story_samples
 from .generation.guidance import GuidanceLogitsProcessor, ImageTokenLogitsProcessor, SuppressImageTokensLogitsProcessor
 from .generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 from .models.liquid.configuration_liquid import LiquidConfig
@@ -99,6 +100,7 @@ __all__ = [
     "SuppressImageTokensLogitsProcessor",
     "VokenCondition",
     "VokenConfig",
+    "VokenDataCollator",
     "VokenFeatureMapper",
     "VokenForConditionalGeneration",
     "VokenImageDecoder",
@@ -116,6 +118,7 @@ __all__ = [
     "partial_pictures",
     "save_minigpt5",
     "save_taming_codec",
+    "story_samples",
     "tokenize_dataset",
     "voken_lora_config",
     "voken_stage1_config",

@@ -18,10 +18,10 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from ...codecs.vq_model import check_loading_info
@@ -29,6 +29,8 @@ from ...utils.files import check_keys, read_tensors, whole
 from ...utils.optional import require
 from .configuration_voken import VokenConfig
 from .modeling_voken import VokenForConditionalGeneration
+from .processing_voken import VokenProcessor
+from .prompts import MINIGPT5_CHAT_TEMPLATE
 
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def load_minigpt5(
     image_decoder: str = "stabilityai/stable-diffusion-2-1-base",
     merge: bool = True,
     **kwargs: Any,
-) -> tuple[VokenForConditionalGeneration | PeftModel, PreTrainedTokenizerBase]:
+) -> tuple[VokenForConditionalGeneration | PeftModel, VokenProcessor]:
     """Loads MiniGPT-5 from the files of its authors. Code in these is never executed.
 
     Args:
@@ -110,7 +112,8 @@ def load_minigpt5(
         kwargs: Of `from_pretrained` for vision and language model, such as `dtype`.
 
     Returns:
-        The model in eval mode, in a `PeftModel` if there is LoRA that is not merged; and the tokenizer with the vokens.
+        The model in eval mode, in a `PeftModel` if there is LoRA that is not merged; and its [`VokenProcessor`], which puts
+        prompts as the reference does.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -124,14 +127,7 @@ def load_minigpt5(
     if is_adapter:
         require("peft", "LoRA that is not merged")
     config = _config(files[str(stage1)], vision_model, language_model, image_decoder)
-    tokenizer = AutoTokenizer.from_pretrained(language_model)
-    tokenizer.add_special_tokens({"additional_special_tokens": ADDED_TOKENS}, replace_extra_special_tokens=False)
-    first, last = config.voken_token_ids[0], config.text_config.image_token_id
-    if tokenizer.convert_tokens_to_ids(ADDED_TOKENS) != [*range(first, last + 1)]:
-        raise ValueError(
-            f"{stage1} was trained with {first} tokens before the vokens, and {language_model} has "
-            f"{len(tokenizer) - len(ADDED_TOKENS)}: give the language model that was trained."
-        )
+    processor = _processor(config, vision_model, language_model)
     with torch.device("meta"):
         model = VokenForConditionalGeneration(config)
     tensors = _named(files, config, {key: tensor.shape for key, tensor in model.state_dict().items()})
@@ -152,7 +148,7 @@ def load_minigpt5(
         for key in [key for key in lora if "lora_A" in key]:
             weight = model.get_parameter(key.replace("lora_A.", ""))
             weight.data += (_LORA_SCALE * (lora[key.replace("lora_A", "lora_B")] @ lora[key])).to(weight)
-    return model.eval(), tokenizer
+    return model.eval(), processor
 
 
 def save_minigpt5(model: VokenForConditionalGeneration | PeftModel, directory: str | Path) -> None:
@@ -242,6 +238,21 @@ def _config(stage1: dict[str, torch.Tensor], vision_model: str, language_model: 
         mapper_intermediate_size=len(linear),
         image_decoder=image_decoder,
     )
+
+
+def _processor(config: VokenConfig, vision_model: str, language_model: str) -> VokenProcessor:
+    reader, tokenizer = AutoProcessor.from_pretrained(vision_model), AutoTokenizer.from_pretrained(language_model)
+    number = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ADDED_TOKENS}, replace_extra_special_tokens=False)
+    first, last = config.voken_token_ids[0], config.text_config.image_token_id
+    if tokenizer.convert_tokens_to_ids(ADDED_TOKENS) != [*range(first, last + 1)]:
+        raise ValueError(
+            f"The files were trained with {first} tokens before the vokens, and {language_model} has {number}: give the "
+            "language model that was trained."
+        )
+    tokenizer._set_model_specific_special_tokens({"image_token": ADDED_TOKENS[-1]})  # what stands for a picture
+    base = type(reader)(reader.image_processor, tokenizer, num_query_tokens=config.text_config.num_query_tokens)
+    return VokenProcessor(base, config.voken_token_ids, MINIGPT5_CHAT_TEMPLATE)
 
 
 def _named(
