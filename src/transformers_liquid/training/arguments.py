@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
@@ -116,13 +116,25 @@ class LiquidTrainingArguments(TrainingArguments):
         self.gradient_accumulation_steps = self.total_batch_size // at_once
 
 
-def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, LiquidTrainingArguments]:
+def parse_arguments(
+    argv: Sequence[str],
+    options: Sequence[type] = (ModelArguments, DataArguments, LiquidTrainingArguments),
+    prog: str = "transformers-liquid train",
+) -> tuple[Any, ...]:
     """Options of a YAML file (`--config`) and of the command line, which wins.
+
+    Args:
+        argv (`Sequence[str]`): The command line without the command.
+        options (sequence of dataclasses): What there is.
+        prog (`str`): What help is about.
+
+    Returns:
+        One of each of the dataclasses.
 
     Raises:
         ValueError: On an unknown, missing or wrong option, naming it.
     """
-    finder = _Parser([], prog="transformers-liquid train", add_help=False, allow_abbrev=False)
+    finder = _Parser([], prog=prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path, help="a YAML file with any of the options below")
     file, words = finder.parse_known_args(args=list(argv))[0].config, []
     if file is not None:
@@ -133,7 +145,6 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
                 words += [f"--{name}", *map(str, value)]
             elif value is not None:
                 words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    options = (ModelArguments, DataArguments, LiquidTrainingArguments)
     parser = _Parser(options, prog=finder.prog, parents=[finder], allow_abbrev=False)
     *arguments, _ = parser.parse_args_into_dataclasses(args=[*words, *argv])
     return tuple(arguments)

@@ -105,7 +105,10 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Li
     if model_args.max_z_loss_coef is not None:
         model.config.max_z_loss_coef = model_args.max_z_loss_coef
     if not args.resume_from_checkpoint:
-        check_setup(model_args, data_args, args)
+        setup = dataclasses.asdict(model_args) | dataclasses.asdict(data_args)
+        setup.pop("eval_datasets")
+        setup["contents"] = [content_of(argument.rpartition("=")[0] or argument) for argument in data_args.datasets]
+        check_setup(setup, args)
 
     # 2. What it is trained on
     names = ("unconditional_probability", "caption_probability", "max_length", "packing")
@@ -161,17 +164,17 @@ def load_datasets(
     return {"train_dataset": mixture, "eval_dataset": eval_datasets or None}
 
 
-def check_setup(model_args: ModelArguments, data_args: DataArguments, args: LiquidTrainingArguments) -> None:
+def check_setup(setup: dict[str, Any], args: LiquidTrainingArguments) -> None:
     """Writes down what decides where the run ends up, or compares it with what an earlier part was started with.
+
+    Args:
+        setup (`dict`): The options of model and data, and what the data sets hold as `contents`.
+        args ([`LiquidTrainingArguments`]): Of which some decide, too.
 
     Raises:
         ValueError: If the output folder holds checkpoints of a run with other settings, naming each of them.
     """
-    setup = dataclasses.asdict(model_args) | dataclasses.asdict(data_args)
-    setup |= {name: getattr(args, name) for name in _DECISIVE}
-    setup.pop("eval_datasets")
-    setup["contents"] = [content_of(argument.rpartition("=")[0] or argument) for argument in data_args.datasets]
-    setup = json.loads(json.dumps(setup, default=str))
+    setup = json.loads(json.dumps(setup | {name: getattr(args, name) for name in _DECISIVE}, default=str))
     path = Path(args.output_dir) / SETUP_NAME
     if last_complete_checkpoint(args.output_dir) is not None and path.is_file():
         before = {"contents": setup["contents"]} | read_json(path)  # those of former versions have none

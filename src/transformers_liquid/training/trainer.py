@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
+from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
@@ -252,11 +254,19 @@ class PreviewCallback(TrainerCallback):
             raise ValueError(
                 "Previews need the whole model in one process: leave out preview_prompts with FSDP and DeepSpeed."
             )
-        model = liquid_model(trainer.model)
-        self.pipe = LiquidImageGenerationPipeline(model=model, processor=trainer.processing_class, device=model.device)
-        self.pipe.preprocess(list(prompts))
+        self.pipe = self._pipeline(trainer, list(prompts))
         self.pipe.set_progress_bar_config(disable=True)
         self.trainer, self.prompts, self.steps = trainer, list(prompts), steps
+
+    def _pipeline(self, trainer: WholeTrainer, prompts: list[str]) -> DiffusionPipeline:
+        """What draws, when it is certain that it can draw the prompts."""
+        model = liquid_model(trainer.model)
+        pipe = LiquidImageGenerationPipeline(model=model, processor=trainer.processing_class, device=model.device)
+        pipe.preprocess(prompts)
+        return pipe
+
+    def _pictures(self) -> list[Image.Image]:
+        return self.pipe(self.prompts, seed=0)  # the same noise on each sheet
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step == 0:
@@ -271,7 +281,7 @@ class PreviewCallback(TrainerCallback):
             return
         was_training = self.trainer.model.training
         self.trainer.model.eval()
-        sheet = contact_sheet(self.pipe(self.prompts, seed=0))  # the same noise on each sheet
+        sheet = contact_sheet(self._pictures())
         self.trainer.model.train(was_training)
         folder = Path(args.output_dir) / "previews"
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..models.voken.image_decoder import COMPONENTS
 from ..models.voken.modeling_voken import VokenForConditionalGeneration
-from .trainer import WholeTrainer
+from ..pipelines.interleaved_voken import InterleavedVokenPipeline
+from .trainer import PreviewCallback, WholeTrainer
 
 
 # What a loss is made of, each a mean: over labels, over pictures, over pictures with captions. The last one is no loss: a
@@ -110,6 +113,22 @@ class VokenTrainer(WholeTrainer):
         return {
             f"{prefix}{name}": total / number for name, (total, number) in zip(MEASURES, stats, strict=True) if number
         }
+
+
+class VokenPreviewCallback(PreviewCallback):
+    """As [`PreviewCallback`], for a [`VokenTrainer`]: the picture that each prompt leads to at once."""
+
+    def _pipeline(self, trainer: VokenTrainer, prompts: list[str]) -> InterleavedVokenPipeline:
+        model = voken_model(trainer.model)
+        parts = {name: one for name, one in model.image_decoder.pipe.components.items() if name in COMPONENTS}
+        pipe = InterleavedVokenPipeline(model=model, processor=trainer.processing_class, **parts)
+        pipe.processor(text=prompts)
+        return pipe
+
+    def _pictures(self) -> list[Image.Image]:
+        run = len(self.pipe.processor.voken_token_ids)
+        out = self.pipe(self.prompts, seed=0, num_images=1, max_new_tokens=run)
+        return [picture for (picture,) in out.segments]
 
 
 def voken_model(model: torch.nn.Module) -> VokenForConditionalGeneration:

@@ -134,6 +134,9 @@ def load_minigpt5(
 
     model.text_model = _load_base(config.text_config, vision_model, language_model, **kwargs)
     model.generation_config = model.text_model.generation_config
+    ends = processor.tokenizer("###", add_special_tokens=False).input_ids  # of Vicuna one token
+    ends = [processor.tokenizer.eos_token_id, *(ends if len(ends) == 1 else [])]
+    model.generation_config.update(do_sample=True, top_p=0.9, eos_token_id=ends)
     lora = {key: tensors.pop(key) for key in [*tensors] if ".lora_" in key}
     dtype = model.get_output_embeddings().weight.dtype
     tensors |= {key: tensor.to(dtype) for key, tensor in tensors.items() if key.startswith("text_model.")}

@@ -1,0 +1,132 @@
+"""The two stages of MiniGPT-5 (arXiv 2310.02239): `transformers-liquid voken train --config stage1.yaml [--option value ...]`.
+
+Options are those of [`VokenArguments`] and [`VokenTrainingArguments`], and so of `transformers.TrainingArguments`. The same
+command again continues a stopped run; what it trained becomes a whole pipeline in the output folder.
+"""
+
+# ruff: noqa: RUF009 (`HfArg` makes fields)
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import set_seed
+from transformers.hf_argparser import HfArg
+
+from ..data.records import content_of
+from ..data.voken_collator import VokenDataCollator, story_samples
+from ..data.voken_records import load_voken_records
+from ..models.voken.prompts import STORY_PROMPTS
+from ..pipelines.interleaved_voken import InterleavedVokenPipeline
+from ..utils.optional import require
+from .adapters import voken_lora_config, voken_stage1_config
+from .arguments import LiquidTrainingArguments, parse_arguments
+from .checkpoints import alone, last_whole_checkpoint
+from .train import check_setup
+from .voken_trainer import VokenPreviewCallback, VokenTrainer
+
+
+@dataclass
+class VokenArguments:
+    """What is trained, and on what."""
+
+    model: str = HfArg(help="What `voken add`, or an earlier stage, made: a folder or a name on the Hub.")
+    datasets: list[str] = HfArg(help="Files of CC3M, VIST, MMDialog, or of records.")
+    stage: Literal[1, 2] = HfArg(
+        default=1, help="1: vokens and mapper, with captions. 2: vokens, LoRA and the mapper's encoder and decoder."
+    )
+    image_folder: str | None = HfArg(default=None, help="What paths of pictures begin at. Defaults to the files' folders.")
+    dtype: Literal["float32", "bfloat16", "float16"] = HfArg(default="float32", help="Of what is frozen.")
+    text_loss_weight: float | None = HfArg(default=None, help="Defaults to the model's, as the next two.")
+    image_loss_weight: float | None = HfArg(default=None, help="0 needs no diffusion model in a step.")
+    caption_loss_weight: float | None = HfArg(default=None, help="In stage 1.")
+    story_tasks: list[str] = HfArg(default_factory=lambda: list(STORY_PROMPTS), help="Of image, multimodal, text.")
+    voken_labels: Literal["all", "first"] = HfArg(default="all", help="Which vokens are learned.")
+    flip_probability: float = HfArg(default=0.0, help="How often the pictures of a record are mirrored.")
+    max_length: int | None = HfArg(default=None, help="Longest sequence; longer ones are refused.")
+    lora_r: int = HfArg(default=8, help="Rank of LoRA.")
+    lora_alpha: int = HfArg(default=16, help="Scale of LoRA.")
+    lora_dropout: float = HfArg(default=0.05, help="Dropout of LoRA.")
+
+
+@dataclass
+class VokenTrainingArguments(LiquidTrainingArguments):
+    """`transformers.TrainingArguments` with the paper's defaults."""
+
+    learning_rate: float = HfArg(default=2e-4, help="Peak learning rate.")
+    lr_scheduler_type: str = HfArg(default="linear", help="cosine, constant, ...")
+    warmup_steps: float = HfArg(default=1000, help="Steps to the peak.")
+    total_batch_size: int = HfArg(default=48, help="Records in each step, of all processes and accumulated.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains a stage as the arguments say, or goes on where a run of the same arguments stopped.
+
+    Args:
+        argv (`Sequence[str]`): The command line without the command.
+
+    Raises:
+        ValueError: On arguments or data that cannot be used, before training.
+    """
+    require("peft", "Training vokens")
+    options = VokenArguments, VokenTrainingArguments
+    arguments, args = parse_arguments(argv, options, "transformers-liquid voken train")
+    with alone(args):
+        checkpoint = args.resume_from_checkpoint or last_whole_checkpoint(args.output_dir)
+        pipe, trainer = build_voken_trainer(arguments, args)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            if args.should_save:
+                pipe.register_modules(model=trainer.model.merge_and_unload())
+                pipe.save_pretrained(args.output_dir)
+        except Exception:
+            traceback.print_exc()  # the command line prints one line alone
+            raise
+
+
+def build_voken_trainer(
+    arguments: VokenArguments, args: VokenTrainingArguments
+) -> tuple[InterleavedVokenPipeline, VokenTrainer]:
+    """The pipeline and a trainer of its model; everything that can be wrong is found out here.
+
+    Raises:
+        ValueError: If the arguments, the data or the checkpoints in the output folder do not go together.
+    """
+    from peft import get_peft_model
+
+    set_seed(args.seed)
+    if not args.resume_from_checkpoint:
+        check_setup(dataclasses.asdict(arguments) | {"contents": [content_of(path) for path in arguments.datasets]}, args)
+    pipe = InterleavedVokenPipeline.from_pretrained(arguments.model, torch_dtype=getattr(torch, arguments.dtype))
+    model, processor = pipe.model, pipe.processor
+    for name in ("text_loss_weight", "image_loss_weight", "caption_loss_weight"):
+        if getattr(arguments, name) is not None:
+            setattr(model.config, name, getattr(arguments, name))
+    collator = VokenDataCollator(
+        processor,
+        model.image_decoder if model.config.image_loss_weight else None,
+        captions=arguments.stage == 1 and model.config.caption_loss_weight > 0,
+        **{name: getattr(arguments, name) for name in ("voken_labels", "story_tasks", "flip_probability", "max_length")},
+    )
+    records = []
+    for path in arguments.datasets:
+        for record in load_voken_records(path, processor.tokenizer, arguments.image_folder):
+            is_story = record.get("kind") == "story"
+            records += story_samples(record, arguments.story_tasks) if is_story else [record]
+    lora = {name: getattr(arguments, name) for name in ("lora_alpha", "lora_dropout")} | {"r": arguments.lora_r}
+    config = voken_stage1_config(model) if arguments.stage == 1 else voken_lora_config(model, **lora)
+    trainer = VokenTrainer(
+        model=get_peft_model(model, config),
+        args=args,
+        data_collator=collator,
+        train_dataset=records,
+        processing_class=processor,
+    )
+    if args.preview_prompts:
+        trainer.add_callback(VokenPreviewCallback(trainer, args.preview_prompts, args.preview_steps))
+    return pipe, trainer
