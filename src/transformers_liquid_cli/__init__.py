@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 from safetensors import SafetensorError
 
+from . import options
 from .chat import chat
 from .convert import convert
 from .describe import describe
@@ -29,6 +30,7 @@ from .options import PROG, VisibleStream, one_line, visible
 from .story import story
 from .tokenize import tokenize
 from .train import train
+from .voken import voken_app
 
 
 # Plain text, no tracebacks: `main` tells errors.
@@ -42,8 +44,8 @@ app = typer.Typer(
 app.command(context_settings={"token_normalize_func": lambda name: "sheet" if name == "grid" else name})(generate)
 for command in (describe, chat, story, expand, convert, tokenize, info):
     app.command()(command)
-# What `train` does not know are options of the Trainer.
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+app.command(context_settings=options.TRAINER_CONTEXT)(train)
+app.add_typer(voken_app, name="voken")
 
 
 def _print_version(context: typer.Context, is_asked: bool) -> None:

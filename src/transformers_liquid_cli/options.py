@@ -14,6 +14,9 @@ from typer import Option
 
 PROG = "transformers-liquid"
 
+# What commands that train do not know are options of the Trainer.
+TRAINER_CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+
 # Which model, and how it runs
 Model = Annotated[str | None, Option(help="A folder or a name on the Hub.", show_default="the embedded checkpoint")]
 Device = Annotated[str | None, Option(help="Such as cpu or cuda:1; an accelerator if there is one.")]
@@ -91,6 +94,13 @@ def check_writable(path: Path, folder: bool) -> None:
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=parent):
         pass
+
+
+def check_new_story(path: Path) -> None:
+    """A story is never written over something; its pictures go beside it."""
+    if path.suffix.lower() != ".md" or path.exists():
+        raise ValueError(f"A story is written to a new file that ends with .md, got {path}.")
+    check_writable(path.parent, folder=True)
 
 
 def check_new_folder(path: Path) -> None:

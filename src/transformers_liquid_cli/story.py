@@ -22,9 +22,7 @@ def story(
     Example:
       transformers-liquid story "once there was a cat" --max-images 2 --seed 1 --output cat.md
     """
-    if output.suffix.lower() != ".md" or output.exists():
-        raise ValueError(f"A story is written to a new file that ends with .md, got {output}.")
-    options.check_writable(output.parent, folder=True)
+    options.check_new_story(output)
     options.check_greedy(given)
     import transformers
 

@@ -168,7 +168,7 @@ class VokenDataCollator:
             "caption": ([image, _text(CAPTION_PROMPT)], [text]),
             "text": ([], [text]),
         }[kind]
-        return [_conversation(asked, answer, record["text"])]
+        return [_conversation(asked, answer, *(record.get("captions") or [record["text"]]))]
 
     def _sample(self, record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
         """What comes before, what is learned, and captions of the pictures in this."""

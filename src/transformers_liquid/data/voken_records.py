@@ -47,7 +47,9 @@ def load_voken_records(
         dialogues = [line for line in lines if "conversation" in line]
         records = [record for line in dialogues for record in _mmdialog(line["conversation"], tokenizer)] or lines
     else:
-        raise ValueError(f"{path} must be a .tsv of CC3M, a _cleaned.json of VIST, or .jsonl of MMDialog or of records.")
+        raise ValueError(
+            f"{path} must be a .tsv of CC3M, a _cleaned.json of VIST, or .jsonl of MMDialog or of records."
+        )
     missing = []
     for record in records:
         images = record.get("images", [])
@@ -55,7 +57,9 @@ def load_voken_records(
         record |= {"image": str(folder / record["image"])} if "image" in record else {}
         missing += [one for one in [*record.get("images", ()), record.get("image")] if one and not Path(one).is_file()]
     if missing or not records:
-        raise ValueError(f"{path} has {len(records)} records, and {len(missing)} of their pictures are not there: {missing[:3]}.")
+        raise ValueError(
+            f"{path} has {len(records)} records, and {len(missing)} of their pictures are not there: {missing[:3]}."
+        )
     return records
 
 

@@ -19,12 +19,8 @@ from ..models.liquid.image_processing_liquid import flatten_images, is_column
 from ..models.voken.generation_voken import finished, segments
 from ..models.voken.image_decoder import COMPONENTS, TEXT_ENCODERS, VokenCondition, VokenImageDecoder
 from ..models.voken.model_card import write_pipeline_card
+from ..models.voken.prompts import STORY_PROMPTS
 from .conversation import Cancelled, GrowingText
-
-
-# What asks for the next scene of a story: MiniGPT-5's own words (its training data of VIST, `task_prompt` of the
-# multimodal task), which its checkpoints answer to.
-NEXT_SCENE = "Tell me the next scene with image."
 
 
 @dataclass
@@ -219,7 +215,7 @@ class InterleavedVokenPipeline(DiffusionPipeline):
         self,
         parts: Sequence[Any],
         scenes: int = 1,
-        instruction: str | None = NEXT_SCENE,
+        instruction: str | None = STORY_PROMPTS["multimodal"],
         seed: int | None = None,
         **kwargs: Any,
     ) -> VokenPipelineOutput:

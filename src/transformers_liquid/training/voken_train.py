@@ -21,6 +21,7 @@ from transformers.hf_argparser import HfArg
 from ..data.records import content_of
 from ..data.voken_collator import VokenDataCollator, story_samples
 from ..data.voken_records import load_voken_records
+from ..models.voken.processing_voken import VokenProcessor
 from ..models.voken.prompts import STORY_PROMPTS
 from ..pipelines.interleaved_voken import InterleavedVokenPipeline
 from ..utils.optional import require
@@ -40,7 +41,9 @@ class VokenArguments:
     stage: Literal[1, 2] = HfArg(
         default=1, help="1: vokens and mapper, with captions. 2: vokens, LoRA and the mapper's encoder and decoder."
     )
-    image_folder: str | None = HfArg(default=None, help="What paths of pictures begin at. Defaults to the files' folders.")
+    image_folder: str | None = HfArg(
+        default=None, help="What paths of pictures begin at. Defaults to the files' folders."
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = HfArg(default="float32", help="Of what is frozen.")
     text_loss_weight: float | None = HfArg(default=None, help="Defaults to the model's, as the next two.")
     image_loss_weight: float | None = HfArg(default=None, help="0 needs no diffusion model in a step.")
@@ -101,9 +104,16 @@ def build_voken_trainer(
 
     set_seed(args.seed)
     if not args.resume_from_checkpoint:
-        check_setup(dataclasses.asdict(arguments) | {"contents": [content_of(path) for path in arguments.datasets]}, args)
+        check_setup(
+            dataclasses.asdict(arguments) | {"contents": [content_of(path) for path in arguments.datasets]}, args
+        )
+    processor, records = VokenProcessor.from_pretrained(arguments.model), []
+    for path in arguments.datasets:
+        for record in load_voken_records(path, processor.tokenizer, arguments.image_folder):
+            is_story = record.get("kind") == "story"
+            records += story_samples(record, arguments.story_tasks) if is_story else [record]
     pipe = InterleavedVokenPipeline.from_pretrained(arguments.model, torch_dtype=getattr(torch, arguments.dtype))
-    model, processor = pipe.model, pipe.processor
+    model = pipe.model
     for name in ("text_loss_weight", "image_loss_weight", "caption_loss_weight"):
         if getattr(arguments, name) is not None:
             setattr(model.config, name, getattr(arguments, name))
@@ -111,13 +121,10 @@ def build_voken_trainer(
         processor,
         model.image_decoder if model.config.image_loss_weight else None,
         captions=arguments.stage == 1 and model.config.caption_loss_weight > 0,
-        **{name: getattr(arguments, name) for name in ("voken_labels", "story_tasks", "flip_probability", "max_length")},
+        **{
+            name: getattr(arguments, name) for name in ("voken_labels", "story_tasks", "flip_probability", "max_length")
+        },
     )
-    records = []
-    for path in arguments.datasets:
-        for record in load_voken_records(path, processor.tokenizer, arguments.image_folder):
-            is_story = record.get("kind") == "story"
-            records += story_samples(record, arguments.story_tasks) if is_story else [record]
     lora = {name: getattr(arguments, name) for name in ("lora_alpha", "lora_dropout")} | {"r": arguments.lora_r}
     config = voken_stage1_config(model) if arguments.stage == 1 else voken_lora_config(model, **lora)
     trainer = VokenTrainer(

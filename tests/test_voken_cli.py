@@ -1,0 +1,169 @@
+"""`transformers-liquid voken`: from a base and a diffusion model to stories, by way of both stages; files of data sets."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from test_cli import error_of, run
+from test_reference_voken import files  # noqa: F401 (a fixture)
+from tiny import tiny_tokenizer
+from tiny_vokens import VOKENS, _unet, tiny_base_processor, tiny_image_pipeline, tiny_voken_base, tiny_voken_pipeline
+
+from transformers_liquid.data.voken_records import load_voken_records
+
+
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """A folder with a llava, a diffusion model, and pictures and texts of all formats."""
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    for name, color in COLORS.items():
+        Image.new("RGB", (16, 16), color).save(f"images/{name}.png")
+    Path("pairs.tsv").write_text(
+        "caption\timage_path\n" + "".join(f"A {name}: (one)!\t{name}.png\n" for name in COLORS)
+    )
+    scenes = [
+        {"caption": f"then {name}.", "image_id": str(i), "sequence_index": 2 - i} for i, name in enumerate(COLORS)
+    ]
+    Path("train_cleaned.json").write_text(json.dumps({"a": scenes}))
+    Path("train_image_mapping.json").write_text(json.dumps({str(i): f"{name}.png" for i, name in enumerate(COLORS)}))
+
+
+def train(**options):
+    defaults = {"learning_rate": 1e-2, "warmup_steps": 0, "total_batch_size": 2, "per_device_train_batch_size": 2}
+    defaults |= {"image_folder": "images", "max_steps": 2, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True}
+    Path("config.yaml").write_text(yaml.safe_dump(defaults | options))
+    return run("voken train --config config.yaml")
+
+
+def test_from_a_base_and_a_diffusion_model_to_stories(capsys):
+    tiny_voken_base("llava", vocab_size=VOKENS[0]).save_pretrained("base")
+    tiny_base_processor("llava").save_pretrained("base")
+    tiny_image_pipeline("sd-v").save_pretrained("diffusion")
+    assert run("voken add base diffusion --output vokens") == 0
+    assert f"vokens {VOKENS} for diffusion" in capsys.readouterr().out
+
+    first = {"model": "vokens", "datasets": ["pairs.tsv"], "output_dir": "one", "save_steps": 1}
+    assert train(stage=1, preview_prompts=["red"], preview_steps=2, **first) == 0
+    assert [path.name for path in sorted(Path("one/previews").iterdir())] == ["step-000000.png", "step-000002.png"]
+    log = json.loads(Path("one/checkpoint-2/trainer_state.json").read_text())["log_history"]
+    assert {"loss", "text_loss", "image_loss", "caption_loss"} <= log[0].keys()
+    # Going on, and with other settings
+    assert train(stage=1, **first) == 0
+    assert "learning_rate was 0.01 and is now 0.5" in error_of(
+        "voken train --config config.yaml --learning-rate 0.5", capsys
+    )
+
+    second = {"model": "one", "datasets": ["train_cleaned.json"], "output_dir": "two", "save_strategy": "no"}
+    assert train(stage=2, story_tasks=["multimodal", "text"], **second) == 0
+    parts = ["vokens", "one", "two"]
+    weights = [load_file(f"{part}/model/model.safetensors") for part in parts]
+    for before, after, moves in zip(weights, weights[1:], ([], ["q_proj", "v_proj"]), strict=False):
+        assert before.keys() == after.keys()
+        moved = {name for name, one in before.items() if not torch.equal(one, after[name])}
+        assert all(name.startswith(("text_model.", "feature_mapper.")) and "vision" not in name for name in moved)
+        named = [name for name in moved if "layers" in name and "text_model" in name]
+        assert all(any(move in name for move in moves) for name in named) and bool(named) == bool(moves)
+    assert any("mlp" in name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name]))
+    assert not [
+        name for name in weights[1] if "mapper.mlp" in name and not torch.equal(weights[1][name], weights[2][name])
+    ]
+
+    story = (
+        "voken story 'once a cat' images/red.png --model two --scenes 2 --num-images 1 --max-new-tokens 10 --steps 2"
+    )
+    assert run(f"{story} --seed 1 --device cpu --output told.md") == 0
+    told = Path("told.md").read_text()
+    assert told.startswith("once a cat") and "![](told-0.png)" in told and "![](told-1.png)" in told
+    assert Image.open("told-0.png").size == (16, 16)
+    assert "new file that ends with .md" in error_of(f"{story} --output told.md", capsys)
+
+
+def test_files_of_minigpt5_become_a_repository_that_draws_and_come_back(files, capsys):  # noqa: F811
+    folder, *_ = files
+    pipe = tiny_image_pipeline("sd")
+    pipe.save_pretrained("narrow")
+    pipe.register_modules(unet=_unet(cross_attention_dim=16))
+    pipe.save_pretrained("diffusion")
+    names = f"--projection {folder}/proj.pth --vision-model {folder}/blip2 --language-model {folder}/vicuna"
+    command = f"voken convert {folder}/stage1.ckpt {names} --image-model"
+    assert run(f"{command} narrow --output minigpt5") == 2
+    assert "told what to draw by vectors of 8 (pooled: None), but this model was made for 16" in capsys.readouterr().err
+    assert not list(Path("minigpt5").iterdir())
+    assert run(f"{command} diffusion --output minigpt5") == 0
+    story = "voken story once --model minigpt5 --num-images 1 --max-new-tokens 8 --steps 1 --device cpu"
+    assert run(story) == 0 and Path("story-0.png").is_file()
+    assert run("voken convert minigpt5 --output files") == 0
+    before = torch.load(folder / "stage1.ckpt", weights_only=False)["state_dict"]
+    after = torch.load("files/stage1.ckpt")["state_dict"]
+    assert before.keys() == after.keys() and all(torch.equal(one, after[name]) for name, one in before.items())
+
+
+def test_a_repository_becomes_files_of_minigpt5_or_says_why_not(capsys):
+    tiny_voken_pipeline().save_pretrained("vokens")
+    assert run("voken convert vokens --output files") == 2
+    error = capsys.readouterr().err
+    assert "The reference cannot hold this model: base is 'llama' instead of 'blip-2'" in error
+    assert "need --projection" in error_of("voken convert config.json --output files --projection x.pth", capsys)
+
+
+# Formats
+
+
+def test_cc3m_is_read_as_the_reference_reads_it():
+    records = load_voken_records("pairs.tsv", tiny_tokenizer(), "images")
+    assert [record["text"] for record in records] == [
+        "a red one",
+        "draw this for me: a red one",
+        "a green one",
+        "a blue one",
+    ]
+    assert records[1]["captions"] == ["a red one"] and records[1]["image"] == "images/red.png"
+
+
+def test_vist_is_read_in_its_order():
+    (story,) = load_voken_records("train_cleaned.json", tiny_tokenizer(), "images")
+    assert story["texts"] == ["then blue.", "then green.", "then red."]
+    assert story["images"] == ["images/blue.png", "images/green.png", "images/red.png"]
+
+
+def test_of_mmdialog_every_turn_is_learned_after_what_was_said():
+    turns = [["hi"], ["look", "red.png"], ["nice"], ["and", "blue.png"], ["x" * 51], ["never"]]
+    parts = [[{"__TEXT__": text}, *({"__MEDIA__": one} for one in media)] for text, *media in turns]
+    line = {"conversation_id": 1, "conversation": [{"turn": part} for part in parts]}
+    Path("dialogues.jsonl").write_text(json.dumps(line) + "\n")
+    records = load_voken_records("dialogues.jsonl", tiny_tokenizer(), "images")
+    texts = [[(turn["role"], turn["content"][0]["text"]) for turn in record["messages"]] for record in records]
+    assert texts == [
+        [("user", "hi"), ("assistant", "look ")],
+        [("assistant", "hi"), ("user", "look "), ("assistant", "nice")],
+        [("user", "hi"), ("assistant", "look "), ("user", "nice"), ("assistant", "and ")],
+    ]
+    assert records[2]["images"] == ["images/red.png", "images/blue.png"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.csv", "x", "a.csv must be a .tsv of CC3M"),
+        ("a.tsv", "caption\timage\na\tred.png\n", "Line 2 of a.tsv lacks 1 keys that are needed: image_path"),
+        ("a.tsv", "caption\timage_path\na\tpurple.png\n", "2 of their pictures are not there: ['images/purple.png'"),
+        ("a.tsv", "caption\timage_path\n", "a.tsv has 0 records"),
+        ("a.jsonl", "{", "a.jsonl is damaged, or no JSON"),
+        ("a.jsonl", '{"kind": "text_to_image", "text": "a", "image": "x.png"}', "are not there: ['images/x.png']"),
+    ],
+)
+def test_files_that_are_not_as_they_should_be_are_one_line(name, content, message, capsys):
+    tiny_voken_pipeline().save_pretrained("vokens")
+    Path(name).write_text(content)
+    options = (
+        f"--datasets {name} --image-folder images --output-dir out --total-batch-size 1 --per-device-train-batch-size 1"
+    )
+    assert message in error_of(f"voken train --model vokens {options} --use-cpu", capsys)
