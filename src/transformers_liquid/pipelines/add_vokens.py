@@ -28,7 +28,6 @@ def add_vokens(
     image_pipeline: DiffusionPipeline,
     num_vokens: int = 8,
     token_format: str = "[IMG{}]",
-    mapper_hidden_size: int | None = None,
     **kwargs: Any,
 ) -> InterleavedVokenPipeline:
     """Gives a model vokens and a mapper from their states to what a diffusion model attends to; both untrained.
@@ -46,9 +45,9 @@ def add_vokens(
             needs its text encoders for training with captions alone.
         num_vokens (`int`, defaults to 8): Vokens of a picture.
         token_format (`str`, defaults to `"[IMG{}]"`): What new tokens are called.
-        mapper_hidden_size (`int`, *optional*): Width of the mapper. Defaults to that of the condition, 1024 at most.
-        kwargs: Further arguments of [`VokenConfig`], such as `condition_length`: by default the texts' length that the
-            diffusion model knows (77; PixArt and Sana 300).
+        kwargs: Further arguments of [`VokenConfig`], such as `mapper_hidden_size` (by default the condition's, 1024 at
+            most) and `condition_length` (by default the texts' length that the diffusion model knows: 77; PixArt and Sana
+            300).
 
     Raises:
         ValueError: If the base has vokens already, writes no text, or cannot grow, or the pipeline is not one that vokens
@@ -82,7 +81,6 @@ def add_vokens(
     names = [token_format.format(index) for index in range(num_vokens)]
     voken_token_ids = special_token_ids(base_model, tokenizer, names)
     grow(base_model, max(num_rows, max(voken_token_ids) + 1), num_text_tokens)
-    name = getattr(image_pipeline.config, "_name_or_path", None)
     settings = {
         "text_config": config,
         "voken_token_ids": voken_token_ids,
@@ -90,8 +88,7 @@ def add_vokens(
         "condition_length": decoder.text_length,
         "condition_dim": decoder.condition_dim,
         "pooled_condition_dim": decoder.pooled_dim,
-        "mapper_hidden_size": mapper_hidden_size,
-        "image_decoder": name or None,
+        "image_decoder": getattr(image_pipeline.config, "_name_or_path", None),
         "dtype": config.dtype,
         "attn_implementation": config._attn_implementation,
     }

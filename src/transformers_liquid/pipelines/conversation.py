@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from queue import Queue
 from threading import Event, Thread
 from typing import Any
@@ -112,26 +112,54 @@ class LiquidConversation:
         if seed is not None:
             kwargs["generator"] = torch.Generator().manual_seed(operator.index(seed))
         events = _EventQueue(self.model, self.processor, every, height, width)
-        cancel = Cancelled()
-        kwargs["stopping_criteria"] = [*kwargs.get("stopping_criteria", []), cancel]
-        work = Thread(target=events.follow, args=(inputs,), kwargs=kwargs, daemon=True)
-        work.start()
-        first = events.queue.get()
-        if isinstance(first, Exception):
-            raise first
-        return self._events(first, events, cancel, work)
+        criteria = kwargs.pop("stopping_criteria", [])
 
-    def _events(self, event: Any, events: _EventQueue, cancel: Cancelled, work: Thread) -> Iterator[dict[str, Any]]:
+        def work(criteria: list[StoppingCriteria]) -> None:
+            kwargs.update(streamer=events, stopping_criteria=criteria)
+            self.model.generate(**inputs, generation_mode="interleaved", **kwargs)
+
+        return read_events(events.queue, work, criteria)
+
+
+def read_events(
+    queue: Queue[dict[str, Any] | Exception],
+    work: Callable[[list[StoppingCriteria]], None],
+    criteria: Sequence[StoppingCriteria] = (),
+) -> Iterator[dict[str, Any]]:
+    """The events of a generation in another thread, to its last, `"end"`. What fails before the first is raised at once.
+
+    Args:
+        queue (`Queue`): Where the work puts its events.
+        work: What generates, given `criteria` and one that stops it within a step when the iterator is closed.
+        criteria (sequence of `StoppingCriteria`): The caller's.
+    """
+    cancel = _Cancelled()
+
+    def follow() -> None:
         try:
-            while event["type"] != "end":
-                yield event
-                event = events.queue.get()
-                if isinstance(event, Exception):
-                    raise event
+            work([*criteria, cancel])
+        except Exception as error:  # raised again in the thread that reads
+            queue.put(error)
+
+    thread = Thread(target=follow, daemon=True)
+    thread.start()
+    first = queue.get()
+    if isinstance(first, Exception):
+        raise first
+    return _events(first, queue, cancel, thread)
+
+
+def _events(event: Any, queue: Queue[Any], cancel: _Cancelled, thread: Thread) -> Iterator[dict[str, Any]]:
+    try:
+        while event["type"] != "end":
             yield event
-        finally:
-            cancel.is_set.set()
-            work.join()
+            event = queue.get()
+            if isinstance(event, Exception):
+                raise event
+        yield event
+    finally:
+        cancel.is_set.set()
+        thread.join()
 
 
 def add_event(parts: list[dict[str, Any]], event: dict[str, Any]) -> None:
@@ -162,9 +190,7 @@ class GrowingText:
         return new
 
 
-class Cancelled(StoppingCriteria):
-    """Stops a generation within a step, once it is set."""
-
+class _Cancelled(StoppingCriteria):
     def __init__(self) -> None:
         self.is_set = Event()
 
@@ -189,12 +215,6 @@ class _EventQueue(BaseStreamer):
         self.queue: Queue[dict[str, Any] | Exception] = Queue()
         self.text = GrowingText(processor)
         self.codes: list[torch.LongTensor] = []
-
-    def follow(self, inputs: Any, **kwargs: Any) -> None:
-        try:
-            self.model.generate(**inputs, generation_mode="interleaved", streamer=self, **kwargs)
-        except Exception as error:  # raised again in the thread that reads
-            self.queue.put(error)
 
     def put_event(self, event: InterleavedEvent) -> None:
         if text := self.text.new(event.ids, is_over=event.type != "text"):

@@ -6,8 +6,9 @@ import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from queue import Queue
-from threading import Thread
+from string import Template
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from transformers.generation.streamers import BaseStreamer
 
+from ..models import voken
 from ..models.liquid.image_processing_liquid import flatten_images, is_column
-from ..models.voken.generation_voken import finished, segments
+from ..models.liquid.model_card import write_card
+from ..models.voken.generation_voken import eos_token_ids, finished, segments
 from ..models.voken.image_decoder import COMPONENTS, TEXT_ENCODERS, VokenCondition, VokenImageDecoder
-from ..models.voken.model_card import write_pipeline_card
 from ..models.voken.prompts import STORY_PROMPTS
-from .conversation import Cancelled, GrowingText
+from .conversation import GrowingText, read_events
 
 
 @dataclass
@@ -91,11 +93,7 @@ class InterleavedVokenPipeline(DiffusionPipeline):
         guidance_scale: float = 7.5,
         num_inference_steps: int = 50,
         seed: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
         batch_size: int | None = None,
-        output_type: str = "pil",
-        draw_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> VokenPipelineOutput:
         """Answers prompts or conversations with text and pictures.
@@ -112,11 +110,10 @@ class InterleavedVokenPipeline(DiffusionPipeline):
             num_inference_steps (`int`, defaults to 50): Of the diffusion model, for each picture.
             seed (`int`, *optional*): Picture `k` of reply `j` is drawn from seed `seed + j + (k << 32)`, whatever is drawn
                 beside it; text is sampled from `seed`.
-            height, width (`int`, *optional*): Of pictures in pixels. Default to the diffusion model's own.
             batch_size (`int`, *optional*): Pictures that are drawn side by side. Defaults to all of the call.
-            output_type (`str`, defaults to `"pil"`): Of pictures: `"pil"`, `"np"` or `"pt"`.
-            draw_kwargs (`dict`, *optional*): Further settings of the diffusers pipeline, such as `callback_on_step_end`.
-            kwargs: Of the model's `generate`: `do_sample`, `top_p`, `repetition_penalty`, `stop_strings`, ...
+            kwargs: Further settings of the diffusers pipeline: `height` and `width` in pixels (by default the diffusion
+                model's own), `output_type` (`"pil"`, `"np"` or `"pt"`), `callback_on_step_end`, ...; and of the model's
+                `generate`: `do_sample`, `top_p`, `repetition_penalty`, `stop_strings`, ...
 
         Returns:
             [`VokenPipelineOutput`]
@@ -125,15 +122,11 @@ class InterleavedVokenPipeline(DiffusionPipeline):
             ValueError: On input that cannot be met, before any work.
         """
         decoder = self._attach()
-        drawing = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, "height": height}
-        drawing |= {"width": width, "output_type": output_type, **(draw_kwargs or {})}
-        drawing, seed = decoder.checked(drawing), None if seed is None else operator.index(seed)
-        if output_type not in ("pil", "np", "pt") or (batch_size is not None and batch_size < 1):
-            raise ValueError(
-                f"output_type must be 'pil', 'np' or 'pt' and batch_size at least 1, got {output_type!r} and {batch_size!r}."
-            )
-        if kwargs.get("num_return_sequences") not in (None, 1):
-            raise ValueError("The pipeline gives one reply to each prompt: leave out num_return_sequences.")
+        drawing = {name: kwargs.pop(name) for name in kwargs.keys() & decoder.settings - {"generator"}}
+        settings = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **drawing}
+        drawing, seed = decoder.checked(settings), None if seed is None else operator.index(seed)
+        if (batch_size is not None and batch_size < 1) or kwargs.get("num_return_sequences") not in (None, 1):
+            raise ValueError("batch_size must be at least 1, and there is one reply to each prompt.")
         inputs = self.processor.apply_chat_template(
             _conversations(prompt, images), add_generation_prompt=True, tokenize=True, return_dict=True
         ).to(self.model.device)
@@ -142,10 +135,10 @@ class InterleavedVokenPipeline(DiffusionPipeline):
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, num_images=num_images, **kwargs)
+            kwargs = {"tokenizer": self.processor.tokenizer, "max_new_tokens": max_new_tokens, **kwargs}
+            ids = self.model.generate(**inputs, num_images=num_images, **kwargs)
         prompts, config = inputs.pop("input_ids"), self.model.generation_config
-        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        ends, vokens = [*eos, config.pad_token_id], self.model.config.voken_token_ids
+        ends, vokens = [*eos_token_ids(config), config.pad_token_id], self.model.config.voken_token_ids
         replies = [finished(row, vokens, ends) for row in ids[:, prompts.shape[1] :].tolist()]
 
         # 2. All pictures
@@ -183,33 +176,16 @@ class InterleavedVokenPipeline(DiffusionPipeline):
         Raises:
             ValueError: As for a call.
         """
-        events: Queue[dict[str, Any]] = Queue()
-        cancel = Cancelled()
-        criteria = [*kwargs.pop("stopping_criteria", []), cancel]
-        streamer = _EventStreamer(self.processor, events)
+        streamer = _EventStreamer(self.processor)
 
-        def work() -> None:
-            try:
-                out = self(prompt, images, streamer=streamer, stopping_criteria=criteria, **kwargs)
-                drawn = [one for one in out.segments[0] if not isinstance(one, str)]
-                for index, picture in enumerate(drawn):
-                    events.put({"type": "image", "index": index, "image": picture})
-                events.put({"type": "end", "output": out})
-            except Exception as error:  # raised again in the thread that reads
-                events.put({"type": "error", "error": error})
+        def work(criteria: list[Any]) -> None:
+            out = self(prompt, images, streamer=streamer, stopping_criteria=criteria, **kwargs)
+            pictures = [one for one in out.segments[0] if not isinstance(one, str)]
+            for index, picture in enumerate(pictures):
+                streamer.queue.put({"type": "image", "index": index, "image": picture})
+            streamer.queue.put({"type": "end", "output": out})
 
-        thread = Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            event = {"type": "begin"}
-            while event["type"] != "end":
-                event = events.get()
-                if event["type"] == "error":
-                    raise event["error"]
-                yield event
-        finally:
-            cancel.is_set.set()
-            thread.join()
+        return read_events(streamer.queue, work, kwargs.pop("stopping_criteria", []))
 
     def story(
         self,
@@ -268,7 +244,11 @@ class InterleavedVokenPipeline(DiffusionPipeline):
 
     def _write_root(self, directory: str | os.PathLike, name: str | None = None) -> None:
         self.model.config.save_pretrained(directory)
-        write_pipeline_card(self.components, directory, name)
+        template = (Path(voken.__file__).parent / "model_card_template.md").read_text(encoding="utf-8")
+        facts = self.model.config.to_dict() | {"base": self.model.config.text_config.model_type}
+        facts |= {"name": name or Path(directory).resolve().name, "parameters": f"{self.model.num_parameters():,}"}
+        facts["denoiser"] = type(self.unet if self.transformer is None else self.transformer).__name__
+        write_card(Template(template).substitute(facts), directory)
 
     def _attach(self) -> VokenImageDecoder:
         """The image decoder of what the components are now: users may put another scheduler in place."""
@@ -286,31 +266,28 @@ class InterleavedVokenPipeline(DiffusionPipeline):
 
 
 class _EventStreamer(BaseStreamer):
-    """Tells what `generate` writes."""
+    """Tells what `generate` writes, the prompt first, then token by token."""
 
-    def __init__(self, processor: Any, events: Queue[dict[str, Any]]) -> None:
-        self.processor, self.events = processor, events
-        self.is_begun, self.number, self.text = False, 0, GrowingText(processor)
+    def __init__(self, processor: Any) -> None:
+        self.processor, self.queue, self.number, self.text = processor, Queue(), 0, None
 
     def put(self, value: torch.LongTensor) -> None:
-        if not self.is_begun:  # the prompt
-            self.is_begun = True
-            return
-        (token,) = value.flatten().tolist()
-        vokens = self.processor.voken_token_ids
-        if token not in vokens:
-            self._tell([token])
-        elif token == vokens[0]:
+        ids, vokens = value.flatten().tolist(), self.processor.voken_token_ids
+        if self.text is None:
+            self.text = GrowingText(self.processor)
+        elif ids == vokens[:1]:
             self._tell([], is_over=True)
-            self.events.put({"type": "image_start", "index": self.number})
+            self.queue.put({"type": "image_start", "index": self.number})
             self.number, self.text = self.number + 1, GrowingText(self.processor)
+        elif ids[0] not in vokens:
+            self._tell(ids)
 
     def end(self) -> None:
         self._tell([], is_over=True)
 
     def _tell(self, ids: list[int], is_over: bool = False) -> None:
         if text := self.text.new(ids, is_over):
-            self.events.put({"type": "text", "text": text})
+            self.queue.put({"type": "text", "text": text})
 
 
 def _part(one: Any) -> dict[str, Any]:

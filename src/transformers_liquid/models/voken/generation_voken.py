@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 
 
+@dataclass
 class VokenRunLogitsProcessor(LogitsProcessor):
     """After the first voken come the others in their order, and they come nowhere else.
 
@@ -23,33 +25,28 @@ class VokenRunLogitsProcessor(LogitsProcessor):
         max_new_tokens (`int`, *optional*): Room for text and runs together; needed for `num_images`.
     """
 
-    def __init__(
-        self,
-        voken_token_ids: Sequence[int],
-        num_images: int = 0,
-        eos_token_ids: Sequence[int] = (),
-        prompt_length: int = 0,
-        max_new_tokens: int = 0,
-    ) -> None:
-        self.ids, self.eos_ids = list(voken_token_ids), list(eos_token_ids)
-        self.num_images, self.prompt_length, self.max_new_tokens = num_images, prompt_length, max_new_tokens
+    voken_token_ids: Sequence[int]
+    num_images: int = 0
+    eos_token_ids: Sequence[int] = ()
+    prompt_length: int = 0
+    max_new_tokens: int = 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        first, *others = self.ids
+        (first, *others), eos = self.voken_token_ids, list(self.eos_token_ids)
         scores = scores.clone()
         if self.num_images:
             new = input_ids[:, self.prompt_length :]
             missing = self.num_images - (new == first).sum(1)
             room = self.max_new_tokens - new.shape[1]
-            ends = scores[:, [first, *self.eos_ids]].amax(1)
+            ends = scores[:, [first, *eos]].amax(1)
             scores[:, first] = ends.where(missing > 0, scores[:, first])
-            scores[:, self.eos_ids] = scores[:, self.eos_ids].masked_fill((missing > 0)[:, None], -torch.inf)
-            is_last_chance = (missing > 0) & (missing * len(self.ids) >= room)
+            scores[:, eos] = scores[:, eos].masked_fill((missing > 0)[:, None], -torch.inf)
+            is_last_chance = (missing > 0) & (missing * len(self.voken_token_ids) >= room)
             scores = self._only(scores, torch.full_like(missing, first), is_last_chance)
         scores[:, others] = -torch.inf
         if not others or not input_ids.shape[1]:
             return scores
-        vokens = torch.tensor(self.ids, device=scores.device)
+        vokens = torch.tensor(self.voken_token_ids, device=scores.device)
         is_last = input_ids[:, -1:] == vokens[:-1]
         return self._only(scores, vokens[1:][is_last.int().argmax(1)], is_last.any(1))
 
@@ -57,6 +54,12 @@ class VokenRunLogitsProcessor(LogitsProcessor):
         """Leaves one token, with probability 1, to the sequences of `where`."""
         only = torch.full_like(scores, -torch.inf).scatter(1, ids[:, None], 0.0)
         return only.where(where[:, None], scores)
+
+
+def eos_token_ids(config: GenerationConfig) -> list[int]:
+    """What ends a text: none, one or several."""
+    eos = config.eos_token_id
+    return [eos] if isinstance(eos, int) else list(eos or [])
 
 
 def finished(ids: Sequence[int], voken_token_ids: Sequence[int], eos_token_ids: Sequence[int]) -> list[int]:

@@ -9,16 +9,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers  # its parts, as they are used: pipelines and schedulers take their time to import
 import torch
 from diffusers.utils import BaseOutput
 from torch import nn
-
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 
 # The denoisers that are known, and the pipelines that draw with them.
@@ -29,6 +25,7 @@ PIPELINES = {
     "PixArtTransformer2DModel": "PixArtSigmaPipeline",
     "SanaTransformer2DModel": "SanaPipeline",
 }
+MASKED = ("PixArtTransformer2DModel", "SanaTransformer2DModel")  # they are told which vectors of a text are padding
 TEXT_ENCODERS = [f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
 # What is taken of a diffusers pipeline; its text encoders are needed for captions alone.
 COMPONENTS = ["vae", "scheduler", "unet", "transformer", *TEXT_ENCODERS]
@@ -68,9 +65,8 @@ class VokenImageDecoder:
     ```
     """
 
-    def __init__(self, pipe: DiffusionPipeline) -> None:
-        self.pipe, self.denoiser = pipe, _denoiser(pipe.components)
-        self.family = _family(self.denoiser)
+    def __init__(self, pipe: diffusers.DiffusionPipeline) -> None:
+        self.pipe, (self.denoiser, self.family) = pipe, _known(pipe.components)
         channels = self.denoiser.config.in_channels, pipe.vae.config.latent_channels
         if channels[0] != channels[1]:
             raise ValueError(
@@ -81,18 +77,16 @@ class VokenImageDecoder:
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
         # Drawing changes the time steps of its scheduler, and not every one knows velocities: training has its own.
-        name, config = type(pipe.scheduler).__name__, pipe.scheduler.config
-        self.is_flow = name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
-        if self.is_flow:
+        config = pipe.scheduler.config
+        is_flow = config.get("prediction_type") == "flow_prediction" or "FlowMatch" in type(pipe.scheduler).__name__
+        self.prediction_type = "flow" if is_flow else config.get("prediction_type", "epsilon")
+        if self.prediction_type not in ("flow", "epsilon", "v_prediction", "sample"):
+            raise ValueError(f"prediction_type {self.prediction_type!r} of the scheduler is unknown.")
+        if is_flow:
             shift = config.get("shift") or config.get("flow_shift") or 1.0
             self.noise_scheduler = diffusers.FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=shift)
         else:
             self.noise_scheduler = diffusers.DDPMScheduler.from_config(config)
-            if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
-                raise ValueError(
-                    f"prediction_type of the scheduler must be 'epsilon', 'v_prediction', 'sample' or that of a flow, got "
-                    f"{self.prediction_type!r}."
-                )
 
     @classmethod
     def from_components(cls, **components: Any) -> VokenImageDecoder:
@@ -101,7 +95,7 @@ class VokenImageDecoder:
         Raises:
             ValueError: As for the class.
         """
-        pipeline = getattr(diffusers, PIPELINES[_family(_denoiser(components))])
+        pipeline = getattr(diffusers, PIPELINES[_known(components)[1]])
         names = inspect.signature(pipeline.__init__).parameters
         required = [name for name, one in names.items() if one.default is inspect.Parameter.empty and name != "self"]
         parts = {name: components.get(name) for name in {*required, *COMPONENTS} & names.keys()}
@@ -119,11 +113,6 @@ class VokenImageDecoder:
         index = diffusers.DiffusionPipeline.load_config(name)
         unused = {part: None for part in ("model", "processor", "safety_checker") if part in index}
         return cls.from_components(**diffusers.DiffusionPipeline.from_pretrained(name, **unused, **kwargs).components)
-
-    @property
-    def prediction_type(self) -> str:
-        """What the denoiser predicts: `"flow"`, `"epsilon"`, `"v_prediction"` or `"sample"`."""
-        return "flow" if self.is_flow else self.noise_scheduler.config.prediction_type
 
     @property
     def condition_dim(self) -> int:
@@ -145,7 +134,7 @@ class VokenImageDecoder:
     @property
     def text_length(self) -> int:
         """How many vectors of a text the denoiser knows: the usual `condition_length`."""
-        if self.family in ("PixArtTransformer2DModel", "SanaTransformer2DModel"):
+        if self.family in MASKED:
             return 300
         tokenizer = self.pipe.components.get("tokenizer")
         return 77 if tokenizer is None else tokenizer.model_max_length
@@ -197,23 +186,21 @@ class VokenImageDecoder:
         Raises:
             ValueError: If there is no text encoder, or it gives another number of vectors.
         """
-        parameters = inspect.signature(self.pipe.encode_prompt).parameters
         if self.pipe.text_encoder is None or self.pipe.tokenizer is None:
             raise ValueError(
-                "The caption loss needs the diffusion model's text encoder and tokenizer, which are not there: load them "
-                "with it, or set `caption_loss_weight=0`."
+                "Captions need the diffusion model's text encoders: load them, or `caption_loss_weight=0`."
             )
-        arguments = {"prompt": list(texts), "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        arguments |= {"device": self.pipe.text_encoder.device}
-        arguments |= dict.fromkeys({"prompt_2", "prompt_3"} & parameters.keys())
-        more = (length or 0) - (self.text_length if self.family == "SD3Transformer2DModel" else 0)
-        if "max_sequence_length" in parameters and more > 0:
-            arguments["max_sequence_length"] = more
-        embeds, *others = self.pipe.encode_prompt(**arguments)
+        parameters, device = inspect.signature(self.pipe.encode_prompt).parameters, self.pipe.text_encoder.device
+        arguments = dict.fromkeys({"prompt_2", "prompt_3"} & parameters.keys())
+        of_t5 = (length or 0) - (self.text_length if self.family == "SD3Transformer2DModel" else 0)
+        if "max_sequence_length" in parameters and of_t5 > 0:
+            arguments["max_sequence_length"] = of_t5
+        arguments |= {"prompt": list(texts), "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        embeds, *others = self.pipe.encode_prompt(device=device, **arguments)
         if length is not None and embeds.shape[1] != length:
             raise ValueError(
-                f"The text encoders of {type(self.pipe).__name__} give {embeds.shape[1]} vectors, the condition has "
-                f"{length}: give `add_vokens` a condition_length of the same number, or set `caption_loss_weight=0`."
+                f"The text encoders give {embeds.shape[1]} vectors, the condition has {length}: give `add_vokens` that "
+                "condition_length, or set `caption_loss_weight=0`."
             )
         return VokenCondition(embeds=embeds, pooled=None if self.pooled_dim is None else others[1])
 
@@ -246,65 +233,55 @@ class VokenImageDecoder:
             ValueError: If latents do not fit the denoiser, or min-SNR is not defined: noise predicted from nothing but
                 noise (`rescale_betas_zero_snr`).
         """
-        self._check_latents(latents, condition)
+        number, channels = len(condition.embeds), self.denoiser.config.in_channels
+        if latents.ndim != 4 or latents.shape[:2] != (number, channels):
+            raise ValueError(
+                f"Latents must be of {number} pictures with {channels} channels, got {tuple(latents.shape)}."
+            )
+        self.latent_shape(*(side * self.pipe.vae_scale_factor for side in latents.shape[-2:]))
         latents, scheduler = latents.float(), self.noise_scheduler
         if snr_gamma and self.prediction_type == "epsilon" and scheduler.config.get("rescale_betas_zero_snr"):
-            raise ValueError(
-                "Min-SNR divides by 0 where the noise schedule ends in nothing but noise and the denoiser predicts noise: "
-                "set snr_gamma=None."
-            )
+            raise ValueError("Min-SNR of noise divides by 0 where there is nothing but noise: set snr_gamma=None.")
         where = {"generator": generator, "device": latents.device}
         if noise is None:
             noise = torch.randn(latents.shape, **where)
         steps = scheduler.config.num_train_timesteps
-        if self.is_flow:
+        if self.prediction_type == "flow":
             if timesteps is None:
-                u = torch.randn(len(latents), **where).sigmoid()
+                u = torch.randn(number, **where).sigmoid()
                 timesteps = scheduler.timesteps.to(latents.device)[(u * steps).long()]
             sigma = (timesteps / steps).view(-1, 1, 1, 1)
             noisy, target = (1 - sigma) * latents + sigma * noise, noise - latents
         else:
             if timesteps is None:
-                timesteps = torch.randint(0, steps, (len(latents),), **where)
+                timesteps = torch.randint(0, steps, (number,), **where)
             noisy = scheduler.add_noise(latents, noise, timesteps)
-            if self.prediction_type == "v_prediction":
-                target = scheduler.get_velocity(latents, noise, timesteps)
-            else:
-                target = noise if self.prediction_type == "epsilon" else latents
+            velocity = scheduler.get_velocity(latents, noise, timesteps)
+            target = {"epsilon": noise, "v_prediction": velocity, "sample": latents}[self.prediction_type]
         predicted = self._denoise(noisy.to(self.denoiser.dtype), timesteps, condition)
         loss = (predicted.float() - target).square().flatten(1).mean(1)
-        if snr_gamma is None or self.is_flow:
+        if snr_gamma is None or self.prediction_type == "flow":
             return loss
         snr = diffusers.training_utils.compute_snr(scheduler, timesteps)
         divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[self.prediction_type]
         return loss * snr.clamp(max=snr_gamma) / divisor
 
-    def _check_latents(self, latents: torch.Tensor, condition: VokenCondition) -> None:
-        channels = self.denoiser.config.in_channels
-        if latents.ndim != 4 or latents.shape[1] != channels or len(latents) != len(condition.embeds):
-            raise ValueError(
-                f"Latents must have the shape ({len(condition.embeds)}, {channels}, height, width), got "
-                f"{tuple(latents.shape)}."
-            )
-        self.latent_shape(*(side * self.pipe.vae_scale_factor for side in latents.shape[-2:]))
-
     def _denoise(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: VokenCondition) -> torch.Tensor:
         embeds = condition.embeds.to(noisy)
         pooled = None if condition.pooled is None else condition.pooled.to(noisy)
+        arguments: dict[str, Any] = {}
         if self.family == "SD3Transformer2DModel":
-            arguments = {"pooled_projections": pooled}
+            arguments["pooled_projections"] = pooled
         elif "text_time" in self.family:
             height, width = (side * self.pipe.vae_scale_factor for side in noisy.shape[-2:])
             time_ids = noisy.new_tensor([[height, width, 0, 0, height, width]]).expand(len(noisy), -1)
-            arguments = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
-        elif self.family == "UNet2DConditionModel":
-            arguments = {}
-        else:
-            arguments = {"encoder_attention_mask": _ones(embeds)}
-            if self.family == "PixArtTransformer2DModel":
-                arguments["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
-            else:
-                timesteps = timesteps * self.denoiser.config.get("timestep_scale", 1.0)
+            arguments["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": time_ids}
+        elif self.family in MASKED:
+            arguments["encoder_attention_mask"] = embeds.new_ones(embeds.shape[:2])
+        if self.family == "PixArtTransformer2DModel":
+            arguments["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+        elif self.family == "SanaTransformer2DModel":
+            timesteps = timesteps * self.denoiser.config.get("timestep_scale", 1.0)
         predicted = self.denoiser(noisy, timestep=timesteps, encoder_hidden_states=embeds, **arguments).sample
         return predicted[:, : noisy.shape[1]]  # what else PixArt predicts is the variance
 
@@ -331,26 +308,15 @@ class VokenImageDecoder:
         Raises:
             ValueError: On a size that the denoiser cannot draw, or an argument that the pipeline does not know.
         """
-        parameters, number = inspect.signature(self.pipe.__call__).parameters, len(condition.embeds)
-        arguments = {"prompt_embeds": condition.embeds, "negative_prompt_embeds": unconditional.embeds}
-        if condition.pooled is not None:
-            arguments |= {
-                "pooled_prompt_embeds": condition.pooled,
-                "negative_pooled_prompt_embeds": unconditional.pooled,
-            }
-        arguments = {
-            name: value.to(self.denoiser.device, self.denoiser.dtype).expand(number, *value.shape[1:])
-            for name, value in arguments.items()
-        }
-        if "prompt_attention_mask" in parameters:
-            mask = _ones(arguments["prompt_embeds"])
-            arguments |= {
-                "prompt_attention_mask": mask,
-                "negative_prompt_attention_mask": mask,
-                "negative_prompt": None,
-            }
-        if "use_resolution_binning" in parameters:
-            arguments["use_resolution_binning"] = False
+        arguments: dict[str, Any] = {}
+        for name, one in condition.items():
+            kind = "prompt_embeds" if name == "embeds" else "pooled_prompt_embeds"
+            arguments |= {kind: one, f"negative_{kind}": unconditional[name].expand_as(one)}
+        arguments = {name: one.to(self.denoiser.device, self.denoiser.dtype) for name, one in arguments.items()}
+        if self.family in MASKED:
+            mask = arguments["prompt_embeds"].new_ones(condition.embeds.shape[:2])
+            arguments |= {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
+            arguments |= {"negative_prompt": None, "use_resolution_binning": False}
         return self.pipe(generator=generator, **arguments, **self.checked(kwargs)).images
 
     @property
@@ -367,31 +333,21 @@ class VokenImageDecoder:
         """
         if unknown := sorted(settings.keys() - self.settings):
             raise ValueError(f"{type(self.pipe).__name__} draws from vokens and takes no {', '.join(unknown)} here.")
+        if settings.get("output_type", "pil") not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {settings['output_type']!r}.")
         _, *size = self.latent_shape(settings.get("height"), settings.get("width"))
         height, width = (side * self.pipe.vae_scale_factor for side in size)
         return {**settings, "height": height, "width": width}
 
 
-def _denoiser(components: dict[str, Any]) -> nn.Module:
-    """The transformer or UNet among the parts of a pipeline."""
+def _known(components: dict[str, Any]) -> tuple[nn.Module, str]:
+    """The denoiser among the parts of a pipeline, and which of `PIPELINES` it belongs to."""
     found = [components[name] for name in ("unet", "transformer") if components.get(name) is not None]
     if len(found) != 1:
-        raise ValueError(
-            f"A pipeline that draws has a unet or a transformer, these parts have {len(found)}: {sorted(components)}."
-        )
-    return found[0]
-
-
-def _family(denoiser: nn.Module) -> str:
-    """Which of `PIPELINES` a denoiser belongs to."""
-    name = type(denoiser).__name__
-    kind = denoiser.config.get("addition_embed_type") if name in PIPELINES else None
-    family = name if kind is None else f"{name} ({kind})"
+        raise ValueError(f"A pipeline that draws has a unet or a transformer, these parts have {len(found)}.")
+    family = type(found[0]).__name__
+    if kind := found[0].config.get("addition_embed_type"):
+        family += f" ({kind})"
     if family not in PIPELINES:
         raise ValueError(f"{family} is no denoiser that vokens can condition. Known are: {', '.join(PIPELINES)}.")
-    return family
-
-
-def _ones(embeds: torch.Tensor) -> torch.Tensor:
-    """Every vector of a condition is attended to."""
-    return torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    return found[0], family

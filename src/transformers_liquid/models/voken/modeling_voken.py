@@ -7,10 +7,10 @@ attached beside it, frozen, and not a part of the weights.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,15 +28,15 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from ...utils.versions import CACHE_NAME, CACHE_NAMES
+from ...utils.versions import CACHE_NAMES
 from ..liquid.reference import load_whole
 from .configuration_voken import VokenConfig
-from .generation_voken import VokenRunLogitsProcessor
+from .generation_voken import VokenRunLogitsProcessor, eos_token_ids
 from .image_decoder import VokenCondition, VokenImageDecoder
 from .repository import part_of
 
 
-@dataclass
+@dataclasses.dataclass
 class VokenOutput(CausalLMOutputWithPast):
     """As in transformers, and what the loss is made of.
 
@@ -109,6 +109,7 @@ class VokenPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = [*CACHE_NAMES]
+    _no_split_modules = ["VokenFeatureMapper"]
     # None of its own, the base has them; PEFT looks for a base's tied weights only where there is a mapping.
     _tied_weights_keys = {}
     # Quantizers leave out what is named here: attention reads the weights of its projections without calling them.
@@ -152,13 +153,10 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         self.text_model = auto_class.from_config(config.text_config, trust_remote_code=False)
         # One object: what resizing writes to the one must be read from the other.
         config.text_config = self.text_model.config
-        head = self.get_output_embeddings()
-        if head.weight.shape[1] != config.state_size:
-            raise ValueError(
-                f"The base's head reads states of {head.weight.shape[1]}, but state_size={config.state_size}."
-            )
+        if (size := self.get_output_embeddings().weight.shape[1]) != config.state_size:
+            raise ValueError(f"The base's head reads states of {size}, but state_size={config.state_size}.")
         self.feature_mapper = VokenFeatureMapper(config)
-        self._attach(None)
+        self.__dict__["_image_decoder"] = None
         self.post_init()
 
     @classmethod
@@ -171,13 +169,10 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         wants_info = kwargs.pop("output_loading_info", False)
         found = part_of(pretrained_model_name_or_path, "model", kwargs)
         load = functools.partial(super().from_pretrained, pretrained_model_name_or_path, *model_args)
-        if pretrained_model_name_or_path is None and not kwargs.get("state_dict"):
-            model, info = load(output_loading_info=True, **found)
-        else:
-            name = str(pretrained_model_name_or_path)
-            model, info = load_whole(load, name, output_loading_info=wants_info, **found)
+        name = str(pretrained_model_name_or_path)
+        model, info = load_whole(load, name, output_loading_info=wants_info, **found)
         if found is not kwargs:
-            model.config.image_decoder = str(pretrained_model_name_or_path)
+            model.config.image_decoder = name
         return (model, info) if wants_info else model
 
     @property
@@ -208,11 +203,8 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
                 f"The image decoder is told what to draw by vectors of {decoder.condition_dim} (pooled: "
                 f"{decoder.pooled_dim}), but this model was made for {ours[0]} (pooled: {ours[1]})."
             )
-        self._attach(decoder)
-        return self
-
-    def _attach(self, decoder: VokenImageDecoder | None) -> None:
         self.__dict__["_image_decoder"] = decoder
+        return self
 
     @property
     def image_decoder(self) -> VokenImageDecoder:
@@ -266,39 +258,43 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If pictures, captions and runs to draw differ in number, or a run is not whole.
         """
+        inputs = {"attention_mask": attention_mask, "pixel_values": pixel_values, **kwargs}
         if labels is None:
-            outputs, _ = self._read(input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs)
-            return self._output(outputs)
-        rows, columns = find_runs(input_ids, labels == self.config.voken_token_ids[0], self.config, attention_mask)
-        self._check_targets(labels, rows, target_pixel_values, target_latents, captions)
-        outputs, states = self._read(
-            input_ids,
-            **{
-                "attention_mask": attention_mask,
-                "labels": labels,
-                "pixel_values": pixel_values,
-                "use_cache": False,
-                **kwargs,
-            },
-        )
+            return self._output(self._read(input_ids, **inputs)[0])
+        rows, before = self._find_runs(input_ids, labels == self.config.voken_token_ids[0], attention_mask)
+        targets = target_pixel_values if target_latents is None else target_latents
+        if not (labels[:, 1:] != -100).any() or not (target_pixel_values is None or target_latents is None):
+            raise ValueError(
+                "There must be labels other than -100, and target_pixel_values or target_latents, not both."
+            )
+        needed = {"target pictures": targets} if self.config.image_loss_weight else {}
+        for name, one in (needed | ({} if captions is None else {"captions": captions})).items():
+            if (number := 0 if one is None else len(one)) != len(rows):
+                each = rows.bincount(minlength=len(labels)).tolist()
+                raise ValueError(
+                    f"The labels hold {len(rows)} runs of vokens to draw (by sequence: {each}), but there are {number} "
+                    f"{name}. They come in reading order over the batch, one for each run."
+                )
+        if not all(isinstance(one, str) for one in captions or ()):
+            raise ValueError(f"captions must be a text for each picture to draw, got {list(captions)!r}.")
+        outputs, states = self._read(input_ids, labels=labels, **{"use_cache": False, **inputs})
+        condition = self.unconditional()
+        if len(rows):
+            is_dropped = torch.zeros_like(rows, dtype=torch.bool)
+            if self.training:
+                is_dropped = torch.rand(len(rows), device=rows.device) < self.config.unconditional_probability
+            run_states = states[rows[:, None], before].masked_fill(is_dropped[:, None, None], 0.0)
+            condition = self.feature_mapper(run_states)
         out = self._output(outputs)
-        out.text_loss = outputs.loss
-        out.loss = self.config.text_loss_weight * outputs.loss
+        out.text_loss = out.loss
+        # Every weight takes part in every step: processes of which one has no pictures wait for each other.
+        out.loss = self.config.text_loss_weight * out.text_loss + 0.0 * sum(one.sum() for one in condition.values())
         if not len(rows):
-            # Every weight takes part in every step: processes of which one has pictures wait for each other.
-            nothing = self.unconditional()
-            out.loss = out.loss + 0.0 * sum(one.sum() for one in nothing.values())
             return out
-
-        is_dropped = torch.zeros_like(rows, dtype=torch.bool)
-        if self.training:
-            is_dropped = torch.rand(len(rows), device=rows.device) < self.config.unconditional_probability
-        run_states = voken_states(states, rows, columns, self.config).masked_fill(is_dropped[:, None, None], 0.0)
-        condition = self.feature_mapper(run_states)
         out.condition, out.pooled_condition = condition.embeds, condition.pooled
         if self.config.image_loss_weight:
             latents = self.image_decoder.encode(target_pixel_values) if target_latents is None else target_latents
-            loss = self.image_decoder.loss(latents.to(run_states.device), condition, self.config.snr_gamma)
+            loss = self.image_decoder.loss(latents.to(states.device), condition, self.config.snr_gamma)
             out.image_loss = loss.mean()
             out.loss = out.loss + self.config.image_loss_weight * out.image_loss
         if captions is not None and self.config.caption_loss_weight:
@@ -330,21 +326,19 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         """
         is_first = input_ids == self.config.voken_token_ids[0]
         is_first[:, :first_new] = False
-        for name, fill in (("attention_mask", 1), ("token_type_ids", 0), ("mm_token_type_ids", 0)):
-            if inputs.get(name) is not None:
-                inputs[name] = nn.functional.pad(
-                    inputs[name], (0, input_ids.shape[1] - inputs[name].shape[1]), value=fill
-                )
+        for name, value in (("attention_mask", 1), ("token_type_ids", 0), ("mm_token_type_ids", 0)):
+            if (one := inputs.get(name)) is not None:
+                inputs[name] = nn.functional.pad(one, (0, input_ids.shape[1] - one.shape[1]), value=value)
         mask = inputs.pop("attention_mask", None)
-        rows, columns = find_runs(input_ids, is_first, self.config, mask)
+        rows, before = self._find_runs(input_ids, is_first, mask)
         if mask is not None:
             # Padding goes to the right, where it moves no position and no state, whatever the base.
             order = mask.argsort(dim=1, descending=True, stable=True)
             inputs |= {name: one.gather(1, order) for name, one in inputs.items() if name.endswith("token_type_ids")}
-            input_ids, columns = input_ids.gather(1, order), mask.cumsum(1)[rows, columns] - 1
+            input_ids, before = input_ids.gather(1, order), mask.cumsum(1)[rows[:, None], before] - 1
             inputs["attention_mask"] = mask.gather(1, order)
         _, states = self._read(input_ids, keep_logits=False, **inputs)
-        return self.feature_mapper(voken_states(states, rows, columns, self.config)), rows
+        return self.feature_mapper(states[rows[:, None], before]), rows
 
     @torch.no_grad()
     def generate(
@@ -387,20 +381,17 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
             return decoder.draw(condition, self.unconditional(), output_type="pt", **drawing)
         if generation_mode != "text":
             raise ValueError(f"generation_mode must be 'text' or 'image', got {generation_mode!r}.")
-        room = kwargs.get("max_new_tokens") or config.max_new_tokens or 0
-        if num_images and num_images * len(vokens) > room:
+        room, number = kwargs.get("max_new_tokens") or config.max_new_tokens or 0, num_images or 0
+        if number * len(vokens) > room:
             raise ValueError(
-                f"{num_images} pictures are {num_images * len(vokens)} tokens, but max_new_tokens={room}: raise it."
+                f"{number} pictures are {number * len(vokens)} tokens, but max_new_tokens={room}: raise it."
             )
-        eos = config.eos_token_id
-        eos = [eos] if isinstance(eos, int) else eos or []
-        runs = VokenRunLogitsProcessor(vokens, num_images or 0, eos, input_ids.shape[1], room)
+        runs = VokenRunLogitsProcessor(vokens, number, eos_token_ids(config), input_ids.shape[1], room)
         kwargs["logits_processor"] = LogitsProcessorList([*(logits_processor or []), runs])
-        reader = self._reader(kwargs.get("pixel_values"))
-        if generation_config is None:
-            reader.generation_config = config
-        else:
+        if generation_config is not None:
             kwargs["generation_config"] = generation_config
+        reader = self._reader(kwargs.get("pixel_values"))
+        reader.generation_config = self.generation_config
         return reader.generate(input_ids=input_ids, **kwargs)
 
     def unconditional(self) -> VokenCondition:
@@ -435,75 +426,27 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         return self.text_model.language_model if demands and pixel_values is None else self.text_model
 
     def _output(self, outputs: ModelOutput) -> VokenOutput:
-        names = "logits", "hidden_states", "attentions"
-        cache = next((outputs[name] for name in CACHE_NAMES if outputs.get(name) is not None), None)
-        return VokenOutput(**{name: outputs.get(name) for name in names}, **{CACHE_NAME: cache})
+        names = {field.name for field in dataclasses.fields(VokenOutput)}
+        return VokenOutput(**{name: one for name, one in outputs.items() if name in names})
 
-    def _check_targets(
-        self,
-        labels: torch.LongTensor,
-        rows: torch.LongTensor,
-        target_pixel_values: torch.Tensor | None,
-        target_latents: torch.Tensor | None,
-        captions: Sequence[str] | None,
-    ) -> None:
-        """As many pictures and captions as there are runs to draw, and something to learn."""
-        if not (labels[:, 1:] != -100).any():
-            raise ValueError("There is nothing to learn: all labels are -100.")
-        if target_pixel_values is not None and target_latents is not None:
-            raise ValueError("Give target_pixel_values or target_latents, not both.")
-        targets = target_pixel_values if target_latents is None else target_latents
-        numbers = {"captions": len(rows) if captions is None else len(captions)}
-        if self.config.image_loss_weight:
-            numbers["target pictures"] = 0 if targets is None else len(targets)
-        for name, number in numbers.items():
-            if number != len(rows):
-                each = rows.bincount(minlength=len(labels)).tolist()
-                raise ValueError(
-                    f"The labels hold {len(rows)} runs of vokens to draw (by sequence: {each}), but there are {number} "
-                    f"{name}. They come in reading order over the batch, one for each run."
-                )
-        if captions is not None and not all(isinstance(one, str) for one in captions):
-            raise ValueError(f"captions must be a text for each picture to draw, got {list(captions)!r}.")
+    def _find_runs(self, ids: torch.Tensor, is_first: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
+        """The sequence `(N,)` of every run that begins where `is_first`, and the positions `(N, n)` of its states: those
+        before the vokens.
 
-
-def find_runs(
-    ids: torch.LongTensor,
-    is_first: torch.BoolTensor,
-    config: VokenConfig,
-    attention_mask: torch.Tensor | None = None,
-) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Sequence and position of every run of vokens that begins where `is_first`, in reading order.
-
-    Args:
-        ids (`torch.LongTensor` of shape `(B, T)`): The ids.
-        is_first (`torch.BoolTensor` of shape `(B, T)`): Where first vokens are asked for.
-        config ([`VokenConfig`]): Has the vokens.
-        attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): A run cannot begin a sequence.
-
-    Raises:
-        ValueError: If one is not whole, or nothing is before it that could have put it out.
-    """
-    rows, columns = is_first.nonzero(as_tuple=True)
-    vokens = torch.tensor(config.voken_token_ids, device=ids.device)
-    run = columns[:, None] + torch.arange(len(vokens), device=ids.device)
-    is_whole = (ids[rows[:, None], run.clamp(max=ids.shape[1] - 1)] == vokens).all(1) & (run[:, -1] < ids.shape[1])
-    has_state = columns > 0
-    if attention_mask is not None:
-        has_state &= attention_mask[rows, (columns - 1).clamp(min=0)].bool()
-    if not (is_whole & has_state).all():
-        index = int((~(is_whole & has_state)).nonzero()[0])
-        problem = "is not followed by the others" if has_state[index] else "begins the sequence: no state put it out"
-        raise ValueError(
-            f"The first voken (id {config.voken_token_ids[0]}) at position {int(columns[index])} of sequence "
-            f"{int(rows[index])} {problem}. A run is {config.voken_token_ids}, after at least one other token."
-        )
-    return rows, columns
-
-
-def voken_states(
-    states: torch.Tensor, rows: torch.LongTensor, columns: torch.LongTensor, config: VokenConfig
-) -> torch.Tensor:
-    """The states that put out the vokens of runs, those of the positions before them: `(N, number of vokens, d)`."""
-    before = columns[:, None] - 1 + torch.arange(len(config.voken_token_ids), device=columns.device)
-    return states[rows[:, None], before]
+        Raises:
+            ValueError: If a run is not whole, or nothing is before it that could have put it out.
+        """
+        rows, columns = is_first.nonzero(as_tuple=True)
+        vokens = torch.tensor(self.config.voken_token_ids, device=ids.device)
+        run = columns[:, None] + torch.arange(len(vokens), device=ids.device)
+        is_good = (ids[rows[:, None], run.clamp(max=ids.shape[1] - 1)] == vokens).all(1) & (run[:, -1] < ids.shape[1])
+        is_good &= columns > 0
+        if mask is not None:
+            is_good &= mask[rows, (columns - 1).clamp(min=0)].bool()
+        if not is_good.all():
+            index = int((~is_good).nonzero()[0])
+            raise ValueError(
+                f"The first voken at position {int(columns[index])} of sequence {int(rows[index])} begins no run: that is "
+                f"{vokens.tolist()}, after at least one other token, whose state puts the first one out."
+            )
+        return [rows, run - 1]
