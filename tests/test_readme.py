@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
+from tiny_vokens import tiny_voken_pipeline
 
 from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM
 from transformers_liquid_cli import main
@@ -43,14 +44,22 @@ def codec(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def vokens(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vokens")
+    tiny_voken_pipeline("llava").save_pretrained(path)
+    return path
+
+
 @pytest.fixture
-def folder(codec, tmp_path, monkeypatch):
+def folder(codec, vokens, tmp_path, monkeypatch):
     """What the examples speak of: a model, a codec, pictures, texts, prompts."""
     Image.new("RGB", (64, 64), "red").save(tmp_path / "picture.png")
     (tmp_path / "prompts.txt").write_text("red apple\ndog face\n")
     (tmp_path / "path" / "to").mkdir(parents=True)
     for name in ("my-liquid", "path/to/liquid"):
         (tmp_path / name).symlink_to(EMOJI_CHECKPOINT, target_is_directory=True)
+    (tmp_path / "my-vokens").symlink_to(vokens, target_is_directory=True)
     (tmp_path / "path" / "to" / "codec").symlink_to(codec, target_is_directory=True)
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (64, 64), "red").save(tmp_path / "photos" / "red.png")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from diffusers import DiffusionPipeline
 from packaging.requirements import Requirement
 from tiny import tiny_model
 from transformers import (
@@ -57,6 +58,11 @@ INTERNALS = {
         ["_set_model_specific_special_tokens"],
     ),
     "training/voken_trainer.py: what a step accumulates": (Trainer, ["get_batch_samples"]),
+    "models/voken/modeling_voken.py: one device for the mapper": (PreTrainedModel, ["_no_split_modules"]),
+    "pipelines/interleaved_voken.py: a pipeline of diffusers' kind": (
+        DiffusionPipeline,
+        ["_optional_components", "_upload_folder", "model_cpu_offload_seq"],
+    ),
     "training/trainer.py: what is missing in a checkpoint": (Trainer, ["_issue_warnings_after_load"]),
 }
 

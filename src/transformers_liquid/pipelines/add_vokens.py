@@ -81,6 +81,7 @@ def add_vokens(
     names = [token_format.format(index) for index in range(num_vokens)]
     voken_token_ids = special_token_ids(base_model, tokenizer, names)
     grow(base_model, max(num_rows, max(voken_token_ids) + 1), num_text_tokens)
+    name = image_pipeline.config.get("_name_or_path")
     settings = {
         "text_config": config,
         "voken_token_ids": voken_token_ids,
@@ -88,7 +89,7 @@ def add_vokens(
         "condition_length": decoder.text_length,
         "condition_dim": decoder.condition_dim,
         "pooled_condition_dim": decoder.pooled_dim,
-        "image_decoder": getattr(image_pipeline.config, "_name_or_path", None),
+        "image_decoder": str(name) if name else None,
         "dtype": config.dtype,
         "attn_implementation": config._attn_implementation,
     }
