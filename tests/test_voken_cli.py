@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from test_cli import error_of, run
+from test_distributed import launch
 from test_reference_voken import files  # noqa: F401 (a fixture)
 from tiny import tiny_tokenizer
 from tiny_vokens import VOKENS, _unet, tiny_base_processor, tiny_image_pipeline, tiny_voken_base, tiny_voken_pipeline
@@ -37,10 +38,14 @@ def here(tmp_path, monkeypatch):
 
 
 def train(**options):
+    write_config(**options)
+    return run("voken train --config config.yaml")
+
+
+def write_config(**options):
     defaults = {"learning_rate": 1e-2, "warmup_steps": 0, "total_batch_size": 2, "per_device_train_batch_size": 2}
     defaults |= {"image_folder": "images", "max_steps": 2, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True}
     Path("config.yaml").write_text(yaml.safe_dump(defaults | options))
-    return run("voken train --config config.yaml")
 
 
 def test_from_a_base_and_a_diffusion_model_to_stories(capsys):
@@ -167,3 +172,30 @@ def test_files_that_are_not_as_they_should_be_are_one_line(name, content, messag
         f"--datasets {name} --image-folder images --output-dir out --total-batch-size 1 --per-device-train-batch-size 1"
     )
     assert message in error_of(f"voken train --model vokens {options} --use-cpu", capsys)
+
+
+# Two processes
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_has_no_pictures_learn_what_one_does():
+    pipe = tiny_voken_pipeline("llava")
+    pipe.model.config.unconditional_probability = 0.0
+    pipe.save_pretrained("vokens")
+    draw = [{"kind": "text_to_image", "text": name, "image": f"{name}.png"} for name in COLORS]
+    tell = [{"kind": "caption", "text": f"a picture of {name}", "image": f"{name}.png"} for name in COLORS]
+    # Of two records at once the first is one process's, the second the other's.
+    records = [one for pair in zip(draw, tell, strict=True) for one in pair] + draw[:1] + tell[:1]
+    Path("records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    # Without noise, nothing is drawn by chance. Epsilon is large, since Adam makes a step of a rounding.
+    options = {"model": "vokens", "datasets": ["records.jsonl"], "image_loss_weight": 0.0, "adam_epsilon": 1e-3}
+    options |= {"train_sampling_strategy": "sequential", "total_batch_size": 4, "save_strategy": "no", "max_steps": 4}
+    assert train(output_dir="one", per_device_train_batch_size=4, **options) == 0
+    write_config(output_dir="two", per_device_train_batch_size=1, **options)
+    launch("ddp.yaml", "-m", "transformers_liquid", "voken", "train", "--config", "config.yaml")
+    one, two = (load_file(f"{name}/model/model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5)
+    before = load_file("vokens/model/model.safetensors")
+    assert any(not torch.equal(weight, before[name]) for name, weight in one.items())
