@@ -8,6 +8,7 @@ from pathlib import Path
 import emoji_data
 import numpy as np
 import pytest
+import voken_emoji_data
 from PIL import Image
 
 from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, tokenize_dataset
@@ -109,3 +110,28 @@ def test_the_three_runs_train_are_measured_and_plotted(run, tmp_path):
     run("smollm2_emoji/plot.py", "--output", "plot", "--results", "results.json")
     assert {*json.loads((tmp_path / "results.json").read_text())["evaluations"]} == {"base", "full", "lora", "rows"}
     assert (tmp_path / "plot_losses.png").exists() and (tmp_path / "plot_drawings.png").exists()
+
+
+def test_voken_emoji_is_trained_in_all_its_parts_and_measured(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(voken_emoji_data, "NUM_UNSEEN", 3)
+    monkeypatch.setattr(emoji_data, "NUM_UNSEEN_COMPOSITIONS", 1)
+    monkeypatch.setattr(emoji_data, "NUM_UNSEEN_FLAGS", 1)
+    folder = tmp_path / "emoji-data" / "package" / "img" / "google" / "64"
+    folder.mkdir(parents=True)
+    people = [f"{who}{role}" for who in ("WOMAN", "MAN") for role in ("", " COOK", " PILOT", " JUDGE")]
+    entries = []
+    for index, name in enumerate([*people, "RED APPLE", "ONE FLAG"]):
+        tones = {tone: {"image": f"{index}-{tone}.png", "has_img_google": True} for tone in emoji_data.SKIN_TONES}
+        entry = {"name": name, "unified": f"{index}", "category": "People & Body" if name in people else "Things"}
+        entry |= {"subcategory": "country-flag" if "FLAG" in name else "other", "has_img_google": True}
+        entry |= {"image": f"{index}.png", "skin_variations": tones if name in people else {}}
+        entries.append(entry)
+        for file in (entry["image"], *(one["image"] for one in entry["skin_variations"].values())):
+            picture(len(list(folder.iterdir()))).save(folder / file)
+    (folder.parents[2] / "emoji.json").write_text(json.dumps(entries))
+    run("voken_emoji/train.py", "--share", "0")
+    run("voken_emoji/train.py", "--share", "0")  # all is there
+    run("voken_emoji/evaluate.py", "--number", "3", "--steps", "1")
+    results = json.loads((tmp_path / "voken-emoji" / "stage2" / "evaluation.json").read_text())
+    assert [*results["scenes"]] == ["none", "text", "picture", "both"] and results["told"]["of"] == 3
+    assert (tmp_path / "voken-emoji" / "stage2" / "evaluation.png").exists()

@@ -1,0 +1,271 @@
+"""voken-emoji: a small language model that reads pictures, a small diffusion model, and the vokens between them, from nothing.
+
+    python examples/voken_emoji/train.py --data_dir emoji-data --output_dir voken-emoji
+
+The VAE is the codec of liquid-emoji without its quantizer. Run again to continue; each part is made once:
+1. `diffusion`: a UNet of 2.8 M weights and a CLIP text model learn to draw names;
+2. `base`: a LLaVA of 256 channels learns to read pictures and stories; then it gets vokens (`add_vokens`);
+3. `warm`: stage 1 with captions and texts alone, no diffusion model, which is what gets the mapper started;
+4. `stage1`, `stage2`: as MiniGPT-5, by `transformers-liquid voken train` with the .yaml beside this file.
+`--share 0.01` makes a hundredth of the steps of each, to see whether all runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from voken_emoji_data import write_data
+
+from transformers_liquid import (
+    EMOJI_CHECKPOINT,
+    LiquidForCausalLM,
+    LiquidVQModel,
+    VokenCondition,
+    VokenDataCollator,
+    VokenImageDecoder,
+    VokenTrainer,
+    add_vokens,
+    story_samples,
+)
+from transformers_liquid.data.voken_collator import drawing_pixels, open_picture
+from transformers_liquid.data.voken_records import load_voken_records
+from transformers_liquid.models.voken.prompts import CAPTION_PROMPT, STORY_PROMPTS
+from transformers_liquid.training.voken_train import main as train_stage
+
+
+LENGTH = 16  # tokens of a name, and vectors of a condition
+SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+
+
+def main(args: argparse.Namespace) -> None:
+    set_seed(0)
+    folder = Path(args.output_dir)
+    if not (folder / "unseen.json").exists():
+        write_data(args.data_dir, folder)
+    if not (folder / "diffusion" / "model_index.json").exists():
+        train_diffusion(folder, args)
+    if not (folder / "base" / "model_index.json").exists():
+        train_base(folder, args)
+    here = Path(__file__).parent
+    for name, before, config, more in (
+        ("warm", "base", "stage1", ["--image_loss_weight=0", "--caption_loss_weight=1"]),
+        ("stage1", "warm", "stage1", ["--image_loss_weight=1", "--caption_loss_weight=0.1"]),
+        ("stage2", "stage1", "stage2", []),
+    ):
+        if (folder / name / "model_index.json").exists():
+            continue
+        files = ["names.jsonl"] if config == "stage1" else ["stories.jsonl"]
+        options = [f"--model={folder / before}", f"--output_dir={folder / name}", f"--image_folder={folder / 'images'}"]
+        options += [f"--max_steps={steps(args, name)}", "--datasets", *(str(folder / file) for file in files)]
+        train_stage(["--config", str(here / f"{config}.yaml"), *options, *more, *args.option])
+
+
+def steps(args: argparse.Namespace, part: str) -> int:
+    return max(
+        2, round(args.share * {"diffusion": 4000, "base": 1100, "warm": 1200, "stage1": 400, "stage2": 600}[part])
+    )
+
+
+def train_diffusion(folder: Path, args: argparse.Namespace) -> None:
+    tokenizer = build_tokenizer(folder)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=LENGTH, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=16, out_channels=16, block_out_channels=(64, 96), layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=8,
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=64, attention_head_dim=8,
+    )  # fmt: skip
+    records = load_voken_records(folder / "names.jsonl", tokenizer, folder / "images")
+    pixels = torch.stack([drawing_pixels(open_picture(record["image"]), (64, 64)) for record in records])
+    vae = fold_codec(LiquidForCausalLM.from_pretrained(EMOJI_CHECKPOINT).model.vq_model, pixels)
+    scheduler = DDPMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", clip_sample=False)
+    pipe = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
+    decoder = VokenImageDecoder(pipe)
+    drawer = Drawer(decoder)
+    latents = torch.cat([decoder.encode(some) for some in pixels.split(64)])
+    data = [{"latents": one, "text": record["text"]} for one, record in zip(latents, records, strict=True)]
+    fit(
+        Trainer,
+        drawer,
+        folder / "diffusion-training",
+        args,
+        "diffusion",
+        32,
+        5e-4,
+        train_dataset=data,
+        data_collator=drawer.collate,
+    )
+    pipe.save_pretrained(folder / "diffusion")
+
+
+class Drawer(torch.nn.Module):
+    """UNet and text encoder, trained by the loss that they are judged by."""
+
+    def __init__(self, decoder: VokenImageDecoder) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = (
+            decoder.denoiser.requires_grad_(True),
+            decoder.pipe.text_encoder.requires_grad_(True),
+        )
+        self.__dict__["decoder"] = decoder
+
+    def forward(self, latents: torch.Tensor, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        condition = VokenCondition(embeds=self.text_encoder(input_ids)[0])
+        return {"loss": self.decoder.loss(latents, condition).mean()}
+
+    def collate(self, records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        texts = ["" if torch.rand(()) < 0.1 else record["text"] for record in records]
+        ids = self.decoder.pipe.tokenizer(texts, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
+        return {"latents": torch.stack([record["latents"] for record in records]), "input_ids": ids}
+
+
+def fold_codec(codec: LiquidVQModel, pixels: torch.Tensor) -> AutoencoderKL:
+    """The codec without its quantizer: the convolutions around it are folded into those of encoder and decoder."""
+    config, ours = codec.config, codec.state_dict()
+    channels = config.vq_embed_dim or config.latent_channels
+    names = (
+        "in_channels",
+        "out_channels",
+        "down_block_types",
+        "up_block_types",
+        "block_out_channels",
+        "layers_per_block",
+    )
+    names += ("act_fn", "norm_num_groups", "sample_size")
+    shape = {name: config[name] for name in names} | {"latent_channels": channels}
+    vae = AutoencoderKL(**shape, use_quant_conv=False, use_post_quant_conv=False)
+    state = {key: ours[key] for key in vae.state_dict() if key in ours}
+    before, after = ours["quant_conv.weight"][:, :, 0, 0], ours["post_quant_conv.weight"][:, :, 0, 0]
+    weight = torch.einsum("oc,cikl->oikl", before, ours["encoder.conv_out.weight"])
+    bias = before @ ours["encoder.conv_out.bias"] + ours["quant_conv.bias"]
+    # The other half is the variance of the posterior: next to none.
+    state["encoder.conv_out.weight"] = torch.cat([weight, torch.zeros_like(weight)])
+    state["encoder.conv_out.bias"] = torch.cat([bias, torch.full_like(bias, -30.0)])
+    first = ours["decoder.conv_in.weight"]
+    state["decoder.conv_in.weight"] = torch.einsum("ockl,ci->oikl", first, after)
+    state["decoder.conv_in.bias"] += torch.einsum("ockl,c->o", first, ours["post_quant_conv.bias"])
+    vae.load_state_dict(state)
+    with torch.no_grad():
+        std = vae.encode(pixels[:256]).latent_dist.mean.std().item()
+    vae.register_to_config(scaling_factor=1 / std)
+    return vae
+
+
+def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A token for each word of the names, the stories and what is asked."""
+    lines = [
+        json.loads(line) for file in ("names", "stories") for line in (folder / f"{file}.jsonl").open(encoding="utf-8")
+    ]
+    texts = [text for line in lines for text in line.get("texts", [line.get("text", "")])]
+    split = pre_tokenizers.Whitespace()
+    asked = [CAPTION_PROMPT, *STORY_PROMPTS.values()]
+    words = sorted({word for text in [*texts, *asked] for word, _ in split.pre_tokenize_str(text.lower())})
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*SPECIALS, *words])}, "<unk>"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.Lowercase(), split
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=LENGTH, extra_special_tokens={"image_token": "<image>"}, **names
+    )
+
+
+def train_base(folder: Path, args: argparse.Namespace) -> None:
+    tokenizer = build_tokenizer(folder)
+    tokenizer.model_max_length = 512
+    vision = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+    vision |= {"num_attention_heads": 4, "image_size": 64, "patch_size": 16}
+    text = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+    text |= {
+        "num_attention_heads": 4,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    config = AutoConfig.for_model(
+        "llava",
+        vision_config=vision,
+        text_config=text,
+        image_token_index=4,
+        vision_feature_layer=-1,
+        image_seq_length=16,
+    )
+    images = CLIPImageProcessorPil(size={"height": 64, "width": 64}, do_center_crop=False)
+    settings = {"patch_size": 16, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor = LlavaProcessor(images, tokenizer, image_token="<image>", **settings)
+    diffusion = StableDiffusionPipeline.from_pretrained(folder / "diffusion")
+    mapper = {"mapper_num_layers": 2, "mapper_num_heads": 4, "condition_length": LENGTH}
+    pipe = add_vokens(AutoModelForImageTextToText.from_config(config), processor, diffusion, **mapper)
+    pipe.model.config.update({"image_loss_weight": 0.0, "text_loss_weight": 1.0})
+    records = load_voken_records(folder / "captions.jsonl", tokenizer, folder / "images")
+    for record in load_voken_records(folder / "stories.jsonl", tokenizer, folder / "images"):
+        records += story_samples(record, ["text"])
+    collator = VokenDataCollator(pipe.processor)
+    fit(
+        VokenTrainer,
+        pipe.model,
+        folder / "base-training",
+        args,
+        "base",
+        16,
+        1e-3,
+        train_dataset=records,
+        data_collator=collator,
+    )
+    pipe.model.config.update({"image_loss_weight": 1.0, "text_loss_weight": 0.01})
+    pipe.save_pretrained(folder / "base")
+
+
+def fit(
+    kind: type[Trainer],
+    model: Any,
+    folder: Path,
+    args: argparse.Namespace,
+    part: str,
+    size: int,
+    rate: float,
+    **data: Any,
+):
+    settings = TrainingArguments(
+        output_dir=str(folder), max_steps=steps(args, part), per_device_train_batch_size=size, learning_rate=rate,
+        lr_scheduler_type="cosine", warmup_steps=50, logging_steps=50, save_steps=500, save_total_limit=1, report_to="none",
+        remove_unused_columns=False, use_cpu=not torch.cuda.is_available(),
+    )  # fmt: skip
+    trainer = kind(model=model.train(), args=settings, **data)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    model.eval()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", default="emoji-data")
+    parser.add_argument("--output_dir", default="voken-emoji")
+    parser.add_argument("--share", type=float, default=1.0, help="of all steps")
+    parser.add_argument(
+        "--option", nargs="*", default=[], help="for the stages, such as --option=--caption_loss_weight=0"
+    )
+    main(parser.parse_args())
