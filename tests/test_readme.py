@@ -67,6 +67,11 @@ def folder(codec, vokens, tmp_path, monkeypatch):
     (tmp_path / "texts.jsonl").write_text('{"text": "a red square is red"}\n')
     options = {"datasets": ["texts.jsonl"], "max_steps": 1, "total_batch_size": 8, "use_cpu": True}
     (tmp_path / "train.yaml").write_text(yaml.safe_dump({"model": "my-liquid", "output_dir": "my-run", **options}))
+    (tmp_path / "pairs.tsv").write_text("caption\timage_path\na red square\tpicture.png\n")
+    options = {"model": "my-vokens", "datasets": ["pairs.tsv"], "max_steps": 1, "total_batch_size": 8, "use_cpu": True}
+    for stage in (1, 2):
+        settings = {"stage": stage, "output_dir": f"my-stage{stage}", **options}
+        (tmp_path / f"stage{stage}.yaml").write_text(yaml.safe_dump(settings))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
     return tmp_path
