@@ -5,14 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from diffusers import DiffusionPipeline
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
 
 from ..conversion.expand import grow, growth_obstacle, special_token_ids
 from ..models.voken.configuration_voken import VokenConfig
@@ -23,8 +17,8 @@ from .interleaved_voken import InterleavedVokenPipeline
 
 
 def add_vokens(
-    base_model: PreTrainedModel,
-    processor: ProcessorMixin | PreTrainedTokenizerBase,
+    base_model: transformers.PreTrainedModel,
+    processor: transformers.ProcessorMixin | transformers.PreTrainedTokenizerBase,
     image_pipeline: DiffusionPipeline,
     num_vokens: int = 8,
     token_format: str = "[IMG{}]",
@@ -63,7 +57,7 @@ def add_vokens(
     ```
     """
     config = getattr(base_model, "config", None)
-    mappings = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+    mappings = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     expected = next((one[type(config)] for one in mappings if type(config) in one), None)
     if type(base_model) is not expected or isinstance(config, VokenConfig) or config.is_encoder_decoder:
         raise ValueError(
@@ -93,16 +87,11 @@ def add_vokens(
         "dtype": config.dtype,
         "attn_implementation": config._attn_implementation,
     }
-    model = assemble(VokenConfig(**settings | kwargs), base_model)
-    return InterleavedVokenPipeline(model, VokenProcessor(processor, voken_token_ids), **parts)
-
-
-def assemble(config: VokenConfig, base_model: PreTrainedModel) -> VokenForConditionalGeneration:
-    """Puts a base model and a new mapper into a model without copying weights."""
+    config = VokenConfig(**settings | kwargs)
     with torch.device("meta"):
         model = VokenForConditionalGeneration(config)
-    model.text_model = base_model
-    config.text_config = base_model.config  # one object: what resizing writes to the one must be read from the other
+    model.text_model, config.text_config = base_model, base_model.config  # nothing is copied, and one object each
     model.feature_mapper = VokenFeatureMapper(config).to(base_model.device)
     model.generation_config = base_model.generation_config
-    return model.train(base_model.training)
+    model.train(base_model.training)
+    return InterleavedVokenPipeline(model, VokenProcessor(processor, voken_token_ids), **parts)

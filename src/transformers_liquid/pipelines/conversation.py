@@ -121,11 +121,7 @@ class LiquidConversation:
         return read_events(events.queue, work, criteria)
 
 
-def read_events(
-    queue: Queue[dict[str, Any] | Exception],
-    work: Callable[[list[StoppingCriteria]], None],
-    criteria: Sequence[StoppingCriteria] = (),
-) -> Iterator[dict[str, Any]]:
+def read_events(queue: Queue, work: Callable[[list], None], criteria: Sequence = ()) -> Iterator[dict[str, Any]]:
     """The events of a generation in another thread, to its last, `"end"`. What fails before the first is raised at once.
 
     Args:

@@ -127,6 +127,8 @@ class InterleavedVokenPipeline(DiffusionPipeline):
         drawing, seed = decoder.checked(settings), None if seed is None else operator.index(seed)
         if (batch_size is not None and batch_size < 1) or kwargs.get("num_return_sequences") not in (None, 1):
             raise ValueError("batch_size must be at least 1, and there is one reply to each prompt.")
+        if hasattr(self.model, "_hf_hook"):  # of enable_model_cpu_offload, which waits for `forward`
+            self.model._hf_hook.pre_forward(self.model)
         inputs = self.processor.apply_chat_template(
             _conversations(prompt, images), add_generation_prompt=True, tokenize=True, return_dict=True
         ).to(self.model.device)
@@ -141,26 +143,33 @@ class InterleavedVokenPipeline(DiffusionPipeline):
         ends, vokens = [*eos_token_ids(config), config.pad_token_id], self.model.config.voken_token_ids
         replies = [finished(row, vokens, ends) for row in ids[:, prompts.shape[1] :].tolist()]
 
-        # 2. All pictures
+        # 2. All pictures, in reading order
         padded = [torch.tensor(reply, dtype=torch.long) for reply in replies]
         padded = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True).to(prompts.device)
-        pictures: list[list[Any]] = [[] for _ in replies]
+        drawn: list[Any] = []
         if (padded == vokens[0]).any():
             condition, rows = self.model.conditions(torch.cat([prompts, padded], 1), prompts.shape[1], **inputs)
             rows = rows.tolist()
+            seeds = [row + (rows[:index].count(row) << 32) for index, row in enumerate(rows)]
             for start in range(0, len(rows), batch_size or len(rows)):
                 part = slice(start, start + (batch_size or len(rows)))
-                seeds = [row + (rows[:index].count(row) << 32) for index, row in enumerate(rows)][part]
-                generators = None if seed is None else [torch.Generator().manual_seed(seed + one) for one in seeds]
+                generators = (
+                    None if seed is None else [torch.Generator().manual_seed(seed + one) for one in seeds[part]]
+                )
                 some = VokenCondition(**{name: one[part] for name, one in condition.items()})
-                drawn = decoder.draw(some, self.model.unconditional(), generators, **drawing)
-                for row, picture in zip(rows[part], drawn, strict=True):
-                    pictures[row].append(picture)
+                drawn.extend(decoder.draw(some, self.model.unconditional(), generators, **drawing))
+        self.maybe_free_model_hooks()
 
-        # 3. In reading order
-        found = [self._in_order(*pair) for pair in zip(replies, pictures, strict=True)]
-        contents = [[_part(one) for one in pieces] for pieces in found]
-        return VokenPipelineOutput(found, [{"role": "assistant", "content": content} for content in contents])
+        # 3. What was written and drawn
+        pictures, out = iter(drawn), VokenPipelineOutput([], [])
+        for reply in replies:
+            pieces = [
+                next(pictures) if ids is None else self.processor.decode(ids, skip_special_tokens=True)
+                for ids in segments(reply, vokens)
+            ]
+            out.segments.append([one for one in pieces if not isinstance(one, str) or one])
+            out.messages.append({"role": "assistant", "content": [_part(one) for one in out.segments[-1]]})
+        return out
 
     def stream(self, prompt: Any, images: Any = None, **kwargs: Any) -> Iterator[dict[str, Any]]:
         """One reply as it comes: text while it is written, pictures, which do not change the text, after it.
@@ -256,13 +265,6 @@ class InterleavedVokenPipeline(DiffusionPipeline):
         decoder.pipe.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         self.model.attach(decoder)
         return decoder
-
-    def _in_order(self, reply: list[int], pictures: list[Any]) -> list[Any]:
-        pictures, pieces = iter(pictures), []
-        for ids in segments(reply, self.model.config.voken_token_ids):
-            piece = next(pictures) if ids is None else self.processor.decode(ids, skip_special_tokens=True)
-            pieces += [] if isinstance(piece, str) and not piece else [piece]
-        return pieces
 
 
 class _EventStreamer(BaseStreamer):

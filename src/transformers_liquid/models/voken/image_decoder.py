@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers  # its parts, as they are used: pipelines and schedulers take their time to import
+import numpy as np
 import torch
 from diffusers.utils import BaseOutput
 from torch import nn
@@ -287,12 +288,8 @@ class VokenImageDecoder:
 
     @torch.no_grad()
     def draw(
-        self,
-        condition: VokenCondition,
-        unconditional: VokenCondition,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        self, condition: VokenCondition, unconditional: VokenCondition, generator: Any = None, **kwargs: Any
+    ) -> list[Any] | np.ndarray | torch.Tensor:
         """Pictures, by diffusers' own pipeline.
 
         Args:

@@ -14,16 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
@@ -148,8 +141,8 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: VokenConfig) -> None:
         super().__init__(config)
-        reads_pictures = type(config.text_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        auto_class = AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM
+        reads_pictures = type(config.text_config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        auto_class = transformers.AutoModelForImageTextToText if reads_pictures else transformers.AutoModelForCausalLM
         self.text_model = auto_class.from_config(config.text_config, trust_remote_code=False)
         # One object: what resizing writes to the one must be read from the other.
         config.text_config = self.text_model.config

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.image_processor import VaeImageProcessor
 from transformers import AutoProcessor, AutoTokenizer, BatchFeature
 from transformers.image_utils import ImageInput
@@ -91,7 +90,7 @@ class VokenProcessor(ProcessorMixin):
             raise ValueError(f"Got {numbers} pictures for texts with {marks} places for them: each needs {reads}.")
         kwargs = {"return_tensors": "pt", "padding": len(texts) > 1, "padding_side": "left", **kwargs}
         if not sum(numbers):
-            inputs = self.tokenizer(texts, **kwargs)
+            inputs = self.base(text=texts, **kwargs)
         elif getattr(self.base, "num_query_tokens", None):  # BLIP-2's puts pictures in front of every text
             expanded = self.image_token * self.base.num_query_tokens
             inputs = self.tokenizer([one.replace(self.image_token, expanded) for one in texts], **kwargs)
@@ -100,10 +99,9 @@ class VokenProcessor(ProcessorMixin):
             inputs = self.base(images=images, text=texts, **kwargs)
         if self.base is self.tokenizer:
             inputs.pop("token_type_ids", None)
-        rows = torch.as_tensor(inputs["input_ids"]).tolist()
-        if vokens := {*self.voken_token_ids}.intersection(*[[one for row in rows for one in row]]):
-            tokens = self.tokenizer.convert_ids_to_tokens(sorted(vokens))
-            raise ValueError(f"A text has {', '.join(tokens)}, which only the model writes: remove it.")
+        ids = {int(one) for row in inputs["input_ids"] for one in row}
+        if vokens := self.tokenizer.convert_ids_to_tokens(sorted(ids & {*self.voken_token_ids})):
+            raise ValueError(f"A text has {', '.join(vokens)}, which only the model writes: remove it.")
         return BatchFeature(dict(inputs))
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -131,16 +129,11 @@ class VokenProcessor(ProcessorMixin):
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """Text of each row of ids; see the tokenizer's `batch_decode`."""
         if skip_special_tokens:  # vokens may be tokens that the base reserved, not all of which are marked as special
-            rows = torch.as_tensor(sequences).tolist() if isinstance(sequences, torch.Tensor) else sequences
-            sequences = [[one for one in row if one not in self.voken_token_ids] for row in rows]
+            sequences = [[int(one) for one in row if one not in self.voken_token_ids] for row in sequences]
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def post_process_multimodal_output(
-        self,
-        generated_outputs: Any,
-        generation_mode: str | None = None,
-        skip_special_tokens: bool = True,
-        **kwargs: Any,
+        self, generated_outputs, generation_mode: str | None = None, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[Any]:
         """Texts of ids `(B, T)`, or for `generation_mode="image"` pictures of pixels `(B, 3, H, W)` in [0, 1]."""
         if generation_mode == "image":
