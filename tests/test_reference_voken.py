@@ -19,7 +19,7 @@ from transformers import (
     BlipImageProcessorPil,
 )
 
-from transformers_liquid import VokenDataCollator, VokenProcessor
+from transformers_liquid import VokenConfig, VokenDataCollator, VokenForConditionalGeneration, VokenProcessor
 from transformers_liquid.models.voken.prompts import MINIGPT5_DIALOGUE_SYSTEM, STORY_PROMPTS
 from transformers_liquid.models.voken.reference import load_minigpt5, save_minigpt5
 
@@ -242,12 +242,15 @@ def test_another_language_model_is_told_before_weights_are_loaded(files, tmp_pat
 
 def test_what_the_reference_cannot_hold_is_not_written(files, tmp_path):
     model, _ = load(files[0], "stage1")
-    model.config.pooled_condition_dim = 4
-    with pytest.raises(ValueError, match="pooled_condition_dim is 4 instead of None"):
+    model.config.mapper_num_heads = 4
+    with pytest.raises(ValueError, match="cannot hold this model: mapper_num_heads must be 8, got 4"):
         save_minigpt5(model, tmp_path / "new")
-    model.config.pooled_condition_dim = None
+    model.config.mapper_num_heads = 8
+    wide = VokenForConditionalGeneration(VokenConfig(**model.config.to_dict() | {"mapper_hidden_size": 24}))
+    with pytest.raises(ValueError, match=r"has no place for \['feature_mapper.projection.bias'"):
+        save_minigpt5(wide, tmp_path / "new")
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=r"text_model\.language_model\..*\.[qk]_proj")
-    with pytest.raises(ValueError, match=r"q_proj and v_proj alone, the model also .*k_proj"):
+    with pytest.raises(ValueError, match=r"has no place for .*k_proj"):
         save_minigpt5(get_peft_model(model, lora), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

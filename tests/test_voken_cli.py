@@ -115,7 +115,9 @@ def test_a_repository_becomes_files_of_minigpt5_or_says_why_not(capsys):
     tiny_voken_pipeline().save_pretrained("vokens")
     assert run("voken convert vokens --output files") == 2
     error = capsys.readouterr().err
-    assert "The reference cannot hold this model: base is 'llama' instead of 'blip-2'" in error
+    assert (
+        "The reference cannot hold this model: its bases must be ['blip-2', 'llama'], got ['llama', 'llama']" in error
+    )
     assert "need --projection" in error_of("voken convert config.json --output files --projection x.pth", capsys)
 
 

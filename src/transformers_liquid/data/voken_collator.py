@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..models.voken.image_decoder import VokenImageDecoder
@@ -40,7 +41,7 @@ class VokenDataCollator:
     |-----------------|-----------------------|------------------------------------------------------------------------|
     | `text_to_image` | `text`, `image`       | user: text; assistant: [picture]                                       |
     | `caption`       | `text`, `image`       | user: picture, "Describe this picture."; assistant: [text]             |
-    | `text`          | `text`                | [text] alone                                                           |
+    | `text`          | `text`                | user: nothing; assistant: [text]                                                         |
     | `conversation`  | `messages`, (`images`)| as in `apply_chat_template`; the last one is the assistant's           |
     | `story`         | `texts`, `images`     | for each scene and task, user: all before it and what is asked;        |
     |                 |                       | assistant: [picture], [text picture] or [text]                         |
@@ -97,7 +98,7 @@ class VokenDataCollator:
             shape, factor = self.decoder.latent_shape(self.height, self.width), self.decoder.pipe.vae_scale_factor
             self.latent_shape, self.size = shape, (shape[2] * factor, shape[1] * factor)
         # What ends a turn, as the template writes it.
-        turns = [{"role": role, "content": [{"type": "text", "text": "\0"}]} for role in ("user", "assistant")]
+        turns = _conversation([_text("\0")], [_text("\0")], "")["messages"]
         tokenizer = self.processor.tokenizer
         end = self.processor.apply_chat_template(turns, tokenize=False).rpartition("\0")[2]
         self.end_ids = tokenizer(end, add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
@@ -107,21 +108,19 @@ class VokenDataCollator:
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         conversations = [one for record in records for one in self._conversations(record)]
         contexts, targets, captions = zip(*map(self._sample, conversations), strict=True)
-        batch = self._read([context for context in contexts if context])
-        # Without their pads, which are on the left; what has no value for each token is of pictures.
-        masks = batch.pop("attention_mask", torch.empty(0)).bool()
-        names = [name for name, one in batch.items() if one.shape == masks.shape] or ["input_ids"]
-        asked = iter([{name: batch[name][row, mask] for name in names} for row, mask in enumerate(masks)])
-        batch = {name: one for name, one in batch.items() if name not in names}
-        bos = self.processor.tokenizer.bos_token_id
-        nothing = dict.fromkeys(names, torch.tensor([] if bos is None else [bos], dtype=torch.long))
-
-        rows: list[dict[str, torch.Tensor]] = []
-        for context, target in zip(contexts, targets, strict=True):
-            row, (ids, labels) = next(asked) if context else nothing, self._target(target)
-            row = {name: torch.cat([one, ids if name == "input_ids" else 0 * ids]) for name, one in row.items()}
-            unlearned = len(row["input_ids"]) - len(ids)
-            row["labels"] = torch.cat([torch.full((unlearned,), IGNORE_INDEX), labels])
+        batch = dict(
+            self.processor.apply_chat_template(
+                list(contexts), add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+        )
+        # What has a value for each token loses its pads, which are on the left; the rest is of pictures.
+        masks, rows = batch.pop("attention_mask").bool(), []
+        prompts = {name: batch.pop(name).long() for name, one in [*batch.items()] if one.shape == masks.shape}
+        for index, (mask, target) in enumerate(zip(masks, targets, strict=True)):
+            ids, labels = self._target(target)
+            row = {name: nn.functional.pad(one[index, mask], (0, len(ids))) for name, one in prompts.items()}
+            row["input_ids"][-len(ids) :] = ids
+            row["labels"] = nn.functional.pad(labels, (int(mask.sum()), 0), value=IGNORE_INDEX)
             row["labels"][0] = IGNORE_INDEX  # nothing predicts it
             row["attention_mask"] = torch.ones_like(row["labels"])
             if self.max_length is not None and len(row["labels"]) > self.max_length:
@@ -130,11 +129,8 @@ class VokenDataCollator:
                     "cannot be cut: raise it, or leave out long records."
                 )
             rows.append(row)
-        tokenizer = self.processor.tokenizer
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        for name in rows[0]:
-            fill = {"input_ids": pad, "labels": IGNORE_INDEX}.get(name, 0)
-            batch[name] = pad_sequence([row[name] for row in rows], batch_first=True, padding_value=fill)
+        fill = {"input_ids": self.processor.tokenizer.pad_token_id or 0, "labels": IGNORE_INDEX}
+        batch |= {name: pad_sequence([row[name] for row in rows], True, fill.get(name, 0)) for name in rows[0]}
         drawn = [part["image"] for target in targets for part in target if part["type"] == "image"]
         if drawn and self.captions:
             batch["captions"] = [caption for own in captions for caption in own]
@@ -143,13 +139,6 @@ class VokenDataCollator:
         elif drawn and self.decoder is not None:
             batch["target_pixel_values"] = torch.stack([drawing_pixels(picture, self.size) for picture in drawn])
         return batch
-
-    def _read(self, contexts: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
-        if not contexts:
-            return {}
-        return dict(
-            self.processor.apply_chat_template(contexts, add_generation_prompt=True, tokenize=True, return_dict=True)
-        )
 
     def _conversations(self, record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """A record as conversations; the caption of a picture to draw is the text that it was drawn for."""
@@ -163,39 +152,38 @@ class VokenDataCollator:
         if kind == "story":
             return story_samples(record, self.story_tasks)
         text, image = _text(record["text"]), _image(record.get("image"))
-        asked, answer = {
+        turns = {
             "text_to_image": ([text], [image]),
             "caption": ([image, _text(CAPTION_PROMPT)], [text]),
             "text": ([], [text]),
-        }[kind]
-        return [_conversation(asked, answer, *(record.get("captions") or [record["text"]]))]
+        }
+        return [_conversation(*turns[kind], *(record.get("captions") or [record["text"]]))]
 
     def _sample(self, record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
         """What comes before, what is learned, and captions of the pictures in this."""
-        images, flip = iter(record.get("images") or ()), bool(torch.rand(()) < self.flip_probability)
+        images, flip = list(record.get("images") or ()), bool(torch.rand(()) < self.flip_probability)
         turns = []
         for message in record["messages"]:
             content = message["content"]
             parts = [_text(content)] if isinstance(content, str) else [dict(part) for part in content]
-            for part in parts:
-                if part["type"] == "image" and part.get("image") is None:
-                    part["image"] = next(images, None)
             turns.append({"role": message["role"], "content": parts})
-        pictures = [part for turn in turns for part in turn["content"] if part["type"] == "image"]
-        if None in [part["image"] for part in pictures] or next(images, None) is not None:
-            raise ValueError(
-                f"The messages have {len(pictures)} places for pictures, but there are {len(record.get('images') or ())} "
-                "images: give as many, or each picture in its part."
-            )
         *context, last = turns
+        places = [
+            part for turn in turns for part in turn["content"] if part["type"] == "image" and not part.get("image")
+        ]
+        if len(places) != len(images):
+            raise ValueError(
+                f"The messages have {len(places)} places for pictures, but there are {len(images)} images."
+            )
+        for part, image in zip(places, images, strict=True):
+            part["image"] = image
         if last["role"] != "assistant" or not last["content"]:
             raise ValueError(f"The last turn is what is learned: the assistant's, got {last!r}.")
         number = sum(part["type"] == "image" for part in last["content"])
-        captions = list(record.get("captions") or ())[:number] if number else []
+        captions = list(record.get("captions") or ())[:number]
         if self.captions and len(captions) < number:
             raise ValueError(
-                f"The last turn draws {number} pictures, with {len(captions)} captions: the caption loss needs one of "
-                "each ('captions' of a conversation)."
+                f"The last turn draws {number} pictures, with {len(captions)} captions: the caption loss needs one of each."
             )
         for turn in context if self.latents is not None else turns:  # those with latents are known by their paths
             for part in turn["content"]:
@@ -224,10 +212,9 @@ class VokenDataCollator:
     def _cached(self, picture: Any) -> torch.Tensor:
         latents = self.latents.get(str(picture))
         if latents is None or latents.shape != self.latent_shape:
-            what = "not there" if latents is None else f"of shape {tuple(latents.shape)}"
             raise ValueError(
-                f"Cached latents of {picture} are {what}, expected {self.latent_shape}: make them with `cache_latents` for "
-                "this decoder and size, of pictures that are given by their paths."
+                f"Cached latents of {picture} have the shape {getattr(latents, 'shape', None)}, expected {self.latent_shape}: "
+                "make them with `cache_latents` for this decoder and size, of pictures that are given by their paths."
             )
         return latents
 
@@ -312,6 +299,5 @@ def _image(image: Any) -> dict[str, Any]:
 
 
 def _conversation(asked: list[dict[str, Any]], answer: list[dict[str, Any]], caption: str) -> dict[str, Any]:
-    turns = [{"role": "user", "content": asked}] if asked else []
-    turns.append({"role": "assistant", "content": answer})
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     return {"kind": "conversation", "messages": turns, "captions": [caption]}

@@ -78,7 +78,9 @@ def key_table(config: VokenConfig, stage: int) -> dict[str, str]:
         keys += [lora.format(layer, name, side) for layer in layers for name in "qv" for side in "AB"]
     table = {}
     for key in keys:
-        part = next(part for part in NAMES if key.startswith(part))
+        part = next((part for part in NAMES if key.startswith(part)), None)
+        if part is None:  # a mapper has parts that the reference's has not
+            continue
         name = NAMES[part] + key.removeprefix(part)
         if stage == 2:  # the language model alone was in a `PeftModel`
             name = name.replace("llama_model.", "llama_model.base_model.model.")
@@ -165,25 +167,21 @@ def save_minigpt5(model: VokenForConditionalGeneration | PeftModel, directory: s
         ValueError: If the reference cannot hold the model, saying why.
     """
     ours, config = bare_state_dict(model), model.config
-    rows = config.get_text_config().vocab_size
+    rows, lora = config.get_text_config().vocab_size, {key for key in ours if ".lora_" in key}
+    adapter = model.peft_config["default"] if lora else None
     expected = {
-        "base": ("blip-2", config.text_config.model_type),
-        "language model": ("llama", config.get_text_config().model_type),
-        "mapper_hidden_size": (config.condition_dim, config.mapper_hidden_size),
+        "its bases": (["blip-2", "llama"], [config.text_config.model_type, config.get_text_config().model_type]),
         "mapper_num_heads": (8, config.mapper_num_heads),
-        "pooled_condition_dim": (None, config.pooled_condition_dim),
         "voken_token_ids": ([*range(rows - len(ADDED_TOKENS), rows - 1)], config.voken_token_ids),
+        "lora_alpha / r": (_LORA_SCALE, adapter.lora_alpha / adapter.r if lora else _LORA_SCALE),
     }
-    lora = {key for key in ours if ".lora_" in key}
-    if lora:
-        adapter = model.peft_config["default"]
-        expected["lora_alpha / r"] = (_LORA_SCALE, adapter.lora_alpha / adapter.r)
-    wrong = [f"{name} is {ours!r} instead of {theirs!r}" for name, (theirs, ours) in expected.items() if theirs != ours]
-    if wrong:
-        raise ValueError(f"The reference cannot hold this model: {'; '.join(wrong)}.")
+    for name, (theirs, own) in expected.items():
+        if theirs != own:
+            raise ValueError(f"The reference cannot hold this model: {name} must be {theirs}, got {own}.")
     tables = {stage: key_table(config, stage) for stage in ((1, 2) if lora else (1,))}
-    if other := lora - {*tables.get(2, {}).values()}:
-        raise ValueError(f"The reference has LoRA on q_proj and v_proj alone, the model also {sorted(other)[:10]}.")
+    known = {key for table in tables.values() for key in table.values()}
+    if unknown := {key for key in ours if key in lora or key.startswith("feature_mapper.")} - known:
+        raise ValueError(f"The reference has no place for {sorted(unknown)[:10]}.")
     Path(directory).mkdir(parents=True, exist_ok=True)
     for stage, table in tables.items():
         check_keys("The model", ours, required=table.values())
