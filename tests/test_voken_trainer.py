@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from transformers_liquid.models.voken.image_decoder import VokenImageDecoder
 from transformers_liquid.models.voken.modeling_voken import VokenForConditionalGeneration
-from transformers_liquid.training.adapters import voken_lora_config, voken_stage1_config
+from transformers_liquid.training.adapters import voken_lora_config, voken_prefix_model, voken_stage1_config
 from transformers_liquid.training.voken_trainer import VokenTrainer
 
 
@@ -74,9 +74,9 @@ def weights(model):
     return {name: one.detach().clone() for name, one in model.named_parameters()}
 
 
-def trained(model, folder, records, collator=collate, **kwargs):
-    trainer = VokenTrainer(model=model, args=arguments(folder, **kwargs), train_dataset=records, data_collator=collator)
-    trainer.train()
+def trained(model, folder, records, resume=None, **kwargs):
+    trainer = VokenTrainer(model=model, args=arguments(folder, **kwargs), train_dataset=records, data_collator=collate)
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -238,3 +238,44 @@ def test_what_peft_cannot_train_is_refused(saved):
             ValueError, match=r"must be a VokenForConditionalGeneration without adapters, got .* with adapters"
         ):
             config(adapted.get_base_model())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "llava"])
+def test_prefix_tuning_moves_the_prefix_the_rows_and_the_encoder_decoder_and_draws_with_it(model_type, saved, tmp_path):
+    model = saved(model_type, unconditional_probability=0.0)
+    adapted = voken_prefix_model(model, encoder_hidden_size=16)
+    before = weights(adapted)
+    trained(
+        adapted,
+        tmp_path / "run",
+        [record(index) for index in range(20)],
+        max_steps=10,
+        save_strategy="steps",
+        save_steps=10,
+    )
+    moved = {name for name, one in weights(adapted).items() if not torch.equal(one, before[name])}
+    kinds = ("prompt_encoder.default.modules_to_save.", "trainable_tokens_delta.", "encoder_decoder.modules_to_save.")
+    assert all(any(kind in name for kind in kinds) for name in moved)
+    assert {kind for kind in kinds for name in moved if kind in name} == {*kinds}
+    batch = collate([record(3)])
+    adapted.eval()
+    with torch.no_grad():
+        expected = model(**batch)
+    # A checkpoint has all of it, and goes on.
+    again = voken_prefix_model(saved(model_type, unconditional_probability=0.0), encoder_hidden_size=16)
+    trained(again, tmp_path / "run", [record(index) for index in range(20)], max_steps=10, resume=True)
+    with torch.no_grad():
+        torch.testing.assert_close(again.get_base_model().eval()(**batch).logits, expected.logits)
+    # Merged, and the prefix apart
+    merged = adapted.merge_and_unload().eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**batch).logits, expected.logits)
+        run = batch["input_ids"]
+        condition, _ = merged.conditions(run.clone(), attention_mask=torch.ones_like(run))
+        torch.testing.assert_close(condition.embeds, expected.condition)
+    merged.text_model.save_pretrained(tmp_path / "prefix")
+    merged.text_model = merged.text_model.get_base_model()
+    with torch.no_grad():
+        assert not torch.allclose(merged(**batch).logits, expected.logits, atol=1e-3)
+        merged.text_model = PeftModel.from_pretrained(merged.text_model, tmp_path / "prefix")
+        torch.testing.assert_close(merged(**batch).logits, expected.logits)

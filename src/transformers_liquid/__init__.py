@@ -43,7 +43,13 @@ from .pipelines.conversation import LiquidConversation
 from .pipelines.interleaved_voken import InterleavedVokenPipeline
 from .pipelines.streamers import ImageIteratorStreamer, ImageStreamer, partial_pictures
 from .pipelines.text_to_image import LiquidImageGenerationPipeline
-from .training.adapters import liquid_lora_config, liquid_rows_config, voken_lora_config, voken_stage1_config
+from .training.adapters import (
+    liquid_lora_config,
+    liquid_rows_config,
+    voken_lora_config,
+    voken_prefix_model,
+    voken_stage1_config,
+)
 
 
 if TYPE_CHECKING:
@@ -121,5 +127,6 @@ __all__ = [
     "story_samples",
     "tokenize_dataset",
     "voken_lora_config",
+    "voken_prefix_model",
     "voken_stage1_config",
 ]

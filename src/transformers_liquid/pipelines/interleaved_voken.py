@@ -239,7 +239,8 @@ class InterleavedVokenPipeline(DiffusionPipeline):
             ValueError: If a component is an adapter around a model, which diffusers would leave out.
         """
         for name, component in self.components.items():
-            if type(component).__module__.startswith("peft.") or getattr(component, "_hf_peft_config_loaded", False):
+            parts = component.modules() if isinstance(component, torch.nn.Module) else ()
+            if any(type(part).__module__.startswith("peft.") for part in parts):
                 raise ValueError(
                     f"{name} is a model with an adapter ({type(component).__name__}), which diffusers does not save: merge "
                     "it first (`merge_and_unload()`), or save the adapter beside the pipeline."

@@ -16,7 +16,7 @@ from ..utils.optional import require
 
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, TrainableTokensConfig
+    from peft import LoraConfig, PeftModel, TrainableTokensConfig
 
 
 def liquid_lora_config(
@@ -166,6 +166,40 @@ def voken_lora_config(
         )
     lora = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "target_modules": target}
     return _voken_config(model, modules_to_save=["feature_mapper.encoder_decoder"], **lora | kwargs)
+
+
+def voken_prefix_model(
+    model: VokenForConditionalGeneration, num_virtual_tokens: int = 5, encoder_hidden_size: int = 1024
+) -> PeftModel:
+    """Prefix tuning of the language model in place of LoRA, the second stage's other form in MiniGPT-5, with its numbers.
+
+    The prefix is a part of every forward pass, also where conditions are drawn. It cannot be merged: after training,
+    `model = adapted.merge_and_unload()` has a `PeftModel` as `model.text_model`, whose `save_pretrained` writes the prefix
+    alone. To use it, put `PeftModel.from_pretrained(model.text_model, path)` in place of the `text_model` of the model that
+    it was trained on.
+
+    Args:
+        model ([`VokenForConditionalGeneration`]): As in [`liquid_lora_config`]. Its language model is wrapped in place.
+        num_virtual_tokens (`int`, defaults to 5): Length of the prefix.
+        encoder_hidden_size (`int`, defaults to 1024): Width of the MLP that makes it.
+
+    Returns:
+        [`peft.PeftModel`] that trains the prefix, the rows of the vokens, and the mapper's encoder and decoder.
+
+    Raises:
+        ValueError, ImportError: As in [`liquid_lora_config`].
+    """
+    require("peft", "An adapter")
+    from peft import PrefixTuningConfig, get_peft_model
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    _check_bare(model, VokenForConditionalGeneration)
+    prefix = {"num_virtual_tokens": num_virtual_tokens, "encoder_hidden_size": encoder_hidden_size}
+    model.text_model = get_peft_model(
+        model.text_model, PrefixTuningConfig(task_type="CAUSAL_LM", prefix_projection=True, **prefix)
+    )
+    parts = ["feature_mapper.encoder_decoder", "text_model.prompt_encoder.default"]
+    return get_peft_model(model, _voken_config(model, target_modules=DUMMY_TARGET_MODULES, modules_to_save=parts))
 
 
 def _voken_config(model: VokenForConditionalGeneration, **kwargs: Any) -> LoraConfig:
