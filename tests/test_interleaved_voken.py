@@ -21,7 +21,14 @@ from tiny_vokens import (
     tiny_voken_model,
     tiny_voken_pipeline,
 )
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    pipeline,
+)
 
 from transformers_liquid import (
     InterleavedVokenPipeline,
@@ -208,7 +215,7 @@ def test_all_doors_of_transformers_open_the_repository_of_a_pipeline(tmp_path):
         (tmp_path / "model/config.json").read_text()
     )
     assert AutoConfig.from_pretrained(tmp_path).model_type == "voken"
-    for door in (AutoModelForMultimodalLM, AutoModelForImageTextToText, VokenForConditionalGeneration):
+    for door in (AutoModel, AutoModelForMultimodalLM, AutoModelForImageTextToText, VokenForConditionalGeneration):
         model = door.from_pretrained(tmp_path)
         assert all(map(torch.equal, model.state_dict().values(), pipe.model.state_dict().values()))
     for door in (AutoProcessor, VokenProcessor):
@@ -226,14 +233,24 @@ def test_all_doors_of_transformers_open_the_repository_of_a_pipeline(tmp_path):
     assert "[IMG" not in processor.post_process_multimodal_output(ids)[0]
 
 
+def test_a_repository_of_the_hub_is_opened_by_its_name(tmp_path):
+    """From the cache, where it lies as if it had been downloaded."""
+    snapshot = tmp_path / "models--me--vokens" / "snapshots" / ("0" * 40)
+    tiny_voken_pipeline("llava").save_pretrained(snapshot)
+    (tmp_path / "models--me--vokens" / "refs").mkdir()
+    (tmp_path / "models--me--vokens" / "refs" / "main").write_text("0" * 40)
+    where = {"cache_dir": tmp_path, "local_files_only": True}
+    assert type(DiffusionPipeline.from_pretrained("me/vokens", **where)) is InterleavedVokenPipeline
+    assert AutoModelForMultimodalLM.from_pretrained("me/vokens", **where).config.image_decoder == "me/vokens"
+    assert AutoProcessor.from_pretrained("me/vokens", **where).voken_token_ids == VOKENS
+
+
 def test_the_pipeline_any_to_any_writes_and_draws(tmp_path, monkeypatch):
     import transformers.pipelines.any_to_any as any_to_any
 
     monkeypatch.setattr(any_to_any, "requires_backends", lambda *_: None)  # torchvision, which is not used
     tiny_voken_pipeline("llava").save_pretrained(tmp_path)
-    pipe = any_to_any.AnyToAnyPipeline(
-        model=AutoModelForMultimodalLM.from_pretrained(tmp_path), processor=AutoProcessor.from_pretrained(tmp_path)
-    )
+    pipe = pipeline("any-to-any", model=str(tmp_path))
     messages = [{"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": "a cat"}]}]
     settings = {"generation_mode": "image", "generate_kwargs": {"num_inference_steps": 2}}
     assert pipe(text=messages, **settings)[0]["generated_image"].size == (16, 16)
@@ -363,7 +380,8 @@ def test_sizes_come_from_the_pipeline():
     [
         (("a [IMG0] b",), r"has \[IMG0\], which only the model writes"),
         (("a cat", [RED]), "a base that reads pictures"),
-        (("a cat", None, {"num_images": 4}), "32 tokens, but max_new_tokens=24"),
+        (("a cat", None, {"num_images": 4}), "takes 32 of max_new_tokens=24"),
+        (("a cat", None, {"num_images": 0}), "num_images=0 must be at least 1"),
         (("a cat", None, {"height": 15}), "multiples of 2"),
         (("a cat", None, {"output_type": "jpg"}), "'pil', 'np' or 'pt'"),
         (("a cat", None, {"batch_size": 0}), "batch_size must be at least 1"),

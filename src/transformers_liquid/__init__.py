@@ -66,9 +66,10 @@ for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelF
 for names in (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
     names["liquid"] = LiquidForCausalLM.__name__
 AutoConfig.register("voken", VokenConfig)
-for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto_class.register(VokenConfig, VokenForConditionalGeneration)
-modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["voken"] = VokenForConditionalGeneration.__name__
+for kind in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
+    getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES")["voken"] = VokenForConditionalGeneration.__name__
 AutoImageProcessor.register(LiquidConfig, image_processor_classes={"pil": LiquidImageProcessor})
 AutoProcessor.register(LiquidConfig, LiquidProcessor)
 AutoProcessor.register(VokenConfig, VokenProcessor)

@@ -213,7 +213,7 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
                     "repository in `config.image_decoder`."
                 )
             decoder = VokenImageDecoder.from_pretrained(self.config.image_decoder)
-            decoder.pipe.to(self.device, self.dtype)
+            decoder.pipe.to(self.device, None if self.dtype == torch.float32 else self.dtype)
             self.attach(decoder)
         return self._image_decoder
 
@@ -375,10 +375,8 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         if generation_mode != "text":
             raise ValueError(f"generation_mode must be 'text' or 'image', got {generation_mode!r}.")
         room, number = kwargs.get("max_new_tokens") or config.max_new_tokens or 0, num_images or 0
-        if number * len(vokens) > room:
-            raise ValueError(
-                f"{number} pictures are {number * len(vokens)} tokens, but max_new_tokens={room}: raise it."
-            )
+        if num_images is not None and not 0 < (needed := number * len(vokens)) <= room:
+            raise ValueError(f"num_images={number} must be at least 1; it takes {needed} of max_new_tokens={room}.")
         runs = VokenRunLogitsProcessor(vokens, number, eos_token_ids(config), input_ids.shape[1], room)
         kwargs["logits_processor"] = LogitsProcessorList([*(logits_processor or []), runs])
         if generation_config is not None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.image_processor import VaeImageProcessor
+from huggingface_hub import snapshot_download
 from transformers import AutoProcessor, AutoTokenizer, BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin  # diffusers looks for it here
-from transformers.utils import PROCESSOR_NAME, cached_file
+from transformers.utils import PROCESSOR_NAME
 
 from ...utils.files import parse_json, read_text, write_json
 from ..liquid.image_processing_liquid import flatten_images, is_column
@@ -115,13 +116,14 @@ class VokenProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> VokenProcessor:
         """Loads the processor that this class saved, or that of a pipeline's whole repository."""
-        kwargs = part_of(pretrained_model_name_or_path, "processor", kwargs)
-        where = hub_arguments(kwargs)
-        path = cached_file(pretrained_model_name_or_path, PROCESSOR_NAME, **where)
-        config = parse_json(read_text(path), path)
-        auto_class = AutoTokenizer if config.pop("is_tokenizer") else AutoProcessor
-        where["subfolder"] = "/".join(filter(None, (where.get("subfolder"), "base")))
-        base = auto_class.from_pretrained(pretrained_model_name_or_path, **where)
+        where = hub_arguments(part_of(pretrained_model_name_or_path, "processor", kwargs))
+        folder, root = where.pop("subfolder", ""), pretrained_model_name_or_path
+        if not os.path.isdir(root):  # transformers finds no tokenizer in a folder within a folder of the Hub
+            files = [f"{folder}/{name}".lstrip("/") for name in (PROCESSOR_NAME, "base/*")]
+            root = snapshot_download(root, allow_patterns=files, **where)
+        folder = Path(root, folder)
+        config = parse_json(read_text(folder / PROCESSOR_NAME), folder / PROCESSOR_NAME)
+        base = (AutoTokenizer if config["is_tokenizer"] else AutoProcessor).from_pretrained(folder / "base")
         return cls(base, config["voken_token_ids"], config["chat_template"])
 
     # Outputs
