@@ -233,6 +233,18 @@ def test_all_doors_of_transformers_open_the_repository_of_a_pipeline(tmp_path):
     assert "[IMG" not in processor.post_process_multimodal_output(ids)[0]
 
 
+def test_half_precision_is_for_all_but_the_mapper(tmp_path):
+    tiny_voken_pipeline().save_pretrained(tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert pipe.model.text_model.dtype == pipe.unet.dtype == torch.bfloat16
+    assert {one.dtype for one in pipe.model.feature_mapper.parameters()} == {torch.float32}
+    pipe.set_progress_bar_config(disable=True)
+    assert any(not isinstance(part, str) for part in pipe("a cat", num_images=1, **FAST).segments[0])
+    ids = torch.tensor([[1, 40, *VOKENS]])
+    pipe.model(ids, labels=ids, target_pixel_values=torch.zeros(1, 3, 16, 16), captions=["a"]).loss.backward()
+    assert pipe.model.feature_mapper.query.grad.isfinite().all()
+
+
 def test_a_repository_of_the_hub_is_opened_by_its_name(tmp_path):
     """From the cache, where it lies as if it had been downloaded."""
     snapshot = tmp_path / "models--me--vokens" / "snapshots" / ("0" * 40)
@@ -335,7 +347,7 @@ def test_a_drawn_picture_of_an_earlier_turn_is_read():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", [*CAUSAL_BASES, "llava", "blip-2"])
+@pytest.mark.parametrize("model_type", [*CAUSAL_BASES, *VISION_BASES])
 def test_text_logits_stay_those_of_the_base(model_type, tied):
     base = tiny_voken_base(model_type, vocab_size=VOKENS[0], tied=tied)
     pictures, tensors = ([], {}) if model_type in CAUSAL_BASES else picture_inputs(model_type)

@@ -79,7 +79,7 @@ def add_vokens(
     settings = {
         "text_config": config,
         "voken_token_ids": voken_token_ids,
-        "state_size": base_model.get_output_embeddings().weight.shape[1],
+        "state_size": base_model.get_output_embeddings().in_features,
         "condition_length": decoder.text_length,
         "condition_dim": decoder.condition_dim,
         "pooled_condition_dim": decoder.pooled_dim,

@@ -146,7 +146,7 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         self.text_model = auto_class.from_config(config.text_config, trust_remote_code=False)
         # One object: what resizing writes to the one must be read from the other.
         config.text_config = self.text_model.config
-        if (size := self.get_output_embeddings().weight.shape[1]) != config.state_size:
+        if (size := self.get_output_embeddings().in_features) != config.state_size:
             raise ValueError(f"The base's head reads states of {size}, but state_size={config.state_size}.")
         self.feature_mapper = VokenFeatureMapper(config)
         self.__dict__["_image_decoder"] = None
@@ -271,8 +271,9 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         if not all(isinstance(one, str) for one in captions or ()):
             raise ValueError(f"captions must be a text for each picture to draw, got {list(captions)!r}.")
         outputs, states = self._read(input_ids, labels=labels, **{"use_cache": False, **inputs})
-        condition = self.unconditional()
-        if len(rows):
+        if not len(rows):
+            condition = self.unconditional()
+        else:
             is_dropped = torch.zeros_like(rows, dtype=torch.bool)
             if self.training:
                 is_dropped = torch.rand(len(rows), device=rows.device) < self.config.unconditional_probability
@@ -327,7 +328,8 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         if mask is not None:
             # Padding goes to the right, where it moves no position and no state, whatever the base.
             order = mask.argsort(dim=1, descending=True, stable=True)
-            inputs |= {name: one.gather(1, order) for name, one in inputs.items() if name.endswith("token_type_ids")}
+            of_tokens = [name for name in ("token_type_ids", "mm_token_type_ids") if inputs.get(name) is not None]
+            inputs |= {name: inputs[name].gather(1, order) for name in of_tokens}
             input_ids, before = input_ids.gather(1, order), mask.cumsum(1)[rows[:, None], before] - 1
             inputs["attention_mask"] = mask.gather(1, order)
         _, states = self._read(input_ids, keep_logits=False, **inputs)
