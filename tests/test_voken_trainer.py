@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from tiny import tiny_base
 from tiny_vokens import VOKENS, tiny_image_pipeline, tiny_voken_model
 from transformers import TrainingArguments
 
@@ -215,6 +216,16 @@ def test_frozen_parts_train_without_their_dropout(saved, tmp_path):
     assert logs[0]["text_loss"] == pytest.approx(expected, rel=1e-5) == logs[1]["text_loss"]
 
 
+def test_lora_trains_with_its_dropout(saved, tmp_path):
+    model = saved()
+    adapted = get_peft_model(model, voken_lora_config(model))
+    trained(adapted, tmp_path, [record(0), record(1)])
+    parts = dict(model.named_modules())
+    dropouts = [part for name, part in parts.items() if "lora_dropout" in name and isinstance(part, torch.nn.Dropout)]
+    assert len(dropouts) == 4 and all(part.training and part.p == 0.05 for part in dropouts)
+    assert not parts["text_model.model.layers.0.mlp"].training
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(saved, tmp_path):
     model = saved()
     model.feature_mapper.query.data[0, 0, 0] = torch.inf
@@ -222,6 +233,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(saved, tmp_path):
         FloatingPointError, match=r"The loss is nan in step 1, on a batch that begins with the ids \[1, "
     ):
         trained(model, tmp_path, [record(0), record(1)])
+
+
+def test_another_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be a VokenForConditionalGeneration, got LlamaForCausalLM"):
+        VokenTrainer(model=tiny_base(), args=arguments(tmp_path), data_collator=collate)
 
 
 def test_what_peft_cannot_train_is_refused(saved):

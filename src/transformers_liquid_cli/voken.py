@@ -175,7 +175,7 @@ def convert(
         loaded = VokenForConditionalGeneration.from_pretrained(model, dtype=dtype)
         with whole_folder(output) as place:
             save_minigpt5(loaded, place)
-        print(f"{output}: {model} as a file of MiniGPT-5.")
+        print(f"{output}: what stage 1 trained of {model}, as a file of MiniGPT-5. Merged LoRA is not in it.")
         return
     names = {"projection": projection, "vision_model": vision_model, "language_model": language_model}
     loaded, processor = load_minigpt5(model, stage2, image_decoder=image_model, dtype=dtype, **names)

@@ -45,11 +45,14 @@ class VokenTrainer(WholeTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         model = voken_model(self.model)
+        if not isinstance(model, VokenForConditionalGeneration):
+            raise ValueError(f"The model must be a VokenForConditionalGeneration, got {type(model).__name__}.")
         if model.config.image_loss_weight or model.config.caption_loss_weight:
             model.image_decoder.pipe.to(self.args.device)
         self._frozen = []
         if not self.args.gradient_checkpointing:
-            self._frozen = [part for part in model.modules() if not any(one.requires_grad for one in part.parameters())]
+            parts = [part for name, part in model.named_modules() if "lora_" not in name]  # has a dropout of its own
+            self._frozen = [part for part in parts if not any(one.requires_grad for one in part.parameters())]
         self._stats: dict[str, torch.Tensor | float] = {"train": 0.0, "eval": 0.0}
         self._totals: list[int] = []
 
@@ -133,4 +136,4 @@ class VokenPreviewCallback(PreviewCallback):
 
 def voken_model(model: torch.nn.Module) -> VokenForConditionalGeneration:
     """The [`VokenForConditionalGeneration`] itself, without PEFT around it; adapters inside it stay."""
-    return model if isinstance(model, VokenForConditionalGeneration) else model.get_base_model()
+    return model.get_base_model() if hasattr(model, "peft_config") else model

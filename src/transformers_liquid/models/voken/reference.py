@@ -159,8 +159,10 @@ def load_minigpt5(
 def save_minigpt5(model: VokenForConditionalGeneration | PeftModel, directory: str | Path) -> None:
     """Writes a model in the reference's layout: `stage1.ckpt`, and with LoRA `stage2.ckpt` too.
 
+    The files hold neither pictures' readers nor layers of the language model: LoRA that was merged is not in them.
+
     Args:
-        model: A model as [`load_minigpt5`] makes it, trained or not.
+        model: A model as [`load_minigpt5`] makes it (of stage 2 with `merge=False`), trained or not.
         directory (`str` or `Path`): Where to write; made if it does not exist.
 
     Raises:
