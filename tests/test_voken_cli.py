@@ -81,12 +81,12 @@ def test_from_a_base_and_a_diffusion_model_to_stories(capsys):
         name for name in weights[1] if "mapper.mlp" in name and not torch.equal(weights[1][name], weights[2][name])
     ]
 
-    story = (
-        "voken story 'once a cat' images/red.png --model two --scenes 2 --num-images 1 --max-new-tokens 10 --steps 2"
-    )
+    beginning = "once a cat " + "met a dog " * 40  # longer than the name of a file can be
+    rest = "--model two --scenes 2 --num-images 1 --max-new-tokens 10 --steps 2"
+    story = f"voken story '{beginning}' images/red.png {rest}"
     assert run(f"{story} --seed 1 --device cpu --output told.md") == 0
     told = Path("told.md").read_text()
-    assert told.startswith("once a cat") and "![](told-0.png)" in told and "![](told-1.png)" in told
+    assert told.startswith(beginning) and "![](told-0.png)" in told and "![](told-1.png)" in told
     assert Image.open("told-0.png").size == (16, 16)
     assert "new file that ends with .md" in error_of(f"{story} --output told.md", capsys)
 

@@ -1,5 +1,6 @@
 """`transformers-liquid voken COMMAND`: a language model that says what to draw, and a diffusion model that draws it."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -115,13 +116,13 @@ def story(
     from .models import find_device, silence_libraries
 
     silence_libraries()
-    parts = [Image.open(one) if Path(one).is_file() else one for one in prompt]
+    parts = [Image.open(one) if os.path.isfile(one) else one for one in prompt]
     with naming(model):
         kwargs = {} if dtype == "auto" else {"torch_dtype": getattr(torch, dtype)}
         pipe = InterleavedVokenPipeline.from_pretrained(model, **kwargs).to(find_device(device))
     drawing = {"guidance_scale": guidance_scale, "num_inference_steps": steps, "num_images": num_images}
     out = pipe.story(parts, scenes=scenes, seed=seed, max_new_tokens=max_new_tokens, **drawing)
-    written, number = " ".join(one for one in prompt if not Path(one).is_file()), 0
+    written, number = " ".join(one for one in parts if isinstance(one, str)), 0
     for piece in (piece for scene in out.segments for piece in scene):
         if not isinstance(piece, str):
             path = output.with_name(f"{output.stem}-{number}.png")
@@ -151,7 +152,7 @@ def convert(
     Example:
       transformers-liquid voken convert stage1_cc3m.ckpt stage2_vist.ckpt --projection prerained_minigpt4_7b.pth --output minigpt5
     """
-    is_file = Path(model).is_file()
+    is_file = os.path.isfile(model)
     if is_file != (projection is not None) or (stage2 is not None and not is_file):
         raise ValueError(
             "Files of MiniGPT-5 need --projection, the linear layer of MiniGPT-4; a repository stands alone."
