@@ -121,6 +121,13 @@ def test_a_repository_becomes_files_of_minigpt5_or_says_why_not(capsys):
     assert "need --projection" in error_of("voken convert config.json --output files --projection x.pth", capsys)
 
 
+@pytest.mark.parametrize("command", ["train --datasets pairs.tsv --output-dir out", "story once"])
+def test_a_repository_that_is_not_there_is_named(command, capsys):
+    assert "There is no 'nowhere' here, nor was it found on the Hub" in error_of(
+        f"voken {command} --model nowhere", capsys
+    )
+
+
 # Formats
 
 

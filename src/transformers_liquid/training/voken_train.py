@@ -21,6 +21,7 @@ from transformers.hf_argparser import HfArg
 from ..data.records import content_of
 from ..data.voken_collator import VokenDataCollator, story_samples
 from ..data.voken_records import load_voken_records
+from ..models.liquid.reference import naming
 from ..models.voken.processing_voken import VokenProcessor
 from ..models.voken.prompts import STORY_PROMPTS
 from ..pipelines.interleaved_voken import InterleavedVokenPipeline
@@ -107,7 +108,8 @@ def build_voken_trainer(
         check_setup(
             dataclasses.asdict(arguments) | {"contents": [content_of(path) for path in arguments.datasets]}, args
         )
-    processor, records = VokenProcessor.from_pretrained(arguments.model), []
+    with naming(arguments.model):
+        processor, records = VokenProcessor.from_pretrained(arguments.model), []
     for path in arguments.datasets:
         for record in load_voken_records(path, processor.tokenizer, arguments.image_folder):
             is_story = record.get("kind") == "story"
