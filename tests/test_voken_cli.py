@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import error_of, run
 from test_distributed import launch
 from test_reference_voken import files  # noqa: F401 (a fixture)
@@ -126,6 +126,16 @@ def test_a_repository_that_is_not_there_is_named(command, capsys):
     assert "There is no 'nowhere' here, nor was it found on the Hub" in error_of(
         f"voken {command} --model nowhere", capsys
     )
+
+
+def test_a_base_that_lacks_a_weight_gets_no_vokens(capsys):
+    tiny_voken_base("llama", vocab_size=VOKENS[0]).save_pretrained("base")
+    tiny_base_processor("llama").save_pretrained("base")
+    weights = load_file("base/model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, "base/model.safetensors", {"format": "pt"})
+    assert run("voken add base diffusion --output vokens") == 2
+    assert "base has 1 missing keys: model.norm.weight" in capsys.readouterr().err
 
 
 # Formats

@@ -36,7 +36,7 @@ def add(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
     from transformers_liquid import add_vokens
-    from transformers_liquid.models.liquid.reference import naming
+    from transformers_liquid.models.liquid.reference import check_loading_info, naming
     from transformers_liquid.utils.files import whole_folder
 
     from .models import silence_libraries
@@ -46,7 +46,9 @@ def add(
     with naming(base):
         reads_pictures = type(AutoConfig.from_pretrained(base)) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         auto_class = AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM
-        model, processor = auto_class.from_pretrained(base, dtype=dtype), AutoProcessor.from_pretrained(base)
+        model, info = auto_class.from_pretrained(base, dtype=dtype, output_loading_info=True)
+        check_loading_info(base, info | {"unexpected_keys": ()})  # such as heads for other tasks
+        processor = AutoProcessor.from_pretrained(base)
     with naming(image_model):
         image_pipeline = DiffusionPipeline.from_pretrained(image_model, torch_dtype=model.dtype)
     pipe = add_vokens(model, processor, image_pipeline, num_vokens, mapper_hidden_size=mapper_hidden_size)
