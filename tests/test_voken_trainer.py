@@ -180,6 +180,20 @@ def test_a_step_is_the_same_at_once_and_accumulated(records, saved, tmp_path):
         torch.testing.assert_close(second[name], first[name], atol=1e-6, rtol=1e-5)
 
 
+def test_stage_1_teaches_vokens_to_say_what_the_caption_says(saved, tmp_path):
+    model = saved(unconditional_probability=0.0, image_loss_weight=0.0, caption_loss_weight=1.0)
+    adapted = get_peft_model(model, voken_stage1_config(model))
+    records = [{**record(index), "captions": [text]} for index, text in enumerate(["ab", "zq", "mm", "k!"])]
+    settings = {"max_steps": 50, "per_device_train_batch_size": 4, "logging_steps": 10, "learning_rate": 5e-3}
+    logs = trained(adapted, tmp_path, records, lr_scheduler_type="constant", **settings).state.log_history
+    assert logs[4]["caption_loss"] < 0.1 * logs[0]["caption_loss"]
+    with torch.no_grad():
+        said = model.eval()(**collate(records)).condition.flatten(1)
+        captions = [one["captions"][0] for one in records]
+        meant = model.image_decoder.caption_condition(captions, model.config.condition_length).embeds.flatten(1)
+    assert torch.cdist(said, meant).argmin(1).tolist() == [0, 1, 2, 3]
+
+
 def test_losses_are_logged_by_name_and_make_up_the_loss(saved, tmp_path):
     model = saved(unconditional_probability=0.0)
     records = [record(index) for index in range(4)]
