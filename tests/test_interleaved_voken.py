@@ -161,7 +161,7 @@ def test_pictures_come_from_the_states_by_diffusers_and_from_their_seeds():
             expected = tiny_image_pipeline("sd")(
                 prompt_embeds=embeds,
                 negative_prompt_embeds=pipe.model.feature_mapper(torch.zeros(1, 8, 32)).embeds,
-                generator=torch.Generator().manual_seed(7 + (k << 32)),
+                generator=torch.Generator().manual_seed((7 + k * 0x9E3779B9) % 2**32),
                 guidance_scale=3.0,
                 num_inference_steps=2,
                 output_type="np",
@@ -332,7 +332,9 @@ def test_every_scene_of_a_story_is_context_of_the_next():
     first = pipe(turn("a cat met a dog.", RED, ask), seed=3, **settings).segments[0]
     like(story.segments[0], first)
     drawn = sum(not isinstance(part, str) for part in first)
-    second = pipe(turn("a cat met a dog.", RED, *first, ask), seed=3 + (drawn << 32), **settings).segments[0]
+    second = pipe(
+        turn("a cat met a dog.", RED, *first, ask), seed=(3 + drawn * 0x9E3779B9) % 2**32, **settings
+    ).segments[0]
     like(story.segments[1], second)
     other = pipe.story(["a cat met a dog.", BLUE], scenes=1, seed=3, **settings).segments[0]
     assert [str(part) for part in other] != [str(part) for part in first]

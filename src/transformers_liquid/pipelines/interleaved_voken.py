@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from transformers.generation.streamers import BaseStreamer
 
+from ..generation.sampling import picture_seed
 from ..models import voken
 from ..models.liquid.image_processing_liquid import flatten_images, is_column
 from ..models.liquid.model_card import write_card
@@ -108,8 +109,8 @@ class InterleavedVokenPipeline(DiffusionPipeline):
             guidance_scale (`float`, defaults to 7.5): How far pictures lead away from the unconditional condition; 1 is no
                 guidance.
             num_inference_steps (`int`, defaults to 50): Of the diffusion model, for each picture.
-            seed (`int`, *optional*): Picture `k` of reply `j` is drawn from seed `seed + j + (k << 32)`, whatever is drawn
-                beside it; text is sampled from `seed`.
+            seed (`int`, *optional*): The first picture of reply `j` is drawn from seed `seed + j`, further ones from seeds
+                that follow from it ([`picture_seed`]), whatever is drawn beside them; text is sampled from `seed`.
             batch_size (`int`, *optional*): Pictures that are drawn side by side. Defaults to all of the call.
             kwargs: Further settings of the diffusers pipeline: `height` and `width` in pixels (by default the diffusion
                 model's own), `output_type` (`"pil"`, `"np"` or `"pt"`), `callback_on_step_end`, ...; and of the model's
@@ -150,14 +151,14 @@ class InterleavedVokenPipeline(DiffusionPipeline):
         if (padded == vokens[0]).any():
             condition, rows = self.model.conditions(torch.cat([prompts, padded], 1), prompts.shape[1], **inputs)
             rows = rows.tolist()
-            seeds = [row + (rows[:index].count(row) << 32) for index, row in enumerate(rows)]
+            generators = None
+            if seed is not None:
+                seeds = [picture_seed(seed + row, rows[:index].count(row)) for index, row in enumerate(rows)]
+                generators = [torch.Generator().manual_seed(one) for one in seeds]
             for start in range(0, len(rows), batch_size or len(rows)):
                 part = slice(start, start + (batch_size or len(rows)))
-                generators = (
-                    None if seed is None else [torch.Generator().manual_seed(seed + one) for one in seeds[part]]
-                )
                 some = VokenCondition(**{name: one[part] for name, one in condition.items()})
-                drawn.extend(decoder.draw(some, self.model.unconditional(), generators, **drawing))
+                drawn.extend(decoder.draw(some, self.model.unconditional(), generators and generators[part], **drawing))
         self.maybe_free_model_hooks()
 
         # 3. What was written and drawn
@@ -225,7 +226,7 @@ class InterleavedVokenPipeline(DiffusionPipeline):
         for _ in range(scenes):
             asked = [*story, instruction] if instruction else story
             turn = {"role": "user", "content": [_part(one) for one in asked]}
-            scene = self([turn], seed=None if seed is None else seed + (drawn << 32), **kwargs)
+            scene = self([turn], seed=None if seed is None else picture_seed(seed, drawn), **kwargs)
             out.segments += scene.segments
             out.messages += scene.messages
             drawn += sum(not isinstance(one, str) for one in scene.segments[0])
