@@ -102,9 +102,7 @@ class VokenConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.mapper_hidden_size % self.mapper_num_heads:
-            raise ValueError(
-                f"mapper_num_heads={self.mapper_num_heads} must divide mapper_hidden_size={self.mapper_hidden_size}."
-            )
+            raise ValueError(f"mapper_num_heads must divide mapper_hidden_size, which is {self.mapper_hidden_size}.")
         ids, vocab_size = self.voken_token_ids, self.get_text_config().vocab_size
         if not ids or len({*ids}) < len(ids) or not all(0 <= one < vocab_size for one in ids):
             raise ValueError(

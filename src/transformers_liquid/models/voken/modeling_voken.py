@@ -66,9 +66,8 @@ class VokenFeatureMapper(nn.Module):
         layer = {"d_model": width, "nhead": config.mapper_num_heads, "dim_feedforward": config.mapper_intermediate_size}
         layer |= {"dropout": 0.0, "norm_first": True, "batch_first": True}
         # Given, since the one that nn.Transformer builds warns that it does without nested tensors.
-        encoder = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(**layer), layers, nn.LayerNorm(width), enable_nested_tensor=False
-        )
+        norm = nn.LayerNorm(width)
+        encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**layer), layers, norm, enable_nested_tensor=False)
         self.encoder_decoder = nn.Transformer(**layer, num_decoder_layers=layers, custom_encoder=encoder)
         # A pooled vector is one more query's.
         has_pooled = config.pooled_condition_dim is not None
@@ -257,9 +256,7 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         rows, before = self._find_runs(input_ids, labels == self.config.voken_token_ids[0], attention_mask)
         targets = target_pixel_values if target_latents is None else target_latents
         if not (labels[:, 1:] != -100).any() or not (target_pixel_values is None or target_latents is None):
-            raise ValueError(
-                "There must be labels other than -100, and target_pixel_values or target_latents, not both."
-            )
+            raise ValueError("Give labels other than -100, and target_pixel_values or target_latents, not both.")
         needed = {"target pictures": targets} if self.config.image_loss_weight else {}
         for name, one in (needed | ({} if captions is None else {"captions": captions})).items():
             if (number := 0 if one is None else len(one)) != len(rows):
@@ -294,10 +291,8 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         if captions is not None and self.config.caption_loss_weight:
             texts = ["" if dropped else text for text, dropped in zip(captions, is_dropped.tolist(), strict=True)]
             target = self.image_decoder.caption_condition(texts, self.config.condition_length)
-            out.caption_loss = sum(
-                nn.functional.mse_loss(condition[name].float(), target[name].to(condition[name].device).float())
-                for name in condition
-            )
+            pairs = [(condition[name].float(), target[name].to(condition[name].device).float()) for name in condition]
+            out.caption_loss = sum(nn.functional.mse_loss(*pair) for pair in pairs)
             out.loss = out.loss + self.config.caption_loss_weight * out.caption_loss
         return out
 
