@@ -101,7 +101,9 @@ def train_diffusion(folder: Path, args: argparse.Namespace) -> None:
     records = load_voken_records(folder / "names.jsonl", tokenizer, folder / "images")
     pixels = torch.stack([drawing_pixels(open_picture(record["image"]), (64, 64)) for record in records])
     vae = fold_codec(LiquidForCausalLM.from_pretrained(EMOJI_CHECKPOINT).model.vq_model, pixels)
-    scheduler = DDPMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", clip_sample=False)
+    scheduler = DDPMScheduler(
+        prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", clip_sample=False, steps_offset=1
+    )
     pipe = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
