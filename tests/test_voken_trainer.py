@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tiny import tiny_base
-from tiny_vokens import VOKENS, tiny_image_pipeline, tiny_voken_model
+from tiny_vokens import VISION_BASES, VOKENS, tiny_image_pipeline, tiny_voken_model
 from transformers import TrainingArguments
 
 from transformers_liquid.models.voken.image_decoder import VokenImageDecoder
@@ -254,7 +254,21 @@ def test_another_model_is_refused(tmp_path):
         VokenTrainer(model=tiny_base(), args=arguments(tmp_path), data_collator=collate)
 
 
+@pytest.mark.parametrize("model_type", VISION_BASES)
+@pytest.mark.filterwarnings("ignore:The model was not loaded from a repository")
+def test_lora_is_beside_queries_and_values_of_the_language_model_alone(model_type):
+    model = tiny_voken_model(model_type)
+    names = [name for name, _ in get_peft_model(model, voken_lora_config(model)).named_parameters() if "lora_A" in name]
+    assert len(names) == 2 * 2 and not any("vision" in name or "visual" in name or "qformer" in name for name in names)
+    assert all(".q_proj." in name or ".v_proj." in name for name in names)
+
+
 def test_what_peft_cannot_train_is_refused(saved):
+    for config in (voken_stage1_config, voken_lora_config, voken_prefix_model):
+        with pytest.raises(
+            ValueError, match=r"must be a VokenForConditionalGeneration without adapters, got LlamaForCausalLM"
+        ):
+            config(tiny_base())
     with pytest.raises(
         ValueError, match="GPT2LMHeadModel has no q_proj and v_proj: name the layers for LoRA in target_modules"
     ):

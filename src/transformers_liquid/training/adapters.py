@@ -67,10 +67,9 @@ def liquid_lora_config(
     >>> model = get_peft_model(model, liquid_lora_config(model, r=64))
     ```
     """
-    require("peft", "An adapter")
+    rows = _trainable_rows(model)
     from peft import LoraConfig
 
-    rows = _trainable_rows(model)
     # The linear layers of the base's body, whatever their number.
     text_model, names = model.model.text_model, set()
     for parent in text_model.base_model.modules():
@@ -103,10 +102,9 @@ def liquid_rows_config(model: LiquidForCausalLM) -> TrainableTokensConfig:
     Raises:
         ValueError, ImportError: As in [`liquid_lora_config`].
     """
-    require("peft", "An adapter")
+    rows = _trainable_rows(model)
     from peft import TrainableTokensConfig
 
-    rows = _trainable_rows(model)
     # As an expression: PEFT warns about names of tied embeddings in a list, though it keeps these tied.
     modules = "|".join(re.escape(name) for name in _row_modules(model))
     return TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=rows, target_modules=modules)
@@ -127,10 +125,8 @@ def voken_stage1_config(model: VokenForConditionalGeneration, **kwargs: Any) -> 
     Raises:
         ValueError, ImportError: As in [`liquid_lora_config`].
     """
-    require("peft", "An adapter")
-    from peft.utils.constants import DUMMY_TARGET_MODULES
-
-    return _voken_config(model, target_modules=DUMMY_TARGET_MODULES, modules_to_save=["feature_mapper"], **kwargs)
+    _check_bare(model, VokenForConditionalGeneration)
+    return _voken_config(model, **{"modules_to_save": ["feature_mapper"]} | kwargs)
 
 
 def voken_lora_config(
@@ -157,6 +153,7 @@ def voken_lora_config(
         ValueError: As in [`liquid_lora_config`]; or if the language model has no `q_proj` and `v_proj`.
         ImportError: As in [`liquid_lora_config`].
     """
+    _check_bare(model, VokenForConditionalGeneration)
     names = [name for name, module in model.named_modules() if module is model.text_model.get_decoder()]
     target = rf"{re.escape(names[0])}\..*[._][qv]_proj"
     if "target_modules" not in kwargs and not any(re.fullmatch(target, name) for name, _ in model.named_modules()):
@@ -189,26 +186,25 @@ def voken_prefix_model(
     Raises:
         ValueError, ImportError: As in [`liquid_lora_config`].
     """
-    require("peft", "An adapter")
-    from peft import PrefixTuningConfig, get_peft_model
-    from peft.utils.constants import DUMMY_TARGET_MODULES
-
     _check_bare(model, VokenForConditionalGeneration)
+    from peft import PrefixTuningConfig, get_peft_model
+
     prefix = {"num_virtual_tokens": num_virtual_tokens, "encoder_hidden_size": encoder_hidden_size}
     model.text_model = get_peft_model(
         model.text_model, PrefixTuningConfig(task_type="CAUSAL_LM", prefix_projection=True, **prefix)
     )
     parts = ["feature_mapper.encoder_decoder", "text_model.prompt_encoder.default"]
-    return get_peft_model(model, _voken_config(model, target_modules=DUMMY_TARGET_MODULES, modules_to_save=parts))
+    return get_peft_model(model, _voken_config(model, modules_to_save=parts))
 
 
 def _voken_config(model: VokenForConditionalGeneration, **kwargs: Any) -> LoraConfig:
-    require("peft", "An adapter")
+    """Training of the rows of the vokens, and of what `kwargs` say."""
     from peft import LoraConfig
+    from peft.utils.constants import DUMMY_TARGET_MODULES  # no LoRA
 
-    _check_bare(model, VokenForConditionalGeneration)
     rows = dict.fromkeys(_row_modules(model), sorted(model.config.voken_token_ids))
-    return LoraConfig(**{"task_type": "CAUSAL_LM", "trainable_token_indices": rows} | kwargs)
+    defaults = {"task_type": "CAUSAL_LM", "target_modules": DUMMY_TARGET_MODULES, "trainable_token_indices": rows}
+    return LoraConfig(**defaults | kwargs)
 
 
 def _trainable_rows(model: LiquidForCausalLM) -> list[int]:
@@ -219,7 +215,8 @@ def _trainable_rows(model: LiquidForCausalLM) -> list[int]:
 
 
 def _check_bare(model: nn.Module, kind: type[nn.Module]) -> None:
-    """Raises unless PEFT can train single rows of the model, which is of the kind and has no adapters."""
+    """Raises unless PEFT is there and can train single rows of the model, which is of the kind and has no adapters."""
+    require("peft", "An adapter")
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
