@@ -67,7 +67,8 @@ def test_from_a_base_and_a_diffusion_model_to_stories(capsys):
     )
 
     second = {"model": "one", "datasets": ["train_cleaned.json"], "output_dir": "two", "save_strategy": "no"}
-    assert train(stage=2, story_tasks=["multimodal", "text"], **second) == 0
+    assert train(stage=2, story_tasks=["multimodal", "text"], text_loss_weight=0.5, **second) == 0
+    assert json.loads(Path("two/model/config.json").read_text())["text_loss_weight"] == 0.01  # that was of the run
     parts = ["vokens", "one", "two"]
     weights = [load_file(f"{part}/model/model.safetensors") for part in parts]
     for before, after, moves in zip(weights, weights[1:], ([], ["q_proj", "v_proj"]), strict=False):

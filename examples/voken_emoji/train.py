@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
     here = Path(__file__).parent
     for name, before, config, more in (
         ("warm", "base", "stage1", ["--image_loss_weight=0", "--caption_loss_weight=1"]),
-        ("stage1", "warm", "stage1", ["--image_loss_weight=1", "--caption_loss_weight=0.1"]),
+        ("stage1", "warm", "stage1", []),
         ("stage2", "stage1", "stage2", []),
     ):
         if (folder / name / "model_index.json").exists():

@@ -22,6 +22,7 @@ from ..data.records import content_of
 from ..data.voken_collator import VokenDataCollator, story_samples
 from ..data.voken_records import load_voken_records
 from ..models.liquid.reference import naming
+from ..models.voken.configuration_voken import VokenConfig
 from ..models.voken.processing_voken import VokenProcessor
 from ..models.voken.prompts import STORY_PROMPTS
 from ..pipelines.interleaved_voken import InterleavedVokenPipeline
@@ -31,6 +32,10 @@ from .arguments import LiquidTrainingArguments, parse_arguments
 from .checkpoints import alone, last_whole_checkpoint
 from .train import check_setup
 from .voken_trainer import VokenPreviewCallback, VokenTrainer
+
+
+# Options of a run that are not what is saved with the model.
+WEIGHTS = ("text_loss_weight", "image_loss_weight", "caption_loss_weight")
 
 
 @dataclass
@@ -46,7 +51,7 @@ class VokenArguments:
         default=None, help="What paths of pictures begin at. Defaults to the files' folders."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = HfArg(default="float32", help="Of what is frozen.")
-    text_loss_weight: float | None = HfArg(default=None, help="Defaults to the model's, as the next two.")
+    text_loss_weight: float | None = HfArg(default=None, help="In this run. Defaults to the model's, as the next two.")
     image_loss_weight: float | None = HfArg(default=None, help="0 needs no diffusion model in a step.")
     caption_loss_weight: float | None = HfArg(default=None, help="In stage 1.")
     story_tasks: list[str] = HfArg(default_factory=lambda: list(STORY_PROMPTS), help="Of image, multimodal, text.")
@@ -86,7 +91,9 @@ def main(argv: Sequence[str]) -> None:
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
             if args.should_save:
-                pipe.register_modules(model=trainer.model.merge_and_unload())
+                model, own = trainer.model.merge_and_unload(), VokenConfig.from_pretrained(arguments.model)
+                model.config.update({name: getattr(own, name) for name in WEIGHTS})
+                pipe.register_modules(model=model)
                 pipe.save_pretrained(args.output_dir)
         except Exception:
             traceback.print_exc()  # the command line prints one line alone
@@ -116,7 +123,7 @@ def build_voken_trainer(
             records += story_samples(record, arguments.story_tasks) if is_story else [record]
     pipe = InterleavedVokenPipeline.from_pretrained(arguments.model, torch_dtype=getattr(torch, arguments.dtype))
     model = pipe.model
-    for name in ("text_loss_weight", "image_loss_weight", "caption_loss_weight"):
+    for name in WEIGHTS:
         if getattr(arguments, name) is not None:
             setattr(model.config, name, getattr(arguments, name))
     collator = VokenDataCollator(
