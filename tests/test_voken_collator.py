@@ -78,7 +78,7 @@ def test_a_picture_is_read_for_its_caption(processor, decoder):
 
 def test_a_text_is_learned_alone(processor):
     sequence, labels, _ = of_one(VokenDataCollator(processor), {"kind": "text", "text": "red"})
-    assert sequence == [*ids("red"), EOS] and labels == [NONE, *ids("ed"), EOS]  # nothing predicts the first
+    assert sequence == [*ids("\n"), *ids("red"), EOS] and labels == [NONE, *ids("red"), EOS]
 
 
 def test_of_vokens_the_first_alone_is_learned_if_asked_for(processor):
@@ -147,6 +147,18 @@ def test_a_turn_ends_as_the_chat_template_ends_it(processor):
     record = {"kind": "text_to_image", "text": "red", "image": picture(RED)}
     sequence, labels, _ = of_one(VokenDataCollator(chat), record)
     assert sequence == [*ids("u:red;a:"), *VOKENS, *ids(";")] and labels[8:] == [*VOKENS, *ids(";")]
+
+
+def test_templates_of_text_models_get_plain_texts():
+    template = "{% for m in messages %}{{ m.role[0] + ':' + m.content | trim }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    plain = VokenProcessor(tokenizer(), VOKENS, chat_template=template)
+    record = {"kind": "text_to_image", "text": "red", "image": picture(RED)}
+    sequence, labels, _ = of_one(VokenDataCollator(plain), record)
+    assert sequence == [*ids("u:red;a:"), *VOKENS, *ids(";")] and labels[8:] == [*VOKENS, *ids(";")]
+    sequence, labels, _ = of_one(VokenDataCollator(plain), {"kind": "text", "text": "red"})
+    assert sequence == ids("u:;a:red;") and labels == [NONE] * 5 + ids("red;")
+    with pytest.raises(ValueError, match="a base that reads pictures"):
+        VokenDataCollator(plain)([record | {"kind": "caption"}])
 
 
 def test_what_is_collated_trains_a_model_that_reads_pictures(processor, decoder):

@@ -41,8 +41,8 @@ class VokenDataCollator:
     |-----------------|-----------------------|------------------------------------------------------------------------|
     | `text_to_image` | `text`, `image`       | user: text; assistant: [picture]                                       |
     | `caption`       | `text`, `image`       | user: picture, "Describe this picture."; assistant: [text]             |
-    | `text`          | `text`                | user: nothing; assistant: [text]                                                         |
-    | `conversation`  | `messages`, (`images`)| as in `apply_chat_template`; the last one is the assistant's           |
+    | `text`          | `text`                | user: a new line; assistant: [text]                                    |
+    | `conversation`  | `messages`, (`images`) | as in `apply_chat_template`; the last one is the assistant's           |
     | `story`         | `texts`, `images`     | for each scene and task, user: all before it and what is asked;        |
     |                 |                       | assistant: [picture], [text picture] or [text]                         |
 
@@ -155,7 +155,7 @@ class VokenDataCollator:
         turns = {
             "text_to_image": ([text], [image]),
             "caption": ([image, _text(CAPTION_PROMPT)], [text]),
-            "text": ([], [text]),
+            "text": ([_text("\n")], [text]),  # transformers takes an empty text for no text
         }
         return [_conversation(*turns[kind], *(record.get("captions") or [record["text"]]))]
 
@@ -195,7 +195,7 @@ class VokenDataCollator:
         """Ids and labels of what is learned."""
         ids, labels = [], []
         vokens, tokenizer = self.processor.voken_token_ids, self.processor.tokenizer
-        forbidden = {*vokens, tokenizer.convert_tokens_to_ids(self.processor.image_token)}
+        forbidden = {*vokens, *tokenizer.convert_tokens_to_ids([one for one in (self.processor.image_token,) if one])}
         for part in parts:
             if part["type"] == "image":
                 ids += vokens

@@ -105,6 +105,23 @@ class VokenProcessor(ProcessorMixin):
             raise ValueError(f"A text has {', '.join(vokens)}, which only the model writes: remove it.")
         return BatchFeature(dict(inputs))
 
+    def apply_chat_template(self, conversation: list[dict] | list[list[dict]], *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; chat templates of bases that read no pictures get contents as plain texts, as they know them.
+
+        Raises:
+            ValueError: If there is a picture and the base reads none.
+        """
+        return super().apply_chat_template(self._known(conversation), *args, **kwargs)
+
+    def _known(self, message: Any) -> Any:
+        if isinstance(message, (list, tuple)):
+            return [self._known(one) for one in message]
+        if self.image_token is not None or isinstance(message["content"], str):
+            return message
+        if any(part["type"] != "text" for part in message["content"]):
+            raise ValueError("A message has a picture, which needs a base that reads pictures.")
+        return {**message, "content": "".join(part["text"] for part in message["content"])}
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Saves the base's processor in `base/`, and beside it which ids are vokens."""
         folder = Path(save_directory)
