@@ -92,6 +92,17 @@ def test_from_a_base_and_a_diffusion_model_to_stories(capsys):
     assert "new file that ends with .md" in error_of(f"{story} --output told.md", capsys)
 
 
+def test_a_base_without_q_proj_is_trained_where_its_user_says(capsys):
+    tiny_voken_pipeline("gpt2").save_pretrained("vokens")
+    options = {"model": "vokens", "datasets": ["pairs.tsv"], "output_dir": "two", "stage": 2, "save_strategy": "no"}
+    assert train(**options) == 2
+    assert "no q_proj and v_proj: name the layers for LoRA in target_modules" in capsys.readouterr().err
+    assert train(target_modules=r"text_model\..*\.c_attn", **options) == 0
+    before, after = (load_file(f"{name}/model/model.safetensors") for name in ("vokens", "two"))
+    moved = [name for name, one in before.items() if ".h." in name and not torch.equal(one, after[name])]
+    assert moved and all("c_attn.weight" in name for name in moved)
+
+
 def test_files_of_minigpt5_become_a_repository_that_draws_and_come_back(files, capsys):  # noqa: F811
     folder, *_ = files
     pipe = tiny_image_pipeline("sd")

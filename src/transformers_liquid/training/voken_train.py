@@ -61,6 +61,9 @@ class VokenArguments:
     lora_r: int = HfArg(default=8, help="Rank of LoRA.")
     lora_alpha: int = HfArg(default=16, help="Scale of LoRA.")
     lora_dropout: float = HfArg(default=0.05, help="Dropout of LoRA.")
+    target_modules: str | None = HfArg(
+        default=None, help="A regular expression of the layers for LoRA. Defaults to q_proj and v_proj."
+    )
 
 
 @dataclass
@@ -135,6 +138,7 @@ def build_voken_trainer(
         },
     )
     lora = {name: getattr(arguments, name) for name in ("lora_alpha", "lora_dropout")} | {"r": arguments.lora_r}
+    lora |= {"target_modules": arguments.target_modules} if arguments.target_modules else {}
     config = voken_stage1_config(model) if arguments.stage == 1 else voken_lora_config(model, **lora)
     trainer = VokenTrainer(
         model=get_peft_model(model, config),
