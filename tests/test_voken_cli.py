@@ -15,6 +15,7 @@ from tiny import tiny_tokenizer
 from tiny_vokens import VOKENS, _unet, tiny_base_processor, tiny_image_pipeline, tiny_voken_base, tiny_voken_pipeline
 
 from transformers_liquid.data.voken_records import load_voken_records
+from transformers_liquid.training import voken_train
 
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -90,6 +91,31 @@ def test_from_a_base_and_a_diffusion_model_to_stories(capsys):
     assert told.startswith(beginning) and "![](told-0.png)" in told and "![](told-1.png)" in told
     assert Image.open("told-0.png").size == (16, 16)
     assert "new file that ends with .md" in error_of(f"{story} --output told.md", capsys)
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(monkeypatch):
+    tiny_voken_pipeline().save_pretrained("vokens")
+    options = {"model": "vokens", "datasets": ["pairs.tsv"], "max_steps": 4, "save_steps": 2}
+    assert train(output_dir="whole", **options) == 0
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise OSError("no power")
+
+    build = voken_train.build_voken_trainer
+
+    def build_and_stop(*arguments):
+        pipe, trainer = build(*arguments)
+        trainer.add_callback(Stop())
+        return pipe, trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(voken_train, "build_voken_trainer", build_and_stop)
+        assert train(output_dir="stopped", **options) == 2
+    assert not Path("stopped/model").exists() and train(output_dir="stopped", **options) == 0
+    whole, stopped = (load_file(f"{name}/model/model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(one, stopped[name]) for name, one in whole.items())
 
 
 def test_a_base_without_q_proj_is_trained_where_its_user_says(capsys):
