@@ -13,6 +13,7 @@ from test_distributed import launch
 from test_reference_voken import files  # noqa: F401 (a fixture)
 from tiny import tiny_tokenizer
 from tiny_vokens import VOKENS, _unet, tiny_base_processor, tiny_image_pipeline, tiny_voken_base, tiny_voken_pipeline
+from transformers import TrainerCallback
 
 from transformers_liquid.data.voken_records import load_voken_records
 from transformers_liquid.training import voken_train
