@@ -218,6 +218,25 @@ def test_what_cannot_be_conditioned_is_refused():
         VokenImageDecoder(odd)
 
 
+@pytest.mark.parametrize(
+    ("family", "told"), [("pixart", {"use_additional_conditions": True}), ("sana", {"guidance_embeds": True})]
+)
+def test_denoisers_that_are_told_more_than_texts_are_refused(family, told):
+    pipe = tiny_image_pipeline(family)
+    config = {name: one for name, one in pipe.transformer.config.items() if not name.startswith("_")}
+    pipe.register_modules(transformer=type(pipe.transformer)(**config | told))
+    with pytest.raises(ValueError, match=r"Model \((sizes|guidance)\) is no denoiser that vokens can condition"):
+        VokenImageDecoder(pipe)
+
+
+def test_pipelines_that_draw_from_pictures_are_refused_and_their_parts_are_not():
+    parts = tiny_image_pipeline("sd").components
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    with pytest.raises(ValueError, match="Img2ImgPipeline draws from more than texts"):
+        VokenImageDecoder(pipe)
+    assert VokenImageDecoder.from_components(**pipe.components).condition_dim == 8
+
+
 def test_settings_that_a_pipeline_does_not_know_are_refused():
     decoder = VokenImageDecoder(tiny_image_pipeline("sd"))
     condition = condition_of(decoder)

@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    GenerationConfig,
     pipeline,
 )
 
@@ -401,6 +402,11 @@ def test_sizes_come_from_the_pipeline():
         (("a cat", None, {"batch_size": 0}), "batch_size must be at least 1"),
         (("a cat", None, {"num_return_sequences": 2}), "one reply"),
         (("a cat", None, {"steps": 2}), "steps"),
+        (("a cat", None, {"num_inference_steps": 0}), "num_inference_steps must be at least 1"),
+        (("a cat", None, {"height": 0}), "multiples of 2, got pictures of 0"),
+        (("a cat", None, {"width": -16}), "multiples of 2, got pictures of 16 x -16"),
+        (("",), "A prompt is empty"),
+        (([[]],), "A prompt is empty"),
         ((7,), "A prompt is a text"),
         (([],), "A prompt is a text"),
         ((["a", "b"], [RED]), "a list of pictures for each of the 2 prompts"),
@@ -424,6 +430,44 @@ def test_pictures_and_their_places_are_as_many():
         processor(text=["<image>a", "<image>b"], images=[[RED, BLUE], []])
     with pytest.raises(ValueError, match="has no tokens for all vokens"):
         VokenProcessor(tiny_tokenizer(), [1, 9999])
+
+
+def test_a_stream_tells_one_reply_and_a_story_is_a_list():
+    pipe = tiny_voken_pipeline()
+    with pytest.raises(ValueError, match="stream a single prompt"):
+        pipe.stream(["a", "b"])
+    for parts, scenes in (("a cat", 1), (["a cat"], 0)):
+        with pytest.raises(ValueError, match="A story is a list of texts and pictures, with a scene or more"):
+            pipe.story(parts, scenes=scenes)
+
+
+def test_a_picture_may_be_given_by_its_path(tmp_path):
+    RED.save(tmp_path / "red.png")
+    pipe = tiny_voken_pipeline("llava")
+    drawn = [
+        pipe("a", images=[one], num_images=1, seed=0, **FAST).segments[0] for one in (RED, str(tmp_path / "red.png"))
+    ]
+    assert [*map(str_or_pixels, drawn[0])] == [*map(str_or_pixels, drawn[1])]
+
+
+def str_or_pixels(piece):
+    return piece if isinstance(piece, str) else piece.tobytes()
+
+
+@pytest.mark.parametrize("way", ["arguments", "generation_config"])
+def test_a_reply_ends_where_the_call_says_and_never_before_its_pictures(way):
+    pipe = tiny_voken_pipeline()
+    words = [*range(3, VOKENS[0])]
+    # Everything that can be written ends a text.
+    settings = {"eos_token_id": words, "pad_token_id": 0, "return_dict_in_generate": True}
+    if way == "generation_config":
+        settings = {"generation_config": GenerationConfig(**settings)}
+    reply = pipe(["a", "a cat"], num_images=1, **{**FAST, **settings}).segments
+    assert [[*map(type, one)] for one in reply] == [[type(RED)]] * 2
+
+
+def test_what_fills_a_batch_may_be_a_word_of_a_text():
+    assert finished([40, 0, 41, *VOKENS, 42, 0, 0], VOKENS, [2], 0) == [40, 0, 41, *VOKENS, 42]
 
 
 def test_a_story_needs_a_base_that_reads_pictures():
@@ -450,6 +494,20 @@ def test_repositories_that_are_not_whole_are_refused(tmp_path):
             VokenForConditionalGeneration.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_a_diffusion_model_that_lacks_weights_is_refused(part, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny_voken_pipeline().save_pretrained(tmp_path)
+    path = tmp_path / part / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    name, _ = weights.popitem()
+    save_file(weights, path)
+    for door in (DiffusionPipeline, VokenImageDecoder):
+        with pytest.raises(ValueError, match=f"lacks 1 weights: {name}"):
+            door.from_pretrained(tmp_path)
+
+
 def test_a_model_with_an_adapter_is_not_saved_without_it(tmp_path):
     peft = pytest.importorskip("peft")
     pipe = tiny_voken_pipeline()
@@ -470,14 +528,20 @@ def test_a_model_with_an_adapter_is_not_saved_without_it(tmp_path):
             {"image_pipeline": diffusers.DDPMPipeline(diffusers.UNet2DModel(), diffusers.DDPMScheduler())},
             "UNet2DModel is no",
         ),
+        ({"num_vokens": 0}, "num_vokens must be at least 1"),
+        ({"token_format": "[IMG]"}, "token_format make a name of each"),
+        ({"mapper_num_heads": 3}, "must divide mapper_hidden_size"),
+        ({"condition_length": 0}, "condition_length must be at least 1"),
+        ({"mapper_width": 8}, "mapper_width cannot be chosen here"),
+        ({"voken_token_ids": [1, 2]}, "voken_token_ids cannot be chosen here"),
     ],
 )
 def test_what_cannot_get_vokens_is_refused_unchanged(change, message):
     arguments = {"base_model": tiny_base(), "processor": tiny_tokenizer(), "image_pipeline": tiny_image_pipeline()}
-    before = len(arguments["processor"])
+    before = len(arguments["processor"]), len(arguments["base_model"].get_input_embeddings().weight)
     with pytest.raises(ValueError, match=message):
         add_vokens(**{**arguments, **change})
-    assert len(arguments["processor"]) == before
+    assert (len(arguments["processor"]), len(arguments["base_model"].get_input_embeddings().weight)) == before
 
 
 def test_the_image_decoder_is_no_part_of_the_model():

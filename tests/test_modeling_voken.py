@@ -230,6 +230,44 @@ def test_runs_that_are_not_whole_are_refused():
     )
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": None, "inputs_embeds": torch.zeros(1, 11, 32)}, "Labels need input_ids"),
+        ({"captions": "a"}, "captions must be a text for each"),
+        ({"target_pixel_values": torch.zeros(1, 4, 16, 16)}, r"must be floats \(N, 3, H, W\)"),
+        ({"target_pixel_values": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}, r"must be floats \(N, 3, H, W\)"),
+        ({"target_pixel_values": torch.zeros(1, 3, 16)}, r"must be floats \(N, 3, H, W\)"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused(change, message):
+    ids = torch.tensor([[1, 40, 41, *VOKENS]])
+    batch = {"input_ids": ids, "labels": ids, "target_pixel_values": torch.zeros(1, 3, 16, 16)}
+    with pytest.raises(ValueError, match=message):
+        tiny_voken_model(family="sd")(**{**batch, **change})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": None}, "Give input_ids"),
+        ({"generation_mode": "sound"}, "'text' or 'image', got 'sound'"),
+        ({"generation_mode": "image", "guidance_skale": 2.0}, "guidance_skale"),
+        ({"generation_mode": "image", "num_images": 2}, "num_images"),
+        ({"generation_mode": "image", "output_type": "np"}, "output_type"),
+    ],
+)
+def test_arguments_that_generate_does_not_know_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_voken_model(family="sd").generate(**{"input_ids": torch.tensor([[1, 40]]), **arguments})
+
+
+def test_outputs_are_a_tuple_if_asked_for():
+    ids = torch.tensor([[1, 40]])
+    model = tiny_voken_model()
+    assert torch.equal(model(ids, return_dict=False)[0], model(ids).logits)
+
+
 def test_a_batch_without_labels_to_learn_is_refused():
     assert "labels other than -100" in refused(labels=torch.full((2, 13), -100))
 
@@ -251,7 +289,13 @@ def test_an_image_decoder_of_another_width_is_refused():
         ({"voken_token_ids": [4, 4]}, "different ids"),
         ({"voken_token_ids": []}, "different ids"),
         ({"mapper_num_heads": 3}, "must divide"),
+        ({"mapper_num_heads": 0}, "mapper_num_heads must be at least 1"),
         ({"condition_length": 0}, "at least 1"),
+        ({"pooled_condition_dim": 0}, "at least 1"),
+        ({"mapper_intermediate_size": -4}, "at least 1"),
+        ({"caption_loss_weight": -0.1}, "caption_loss_weight must be at least 0"),
+        ({"unconditional_probability": 1.1}, "from 0 to 1"),
+        ({"snr_gamma": 0.0}, "snr_gamma above 0"),
         ({"text_config": tiny_base_config("llava"), "voken_token_ids": [3, 4]}, "it is no voken"),
     ],
 )

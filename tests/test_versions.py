@@ -57,6 +57,7 @@ INTERNALS = {
         PreTrainedTokenizerBase,
         ["_set_model_specific_special_tokens"],
     ),
+    "models/voken/modeling_voken.py: arguments of a drawing": (GenerationMixin, ["_validate_model_kwargs"]),
     "training/voken_trainer.py: what a step accumulates": (Trainer, ["get_batch_samples"]),
     "models/voken/modeling_voken.py: one device for the mapper": (PreTrainedModel, ["_no_split_modules"]),
     "pipelines/interleaved_voken.py: a pipeline of diffusers' kind": (

@@ -92,6 +92,7 @@ def test_from_a_base_and_a_diffusion_model_to_stories(capsys):
     assert told.startswith(beginning) and "![](told-0.png)" in told and "![](told-1.png)" in told
     assert Image.open("told-0.png").size == (16, 16)
     assert "new file that ends with .md" in error_of(f"{story} --output told.md", capsys)
+    assert "which are those of pictures: no.png" in error_of("voken story once no.png --model two", capsys)
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(monkeypatch):
@@ -212,6 +213,9 @@ def test_of_mmdialog_every_turn_is_learned_after_what_was_said():
     assert records[2]["images"] == ["images/red.png", "images/blue.png"]
 
 
+READ = '{"type": "image", "image": "x.png"}'
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -221,15 +225,31 @@ def test_of_mmdialog_every_turn_is_learned_after_what_was_said():
         ("a.tsv", "caption\timage_path\n", "a.tsv has 0 records"),
         ("a.jsonl", "{", "a.jsonl is damaged, or no JSON"),
         ("a.jsonl", '{"kind": "text_to_image", "text": "a", "image": "x.png"}', "are not there: ['images/x.png']"),
+        ("a.jsonl", f'{{"kind": "conversation", "messages": [{{"content": [{READ}]}}]}}', "['images/x.png']"),
+        ("a.jsonl", '{"conversation": [{"turns": []}]}', "A turn lacks 1 keys that are needed: turn"),
+        ("a.jsonl", '{"conversation": []}\n{"text": "a"}', "A line of a.jsonl lacks 1 keys that are needed: kind"),
+        ("a.jsonl", "7", "A line of a.jsonl lacks"),
+        ("a.tsv", "caption\timage_path\na\n", "Line 2 of a.tsv lacks 1 keys that are needed: image_path"),
+        ("a_cleaned.json", '{"one": [{"caption": "a"}]}', "A scene lacks 2 keys that are needed: image_id"),
     ],
 )
 def test_files_that_are_not_as_they_should_be_are_one_line(name, content, message, capsys):
     tiny_voken_pipeline().save_pretrained("vokens")
     Path(name).write_text(content)
+    Path("a_image_mapping.json").write_text("{}")
     options = (
         f"--datasets {name} --image-folder images --output-dir out --total-batch-size 1 --per-device-train-batch-size 1"
     )
     assert message in error_of(f"voken train --model vokens {options} --use-cpu", capsys)
+
+
+def test_all_records_are_looked_at_before_training(capsys):
+    tiny_voken_pipeline().save_pretrained("vokens")
+    records = [{"kind": "text", "text": "a"}] * 8 + [{"kind": "poem", "text": "a"}]
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    options = {"datasets": ["a.jsonl"], "output_dir": "out", "train_sampling_strategy": "sequential"}
+    assert train(model="vokens", max_steps=1, **options) == 2
+    assert "got 'poem'" in capsys.readouterr().err
 
 
 # Two processes

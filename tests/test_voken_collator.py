@@ -243,6 +243,18 @@ def test_cached_latents_are_those_of_the_pictures(processor, decoder, tmp_path):
             "0 places for pictures, but there are 1 images",
         ),
         ({"kind": "conversation", "messages": [{"role": "user", "content": "a"}]}, "the assistant's, got .*'user'"),
+        (
+            {"kind": "conversation", "messages": [{"role": "assistant"}]},
+            "A message lacks 1 keys that are needed: content",
+        ),
+        ({"kind": "conversation", "messages": "a"}, "A message lacks"),
+        (
+            {"kind": "conversation", "messages": [{"role": "assistant", "content": [{"type": "video"}]}]},
+            "A part of a message is .* got {'type': 'video'}",
+        ),
+        ({"kind": "text_to_image", "text": "a", "image": picture(RED), "captions": "b"}, "a list of texts, got"),
+        ({"kind": "text_to_image", "text": "a", "image": picture(RED), "captions": ["b", "c"]}, "with 2 captions"),
+        ({"kind": "story", "texts": "ab", "images": [picture(RED)] * 2}, "both are lists"),
     ],
 )
 def test_records_that_are_not_as_they_should_be_are_refused(record, message, processor, decoder):
@@ -274,6 +286,7 @@ def test_a_run_is_never_cut(processor):
         ({"voken_labels": "some"}, "voken_labels must be 'all' or 'first'"),
         ({"story_tasks": ()}, "story_tasks must be some of"),
         ({"story_tasks": ("image", "sound")}, "story_tasks must be some of image, multimodal, text"),
+        ({"flip_probability": 1.5}, "flip_probability must be from 0 to 1"),
         ({"latents": {}, "flip_probability": 0.5}, "Cached latents are of one size and not mirrored"),
         ({"height": 15}, "Height and width must be multiples of 2, got pictures of 15 x 16"),
     ],

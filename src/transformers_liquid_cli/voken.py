@@ -7,6 +7,7 @@ from typing import Annotated
 from typer import Argument, Context, Option, Typer
 
 from . import options
+from .describe import PICTURE
 
 
 voken_app = Typer(help="A language model that says what to draw, and a diffusion model that draws it (MiniGPT-5).")
@@ -118,6 +119,8 @@ def story(
     from .models import find_device, silence_libraries
 
     silence_libraries()
+    if missing := [one for one in prompt if PICTURE.fullmatch(one) and not os.path.isfile(one)]:
+        raise ValueError(f"No file of these names, which are those of pictures: {', '.join(missing)}.")
     parts = [Image.open(one) if os.path.isfile(one) else one for one in prompt]
     with naming(model):
         kwargs = {} if dtype == "auto" else {"torch_dtype": getattr(torch, dtype)}

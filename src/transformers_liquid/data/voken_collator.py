@@ -17,6 +17,7 @@ from ..models.voken.image_decoder import VokenImageDecoder
 from ..models.voken.processing_voken import VokenProcessor
 from ..models.voken.prompts import CAPTION_PROMPT, STORY_PROMPTS
 from ..ops.chunked_loss import IGNORE_INDEX
+from ..utils.files import check_keys
 from .records import required_field
 
 
@@ -90,6 +91,8 @@ class VokenDataCollator:
             raise ValueError(f"voken_labels must be 'all' or 'first', got {self.voken_labels!r}.")
         if not self.story_tasks or not {*self.story_tasks} <= STORY_PROMPTS.keys():
             raise ValueError(f"story_tasks must be some of {', '.join(STORY_PROMPTS)}, got {self.story_tasks!r}.")
+        if not 0 <= self.flip_probability <= 1:
+            raise ValueError(f"flip_probability must be from 0 to 1, got {self.flip_probability}.")
         if self.latents is not None and (self.decoder is None or self.flip_probability):
             raise ValueError(
                 "Cached latents are of one size and not mirrored: give the decoder, and flip_probability=0."
@@ -98,7 +101,7 @@ class VokenDataCollator:
             shape, factor = self.decoder.latent_shape(self.height, self.width), self.decoder.pipe.vae_scale_factor
             self.latent_shape, self.size = shape, (shape[2] * factor, shape[1] * factor)
         # What ends a turn, as the template writes it.
-        turns = _conversation([_text("\0")], [_text("\0")], "")["messages"]
+        turns = _conversation([_text("\0")], [_text("\0")], [])["messages"]
         tokenizer = self.processor.tokenizer
         end = self.processor.apply_chat_template(turns, tokenize=False).rpartition("\0")[2]
         self.end_ids = tokenizer(end, add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
@@ -106,12 +109,19 @@ class VokenDataCollator:
             raise ValueError("Nothing ends a turn: set tokenizer.eos_token, or a chat template that ends turns.")
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        conversations = [one for record in records for one in self._conversations(record)]
-        contexts, targets, captions = zip(*map(self._sample, conversations), strict=True)
+        contexts, targets, captions = [], [], []
+        for record in records:
+            flip = self.flip_probability > 0 and bool(torch.rand(()) < self.flip_probability)
+            for turns, own in self.samples(record):
+                for turn in turns[:-1] if self.latents is not None else turns:  # those with latents are known by paths
+                    for part in turn["content"]:
+                        if part["type"] == "image":
+                            part["image"] = open_picture(part["image"], flip)
+                contexts.append(turns[:-1])
+                targets.append(turns[-1]["content"])
+                captions += own
         batch = dict(
-            self.processor.apply_chat_template(
-                list(contexts), add_generation_prompt=True, tokenize=True, return_dict=True
-            )
+            self.processor.apply_chat_template(contexts, add_generation_prompt=True, tokenize=True, return_dict=True)
         )
         # What has a value for each token loses its pads, which are on the left; the rest is of pictures.
         masks, rows = batch.pop("attention_mask").bool(), []
@@ -133,63 +143,62 @@ class VokenDataCollator:
         batch |= {name: pad_sequence([row[name] for row in rows], True, fill.get(name, 0)) for name in rows[0]}
         drawn = [part["image"] for target in targets for part in target if part["type"] == "image"]
         if drawn and self.captions:
-            batch["captions"] = [caption for own in captions for caption in own]
+            batch["captions"] = captions
         if drawn and self.latents is not None:
             batch["target_latents"] = torch.stack([self._cached(picture) for picture in drawn])
         elif drawn and self.decoder is not None:
             batch["target_pixel_values"] = torch.stack([drawing_pixels(picture, self.size) for picture in drawn])
         return batch
 
-    def _conversations(self, record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """A record as conversations; the caption of a picture to draw is the text that it was drawn for."""
+    def samples(self, record: Mapping[str, Any]) -> list[tuple[list[dict[str, Any]], list[str]]]:
+        """The conversations of a record, whose last turns are learned, each with the captions of what it draws.
+
+        Raises:
+            ValueError: If it is not as described here. Pictures are not opened yet.
+        """
         kind = record.get("kind")
         if kind not in VOKEN_FIELDS:
             raise ValueError(f"A record's 'kind' must be one of {', '.join(VOKEN_FIELDS)}, got {kind!r}.")
         for name in VOKEN_FIELDS[kind]:
             required_field(record, name)
-        if kind == "conversation":
-            return [record]
         if kind == "story":
-            return story_samples(record, self.story_tasks)
-        text, image = _text(record["text"]), _image(record.get("image"))
-        turns = {
-            "text_to_image": ([text], [image]),
-            "caption": ([image, _text(CAPTION_PROMPT)], [text]),
-            "text": ([_text("\n")], [text]),  # transformers takes an empty text for no text
-        }
-        return [_conversation(*turns[kind], *(record.get("captions") or [record["text"]]))]
+            return [one for sample in story_samples(record, self.story_tasks) for one in self.samples(sample)]
+        if kind != "conversation":
+            text, image = _text(record["text"]), _image(record.get("image"))
+            turns = {
+                "text_to_image": ([text], [image]),
+                "caption": ([image, _text(CAPTION_PROMPT)], [text]),
+                "text": ([_text("\n")], [text]),  # transformers takes an empty text for no text
+            }
+            record = _conversation(*turns[kind], record.get("captions") or [record["text"]])
 
-    def _sample(self, record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
-        """What comes before, what is learned, and captions of the pictures in this."""
-        images, flip = list(record.get("images") or ()), bool(torch.rand(()) < self.flip_probability)
-        turns = []
+        turns, images = [], list(record.get("images") or ())
         for message in record["messages"]:
+            check_keys("A message", message, ("role", "content"))
             content = message["content"]
             parts = [_text(content)] if isinstance(content, str) else [dict(part) for part in content]
             turns.append({"role": message["role"], "content": parts})
-        *context, last = turns
-        places = [
-            part for turn in turns for part in turn["content"] if part["type"] == "image" and not part.get("image")
-        ]
+        parts = [part for turn in turns for part in turn["content"]]
+        for part in parts:
+            if part.get("type") != "image" and not (part.get("type") == "text" and isinstance(part.get("text"), str)):
+                raise ValueError(f"A part of a message is {{'type': 'text', 'text': ...}} or an image, got {part!r}.")
+        places = [part for part in parts if part["type"] == "image" and not part.get("image")]
         if len(places) != len(images):
             raise ValueError(
                 f"The messages have {len(places)} places for pictures, but there are {len(images)} images."
             )
         for part, image in zip(places, images, strict=True):
             part["image"] = image
-        if last["role"] != "assistant" or not last["content"]:
-            raise ValueError(f"The last turn is what is learned: the assistant's, got {last!r}.")
-        number = sum(part["type"] == "image" for part in last["content"])
-        captions = list(record.get("captions") or ())[:number]
-        if self.captions and len(captions) < number:
+        if not turns or turns[-1]["role"] != "assistant" or not turns[-1]["content"]:
+            raise ValueError(f"The last turn is what is learned: the assistant's, got {turns[-1:]!r}.")
+        number, captions = sum(part["type"] == "image" for part in turns[-1]["content"]), record.get("captions") or ()
+        is_short = len(captions) != number and (self.captions or captions) and number
+        if is_short or isinstance(captions, str) or not all(isinstance(one, str) for one in captions):
             raise ValueError(
-                f"The last turn draws {number} pictures, with {len(captions)} captions: the caption loss needs one of each."
+                f"The last turn draws {number} pictures, with {len(captions)} captions: the caption loss needs one of each, "
+                f"a list of texts, got {captions!r}."
             )
-        for turn in context if self.latents is not None else turns:  # those with latents are known by their paths
-            for part in turn["content"]:
-                if part["type"] == "image":
-                    part["image"] = open_picture(part["image"], flip)
-        return context, last["content"], captions
+        return [(turns, list(captions) if number else [])]
 
     def _target(self, parts: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and labels of what is learned."""
@@ -230,8 +239,10 @@ def story_samples(record: Mapping[str, Any], tasks: Sequence[str] = tuple(STORY_
         ValueError: If texts and images differ in number, or nothing can be learned.
     """
     texts, images = record["texts"], record["images"]
-    if len(texts) != len(images):
-        raise ValueError(f"A story has a picture for each text, got {len(texts)} texts and {len(images)} images.")
+    if isinstance(texts, str) or len(texts) != len(images):
+        raise ValueError(
+            f"A story has a picture for each text, got {len(texts)} texts and {len(images)} images; both are lists."
+        )
     samples, before = [], []
     for text, image in zip(texts, images, strict=True):
         for task in tasks:
@@ -241,7 +252,7 @@ def story_samples(record: Mapping[str, Any], tasks: Sequence[str] = tuple(STORY_
             asked += [_image(image)] if task == "text" else []
             told, drawn = _text(text), _image(image)
             answer = {"image": [drawn], "multimodal": [told, drawn], "text": [told]}[task]
-            samples.append(_conversation(asked, answer, text))
+            samples.append(_conversation(asked, answer, [text]))
         before += [_text(text), _image(image)]
     if not samples:
         raise ValueError(f"A story of {len(texts)} scenes has nothing to learn for {', '.join(tasks)}.")
@@ -298,6 +309,6 @@ def _image(image: Any) -> dict[str, Any]:
     return {"type": "image", "image": image}
 
 
-def _conversation(asked: list[dict[str, Any]], answer: list[dict[str, Any]], caption: str) -> dict[str, Any]:
+def _conversation(asked: list[dict[str, Any]], answer: list[dict[str, Any]], captions: list[str]) -> dict[str, Any]:
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    return {"kind": "conversation", "messages": turns, "captions": [caption]}
+    return {"kind": "conversation", "messages": turns, "captions": captions}

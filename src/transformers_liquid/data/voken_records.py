@@ -44,18 +44,28 @@ def load_voken_records(
         records = [_vist(scenes, places) for scenes in read_json(path).values()]
     elif path.suffix == ".jsonl":
         lines = [parse_json(line, path) for line in read_text(path).splitlines() if line.strip()]
-        dialogues = [line for line in lines if "conversation" in line]
-        records = [record for line in dialogues for record in _mmdialog(line["conversation"], tokenizer)] or lines
+        records = []
+        for line in lines:
+            if isinstance(line, dict) and "conversation" in line:
+                records += _mmdialog(line["conversation"], tokenizer)
+            else:
+                check_keys(f"A line of {path}", line, ("kind",))
+                records.append(line)
     else:
         raise ValueError(
             f"{path} must be a .tsv of CC3M, a _cleaned.json of VIST, or .jsonl of MMDialog or of records."
         )
     missing = []
     for record in records:
-        images = record.get("images", [])
-        record |= {"images": [str(folder / image) for image in images]} if images else {}
-        record |= {"image": str(folder / record["image"])} if "image" in record else {}
-        missing += [one for one in [*record.get("images", ()), record.get("image")] if one and not Path(one).is_file()]
+        contents = [message.get("content") for message in record.get("messages", ()) if isinstance(message, dict)]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        paths = [Path(folder, image) for image in record.get("images", ())]
+        record |= {"images": [*map(str, paths)]} if paths else {}
+        for one in (record, *parts):
+            if isinstance(one, dict) and one.get("image"):
+                paths.append(folder / one["image"])
+                one["image"] = str(paths[-1])
+        missing += [str(path) for path in paths if not path.is_file()]
     if missing or not records:
         raise ValueError(
             f"{path} has {len(records)} records, and {len(missing)} of their pictures are not there: {missing[:3]}."
@@ -66,7 +76,8 @@ def load_voken_records(
 def _cc3m(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", newline="") as file:
         for index, row in enumerate(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)):
-            check_keys(f"Line {index + 2} of {path}", row, required=("caption", "image_path"))
+            given = {name: value for name, value in row.items() if value}
+            check_keys(f"Line {index + 2} of {path}", given, required=("caption", "image_path"))
             text = " ".join(re.sub(r"[.!\"()*#:;~]", " ", row["caption"].lower()).split())
             yield {"kind": "text_to_image", "text": text, "image": row["image_path"]}
             if index % 100 == 0:
@@ -75,6 +86,8 @@ def _cc3m(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _vist(scenes: list[dict[str, Any]], places: dict[str, str]) -> dict[str, Any]:
+    for scene in scenes:
+        check_keys("A scene", scene, ("caption", "image_id", "sequence_index"))
     scenes = sorted(scenes, key=lambda scene: scene["sequence_index"])
     check_keys("The mapping of pictures", places, required=[scene["image_id"] for scene in scenes])
     images = [places[scene["image_id"]] for scene in scenes]
@@ -84,6 +97,7 @@ def _vist(scenes: list[dict[str, Any]], places: dict[str, str]) -> dict[str, Any
 def _mmdialog(conversation: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
     turns: list[tuple[str, list[str]]] = []
     for turn in conversation:
+        check_keys("A turn", turn, ("turn",))
         text = " ".join(part["__TEXT__"] for part in turn["turn"] if "__TEXT__" in part)
         if len(tokenizer(text, add_special_tokens=False).input_ids) > 50:
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -68,26 +69,30 @@ def add_vokens(
     tokenizer = getattr(processor, "tokenizer", processor)
     if (problem := growth_obstacle(base_model, tokenizer)) is not None:
         raise ValueError(problem)
+    names = [token_format.format(index) for index in range(num_vokens)]
+    if not names or len({*names}) < len(names):
+        raise ValueError(f"num_vokens must be at least 1, and token_format make a name of each, got {names}.")
     parts = {name: image_pipeline.components.get(name) for name in COMPONENTS}
     decoder = VokenImageDecoder.from_components(**parts)
-
-    num_rows, num_text_tokens = len(base_model.get_input_embeddings().weight), max(tokenizer.get_vocab().values()) + 1
-    names = [token_format.format(index) for index in range(num_vokens)]
-    voken_token_ids = special_token_ids(base_model, tokenizer, names)
-    grow(base_model, max(num_rows, max(voken_token_ids) + 1), num_text_tokens)
-    name = image_pipeline.config.get("_name_or_path")
     settings = {
         "text_config": config,
-        "voken_token_ids": voken_token_ids,
+        "voken_token_ids": [0],  # until all else is certain
         "state_size": base_model.get_output_embeddings().in_features,
-        "condition_length": decoder.text_length,
         "condition_dim": decoder.condition_dim,
         "pooled_condition_dim": decoder.pooled_dim,
-        "image_decoder": str(name) if name else None,
         "dtype": config.dtype,
         "attn_implementation": config._attn_implementation,
     }
-    config = VokenConfig(**settings | kwargs)
+    if unknown := sorted(kwargs.keys() - ({field.name for field in fields(VokenConfig)} - settings.keys())):
+        raise ValueError(f"{', '.join(unknown)} cannot be chosen here: give arguments of VokenConfig.")
+    name = image_pipeline.config.get("_name_or_path")
+    defaults = {"condition_length": decoder.text_length, "image_decoder": str(name) if name else None}
+    config = VokenConfig(**settings | defaults | kwargs)
+
+    # From here on nothing fails.
+    num_rows, num_text_tokens = len(base_model.get_input_embeddings().weight), max(tokenizer.get_vocab().values()) + 1
+    config.voken_token_ids = voken_token_ids = special_token_ids(base_model, tokenizer, names)
+    grow(base_model, max(num_rows, max(voken_token_ids) + 1), num_text_tokens)
     with torch.device("meta"):
         model = VokenForConditionalGeneration(config)
     model.text_model, config.text_config = base_model, base_model.config  # nothing is copied, and one object each

@@ -128,21 +128,27 @@ class InterleavedVokenPipeline(DiffusionPipeline):
         drawing, seed = decoder.checked(settings), None if seed is None else operator.index(seed)
         if (batch_size is not None and batch_size < 1) or kwargs.get("num_return_sequences") not in (None, 1):
             raise ValueError("batch_size must be at least 1, and there is one reply to each prompt.")
-        if hasattr(self.model, "_hf_hook"):  # of enable_model_cpu_offload, which waits for `forward`
-            self.model._hf_hook.pre_forward(self.model)
+        kwargs = {"max_new_tokens": max_new_tokens, **kwargs}
+        config, kwargs = self.model._prepare_generation_config(kwargs.pop("generation_config", None), **kwargs)
+        config.return_dict_in_generate, config.num_return_sequences = False, 1
         inputs = self.processor.apply_chat_template(
             _conversations(prompt, images), add_generation_prompt=True, tokenize=True, return_dict=True
-        ).to(self.model.device)
+        )
+        if not inputs["attention_mask"].any(1).all():
+            raise ValueError("A prompt is empty: a reply needs at least one token to begin from.")
+        if hasattr(self.model, "_hf_hook"):  # of enable_model_cpu_offload, which waits for `forward`
+            self.model._hf_hook.pre_forward(self.model)
+        inputs = inputs.to(self.model.device)
 
         # 1. Text with whole runs
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            kwargs = {"tokenizer": self.processor.tokenizer, "max_new_tokens": max_new_tokens, **kwargs}
+            kwargs = {"tokenizer": self.processor.tokenizer, "generation_config": config, **kwargs}
             ids = self.model.generate(**inputs, num_images=num_images, **kwargs)
-        prompts, config = inputs.pop("input_ids"), self.model.generation_config
-        ends, vokens = [*eos_token_ids(config), config.pad_token_id], self.model.config.voken_token_ids
-        replies = [finished(row, vokens, ends) for row in ids[:, prompts.shape[1] :].tolist()]
+        prompts, vokens = inputs.pop("input_ids"), self.model.config.voken_token_ids
+        ends = eos_token_ids(config), config.pad_token_id
+        replies = [finished(row, vokens, *ends) for row in ids[:, prompts.shape[1] :].tolist()]
 
         # 2. All pictures, in reading order
         padded = [torch.tensor(reply, dtype=torch.long) for reply in replies]
@@ -184,8 +190,10 @@ class InterleavedVokenPipeline(DiffusionPipeline):
             the call returns}`. Closing it stops the text within a step.
 
         Raises:
-            ValueError: As for a call.
+            ValueError: As for a call, or on several prompts.
         """
+        if len(_conversations(prompt, images)) > 1:
+            raise ValueError("One reply is told at a time: stream a single prompt.")
         streamer = _EventStreamer(self.processor)
 
         def work(criteria: list[Any]) -> None:
@@ -220,6 +228,8 @@ class InterleavedVokenPipeline(DiffusionPipeline):
         Raises:
             ValueError: As for a call; or if the base reads no pictures, so that none can be context.
         """
+        if isinstance(parts, str) or scenes < 1:
+            raise ValueError(f"A story is a list of texts and pictures, with a scene or more to come, got {parts!r}.")
         if scenes > 1 and self.processor.image_token is None:
             raise ValueError("This model's base reads no pictures: the first scene cannot be context of the next.")
         story, out, drawn = list(parts), VokenPipelineOutput([], []), 0
@@ -315,7 +325,15 @@ def _conversations(prompt: Any, images: Any) -> list[list[dict[str, Any]]]:
         if not is_column(images) or len(images) != len(prompt):
             raise ValueError(f"images must be a list of pictures for each of the {len(prompt)} prompts.")
         pairs = zip(prompt, images, strict=True)
-        return [[{"role": "user", "content": [*map(_part, flatten_images(own)), _part(one)]}] for one, own in pairs]
+        return [
+            [
+                {
+                    "role": "user",
+                    "content": [*({"type": "image", "image": image} for image in flatten_images(own)), _part(one)],
+                }
+            ]
+            for one, own in pairs
+        ]
     conversations = [prompt] if isinstance(prompt[0], Mapping) else prompt
     if images is not None:
         raise ValueError("Pictures of messages belong in their content: {'type': 'image', 'image': picture}.")

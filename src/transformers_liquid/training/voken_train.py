@@ -129,6 +129,7 @@ def build_voken_trainer(
     for name in WEIGHTS:
         if getattr(arguments, name) is not None:
             setattr(model.config, name, getattr(arguments, name))
+    VokenConfig.from_dict(model.config.to_dict())  # checks them
     collator = VokenDataCollator(
         processor,
         model.image_decoder if model.config.image_loss_weight else None,
@@ -137,6 +138,8 @@ def build_voken_trainer(
             name: getattr(arguments, name) for name in ("voken_labels", "story_tasks", "flip_probability", "max_length")
         },
     )
+    for record in records:
+        collator.samples(record)
     lora = {name: getattr(arguments, name) for name in ("lora_alpha", "lora_dropout")} | {"r": arguments.lora_r}
     lora |= {"target_modules": arguments.target_modules} if arguments.target_modules else {}
     config = voken_stage1_config(model) if arguments.stage == 1 else voken_lora_config(model, **lora)

@@ -98,9 +98,17 @@ class VokenConfig(PreTrainedConfig):
             self.mapper_hidden_size = min(self.condition_dim, 1024)
         if self.mapper_intermediate_size is None:
             self.mapper_intermediate_size = 4 * self.mapper_hidden_size
-        for name in ("state_size", "condition_length", "condition_dim", "mapper_hidden_size", "mapper_num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        sizes = ["state_size", "condition_length", "condition_dim", "pooled_condition_dim", "mapper_num_layers"]
+        sizes += ["mapper_hidden_size", "mapper_num_heads", "mapper_intermediate_size"]
+        lowest = dict.fromkeys(sizes, 1) | {f"{kind}_loss_weight": 0 for kind in ("text", "image", "caption")}
+        for name, low in lowest.items():
+            if (value := getattr(self, name)) is not None and value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}.")
+        if not 0 <= self.unconditional_probability <= 1 or (self.snr_gamma is not None and self.snr_gamma <= 0):
+            raise ValueError(
+                "unconditional_probability must be from 0 to 1 and snr_gamma above 0 or None, got "
+                f"{self.unconditional_probability} and {self.snr_gamma}."
+            )
         if self.mapper_hidden_size % self.mapper_num_heads:
             raise ValueError(f"mapper_num_heads must divide mapper_hidden_size, which is {self.mapper_hidden_size}.")
         ids, vocab_size = self.voken_token_ids, self.get_text_config().vocab_size

@@ -62,10 +62,14 @@ def eos_token_ids(config: GenerationConfig) -> list[int]:
     return [eos] if isinstance(eos, int) else list(eos or [])
 
 
-def finished(ids: Sequence[int], voken_token_ids: Sequence[int], eos_token_ids: Sequence[int]) -> list[int]:
-    """A reply without what ends it; a run that the last token cut off is completed, since its tokens are known."""
+def finished(
+    ids: Sequence[int], voken_token_ids: Sequence[int], eos_token_ids: Sequence[int], pad_token_id: int | None = None
+) -> list[int]:
+    """A reply without what ends and what fills it; a run that was cut off is completed, since its tokens are known."""
     ids = list(ids)
     ids = ids[: min((ids.index(one) for one in eos_token_ids if one in ids), default=len(ids))]
+    while ids and ids[-1] == pad_token_id:  # elsewhere it is a token like others
+        ids.pop()
     if ids and ids[-1] in voken_token_ids:
         ids += voken_token_ids[voken_token_ids.index(ids[-1]) + 1 :]
     return ids

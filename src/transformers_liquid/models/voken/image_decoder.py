@@ -68,6 +68,19 @@ class VokenImageDecoder:
 
     def __init__(self, pipe: diffusers.DiffusionPipeline) -> None:
         self.pipe, (self.denoiser, self.family) = pipe, _known(pipe.components)
+        if not isinstance(pipe, getattr(diffusers, PIPELINES[self.family])):
+            raise ValueError(
+                f"{type(pipe).__name__} draws from more than texts: pass a {PIPELINES[self.family]}, or its parts to "
+                "`VokenImageDecoder.from_components`."
+            )
+        for part in (self.denoiser, pipe.vae):
+            # diffusers leaves weights that it does not find without data, as offloading leaves others.
+            loaded = {name: one for name, one in part.named_modules() if not hasattr(one, "_hf_hook")}
+            weights = {
+                f"{name}.{own}": one for name in loaded for own, one in loaded[name].named_parameters(recurse=False)
+            }
+            if missing := [name for name, one in weights.items() if one.is_meta]:
+                raise ValueError(f"{type(part).__name__} lacks {len(missing)} weights: {', '.join(missing[:10])}.")
         channels = self.denoiser.config.in_channels, pipe.vae.config.latent_channels
         if channels[0] != channels[1]:
             raise ValueError(
@@ -148,9 +161,10 @@ class VokenImageDecoder:
         """
         size, factor = self.denoiser.config.sample_size, self.pipe.vae_scale_factor
         own = (size, size) if isinstance(size, int) else size
-        height, width = height or own[0] * factor, width or own[1] * factor
+        height = own[0] * factor if height is None else height
+        width = own[1] * factor if width is None else width
         step = factor * (self.denoiser.config.get("patch_size") or 1)
-        if height % step or width % step:
+        if height % step or width % step or min(height, width) < step:
             raise ValueError(f"Height and width must be multiples of {step}, got pictures of {height} x {width}.")
         return self.denoiser.config.in_channels, height // factor, width // factor
 
@@ -165,6 +179,10 @@ class VokenImageDecoder:
         Raises:
             ValueError: If the denoiser cannot draw pictures of this size.
         """
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
+            raise ValueError(
+                f"Pictures must be floats (N, 3, H, W), got {pixel_values.dtype} {tuple(pixel_values.shape)}."
+            )
         self.latent_shape(*pixel_values.shape[-2:])
         vae = self.pipe.vae
         overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast")
@@ -332,6 +350,8 @@ class VokenImageDecoder:
             raise ValueError(f"{type(self.pipe).__name__} draws from vokens and takes no {', '.join(unknown)} here.")
         if settings.get("output_type", "pil") not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {settings['output_type']!r}.")
+        if (steps := settings.get("num_inference_steps", 1)) < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {steps}.")
         _, *size = self.latent_shape(settings.get("height"), settings.get("width"))
         height, width = (side * self.pipe.vae_scale_factor for side in size)
         return {**settings, "height": height, "width": width}
@@ -342,9 +362,11 @@ def _known(components: dict[str, Any]) -> tuple[nn.Module, str]:
     found = [components[name] for name in ("unet", "transformer") if components.get(name) is not None]
     if len(found) != 1:
         raise ValueError(f"A pipeline that draws has a unet or a transformer, these parts have {len(found)}.")
-    family = type(found[0]).__name__
-    if kind := found[0].config.get("addition_embed_type"):
-        family += f" ({kind})"
+    family, config = type(found[0]).__name__, found[0].config
+    # What it is told beside texts: UNets; PixArt-alpha; distilled ones.
+    kinds = [config.get("addition_embed_type"), getattr(found[0], "use_additional_conditions", False) and "sizes"]
+    kinds += ["guidance"] if config.get("guidance_embeds") else []
+    family += "".join(f" ({kind})" for kind in kinds if kind)
     if family not in PIPELINES:
         raise ValueError(f"{family} is no denoiser that vokens can condition. Known are: {', '.join(PIPELINES)}.")
     return found[0], family

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from ...utils.versions import CACHE_NAMES
 from ..liquid.reference import load_whole
@@ -216,6 +216,7 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
             self.attach(decoder)
         return self._image_decoder
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -253,6 +254,8 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         inputs = {"attention_mask": attention_mask, "pixel_values": pixel_values, **kwargs}
         if labels is None:
             return self._output(self._read(input_ids, **inputs)[0])
+        if input_ids is None:
+            raise ValueError("Labels need input_ids, by which vokens are found.")
         rows, before = self._find_runs(input_ids, labels == self.config.voken_token_ids[0], attention_mask)
         targets = target_pixel_values if target_latents is None else target_latents
         if not (labels[:, 1:] != -100).any() or not (target_pixel_values is None or target_latents is None):
@@ -265,7 +268,7 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
                     f"The labels hold {len(rows)} runs of vokens to draw (by sequence: {each}), but there are {number} "
                     f"{name}. They come in reading order over the batch, one for each run."
                 )
-        if not all(isinstance(one, str) for one in captions or ()):
+        if isinstance(captions, str) or not all(isinstance(one, str) for one in captions or ()):
             raise ValueError(f"captions must be a text for each picture to draw, got {list(captions)!r}.")
         outputs, states = self._read(input_ids, labels=labels, **{"use_cache": False, **inputs})
         if not len(rows):
@@ -358,29 +361,27 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
             off. Image mode: pictures `(B, 3, height, width)` in [0, 1], the one that comes right after each prompt.
 
         Raises:
-            ValueError: If `num_images` runs have no room in `max_new_tokens`.
+            ValueError: If `num_images` runs have no room in `max_new_tokens`, or an argument is unknown.
         """
         input_ids, vokens = kwargs.pop("input_ids", inputs), self.config.voken_token_ids
-        config = self.generation_config if generation_config is None else generation_config
+        if input_ids is None or generation_mode not in ("text", "image"):
+            raise ValueError(f"Give input_ids, and as generation_mode 'text' or 'image', got {generation_mode!r}.")
+        reader = self._reader(kwargs.get("pixel_values"))
+        reader.generation_config = self.generation_config
+        config, kwargs = reader._prepare_generation_config(generation_config, **kwargs)
         if generation_mode == "image":
             decoder = self.image_decoder
-            drawing = {name: kwargs.pop(name) for name in decoder.settings & kwargs.keys()}
-            kwargs = {name: one for name, one in kwargs.items() if not hasattr(config, name)}
+            drawing = {name: kwargs.pop(name) for name in decoder.settings - {"output_type"} & kwargs.keys()}
+            reader._validate_model_kwargs(kwargs | {"num_images": num_images})
             run = torch.tensor(vokens, device=input_ids.device).expand(len(input_ids), -1)
             condition, _ = self.conditions(torch.cat([input_ids, run], 1), input_ids.shape[1], **kwargs)
             return decoder.draw(condition, self.unconditional(), output_type="pt", **drawing)
-        if generation_mode != "text":
-            raise ValueError(f"generation_mode must be 'text' or 'image', got {generation_mode!r}.")
-        room, number = kwargs.get("max_new_tokens") or config.max_new_tokens or 0, num_images or 0
+        room, number = config.max_new_tokens or 0, num_images or 0
         if num_images is not None and not 0 < (needed := number * len(vokens)) <= room:
             raise ValueError(f"num_images={number} must be at least 1; it takes {needed} of max_new_tokens={room}.")
         runs = VokenRunLogitsProcessor(vokens, number, eos_token_ids(config), input_ids.shape[1], room)
         kwargs["logits_processor"] = LogitsProcessorList([*(logits_processor or []), runs])
-        if generation_config is not None:
-            kwargs["generation_config"] = generation_config
-        reader = self._reader(kwargs.get("pixel_values"))
-        reader.generation_config = self.generation_config
-        return reader.generate(input_ids=input_ids, **kwargs)
+        return reader.generate(input_ids=input_ids, generation_config=config, **kwargs)
 
     def unconditional(self) -> VokenCondition:
         """The condition of a picture of which nothing is known: what the mapper makes of zeros, `(1, L, D)`."""

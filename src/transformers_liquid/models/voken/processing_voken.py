@@ -13,9 +13,9 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin  # diffusers looks for it here
 from transformers.utils import PROCESSOR_NAME
 
-from ...utils.files import parse_json, read_text, write_json
+from ...utils.files import check_keys, read_json, write_json
 from ..liquid.image_processing_liquid import flatten_images, is_column
-from ..liquid.reference import hub_arguments
+from ..liquid.reference import HUB_ARGUMENTS, hub_arguments
 from .repository import part_of
 
 
@@ -129,18 +129,22 @@ class VokenProcessor(ProcessorMixin):
         config = {"processor_class": "VokenProcessor", "voken_token_ids": self.voken_token_ids}
         config |= {"chat_template": self.chat_template, "is_tokenizer": self.base is self.tokenizer}
         write_json(folder / PROCESSOR_NAME, config)
+        if kwargs.pop("push_to_hub", False):
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> VokenProcessor:
-        """Loads the processor that this class saved, or that of a pipeline's whole repository."""
+        """Loads the processor that this class saved, or that of a pipeline's whole repository; `kwargs` are the base's."""
         where = hub_arguments(part_of(pretrained_model_name_or_path, "processor", kwargs))
         folder, root = where.pop("subfolder", ""), pretrained_model_name_or_path
         if not os.path.isdir(root):  # transformers finds no tokenizer in a folder within a folder of the Hub
             files = [f"{folder}/{name}".lstrip("/") for name in (PROCESSOR_NAME, "base/*")]
             root = snapshot_download(root, allow_patterns=files, **where)
         folder = Path(root, folder)
-        config = parse_json(read_text(folder / PROCESSOR_NAME), folder / PROCESSOR_NAME)
-        base = (AutoTokenizer if config["is_tokenizer"] else AutoProcessor).from_pretrained(folder / "base")
+        config = read_json(folder / PROCESSOR_NAME)
+        check_keys(str(folder / PROCESSOR_NAME), config, ("voken_token_ids", "chat_template", "is_tokenizer"))
+        kwargs = {name: one for name, one in kwargs.items() if name not in HUB_ARGUMENTS}
+        base = (AutoTokenizer if config["is_tokenizer"] else AutoProcessor).from_pretrained(folder / "base", **kwargs)
         return cls(base, config["voken_token_ids"], config["chat_template"])
 
     # Outputs
