@@ -205,6 +205,9 @@ def test_names_of_former_peft_are_known(files, tmp_path):
             r"\(4, 32\), but the other sizes ask for \(8, 32\)",
         ),
         ("stage2", lambda tensors: tensors.clear(), "stage2.ckpt lacks"),
+        ("stage1", lambda tensors: tensors.update({"fc.0.weight": torch.zeros(3)}), r"2 dimensions, got \(3, 1, 2\)"),
+        ("stage1", lambda tensors: tensors.update({"fc.2.bias": torch.zeros(16).long()}), "no weights: fc.2.bias"),
+        ("stage1", lambda tensors: tensors.update({"fc.2.bias": "16"}), "no weights: fc.2.bias"),
         ("proj", lambda tensors: tensors.pop("llama_proj.bias"), "lacks 1 keys that are needed: llama_proj.bias"),
     ],
 )
@@ -217,6 +220,25 @@ def test_a_key_that_is_missing_unknown_or_of_another_shape_is_named(file, change
         torch.save(stored, tmp_path / name)
     with pytest.raises(ValueError, match=message):
         load(tmp_path, "stage1", "stage2", base=folder)
+
+
+def test_files_and_parts_of_another_kind_are_refused(files):
+    folder, *_ = files
+    with pytest.raises(ValueError, match=r"stage1\.ckpt lacks"):
+        load(folder, "stage1", "stage1")
+    for change in ({"vision_model": str(folder / "vicuna")}, {"language_model": str(folder / "blip2")}):
+        with pytest.raises(ValueError, match="made of a blip-2 and a llama, got"):
+            load(folder, "stage1", **change)
+
+
+def test_a_system_turn_may_be_in_parts(files):
+    _, processor = load(files[0], "stage1")
+    asked = {"role": "user", "content": "a"}
+    contents = "be kind", [{"type": "text", "text": "be "}, {"type": "text", "text": "kind"}]
+    prompts = [
+        processor.apply_chat_template([{"role": "system", "content": one}, asked], tokenize=False) for one in contents
+    ]
+    assert prompts[0] == prompts[1] == "<s>be kind###Human: a ###"
 
 
 class Pickled:

@@ -252,9 +252,9 @@ def test_cached_latents_are_those_of_the_pictures(processor, decoder, tmp_path):
             {"kind": "conversation", "messages": [{"role": "assistant", "content": [{"type": "video"}]}]},
             "A part of a message is .* got {'type': 'video'}",
         ),
-        ({"kind": "text_to_image", "text": "a", "image": picture(RED), "captions": "b"}, "a list of texts, got"),
+        ({"kind": "text_to_image", "text": "a", "image": picture(RED), "captions": "b"}, "needed is a text each"),
         ({"kind": "text_to_image", "text": "a", "image": picture(RED), "captions": ["b", "c"]}, "with 2 captions"),
-        ({"kind": "story", "texts": "ab", "images": [picture(RED)] * 2}, "both are lists"),
+        ({"kind": "story", "texts": "ab", "images": [picture(RED)] * 2}, "A story has lists"),
     ],
 )
 def test_records_that_are_not_as_they_should_be_are_refused(record, message, processor, decoder):

@@ -159,9 +159,7 @@ def convert(
     """
     is_file = os.path.isfile(model)
     if is_file != (projection is not None) or (stage2 is not None and not is_file):
-        raise ValueError(
-            "Files of MiniGPT-5 need --projection, the linear layer of MiniGPT-4; a repository stands alone."
-        )
+        raise ValueError("Files of MiniGPT-5 need --projection, the layer of MiniGPT-4; a repository stands alone.")
     options.check_new_folder(output)
     from diffusers import DiffusionPipeline
 

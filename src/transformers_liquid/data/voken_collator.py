@@ -94,9 +94,7 @@ class VokenDataCollator:
         if not 0 <= self.flip_probability <= 1:
             raise ValueError(f"flip_probability must be from 0 to 1, got {self.flip_probability}.")
         if self.latents is not None and (self.decoder is None or self.flip_probability):
-            raise ValueError(
-                "Cached latents are of one size and not mirrored: give the decoder, and flip_probability=0."
-            )
+            raise ValueError("Cached latents are of one size and not mirrored: give the decoder, and no flips.")
         if self.decoder is not None:
             shape, factor = self.decoder.latent_shape(self.height, self.width), self.decoder.pipe.vae_scale_factor
             self.latent_shape, self.size = shape, (shape[2] * factor, shape[1] * factor)
@@ -184,9 +182,7 @@ class VokenDataCollator:
                 raise ValueError(f"A part of a message is {{'type': 'text', 'text': ...}} or an image, got {part!r}.")
         places = [part for part in parts if part["type"] == "image" and not part.get("image")]
         if len(places) != len(images):
-            raise ValueError(
-                f"The messages have {len(places)} places for pictures, but there are {len(images)} images."
-            )
+            raise ValueError(f"Messages have {len(places)} places for pictures, but there are {len(images)} images.")
         for part, image in zip(places, images, strict=True):
             part["image"] = image
         if not turns or turns[-1]["role"] != "assistant" or not turns[-1]["content"]:
@@ -195,8 +191,7 @@ class VokenDataCollator:
         is_short = len(captions) != number and (self.captions or captions) and number
         if is_short or isinstance(captions, str) or not all(isinstance(one, str) for one in captions):
             raise ValueError(
-                f"The last turn draws {number} pictures, with {len(captions)} captions: the caption loss needs one of each, "
-                f"a list of texts, got {captions!r}."
+                f"The last turn draws {number} pictures, with {len(captions)} captions: needed is a text each."
             )
         return [(turns, list(captions) if number else [])]
 
@@ -241,7 +236,7 @@ def story_samples(record: Mapping[str, Any], tasks: Sequence[str] = tuple(STORY_
     texts, images = record["texts"], record["images"]
     if isinstance(texts, str) or len(texts) != len(images):
         raise ValueError(
-            f"A story has a picture for each text, got {len(texts)} texts and {len(images)} images; both are lists."
+            f"A story has lists: a picture for each text, got {len(texts)} texts and {len(images)} images."
         )
     samples, before = [], []
     for text, image in zip(texts, images, strict=True):

@@ -52,9 +52,7 @@ def load_voken_records(
                 check_keys(f"A line of {path}", line, ("kind",))
                 records.append(line)
     else:
-        raise ValueError(
-            f"{path} must be a .tsv of CC3M, a _cleaned.json of VIST, or .jsonl of MMDialog or of records."
-        )
+        raise ValueError(f"{path} must be a .tsv of CC3M, a _cleaned.json of VIST, or .jsonl (MMDialog, records).")
     missing = []
     for record in records:
         contents = [message.get("content") for message in record.get("messages", ()) if isinstance(message, dict)]
@@ -67,9 +65,8 @@ def load_voken_records(
                 one["image"] = str(paths[-1])
         missing += [str(path) for path in paths if not path.is_file()]
     if missing or not records:
-        raise ValueError(
-            f"{path} has {len(records)} records, and {len(missing)} of their pictures are not there: {missing[:3]}."
-        )
+        number = f"{len(missing)} of their pictures are not there"
+        raise ValueError(f"{path} has {len(records)} records, and {number}: {missing[:3]}.")
     return records
 
 

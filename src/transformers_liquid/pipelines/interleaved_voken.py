@@ -128,9 +128,9 @@ class InterleavedVokenPipeline(DiffusionPipeline):
         drawing, seed = decoder.checked(settings), None if seed is None else operator.index(seed)
         if (batch_size is not None and batch_size < 1) or kwargs.get("num_return_sequences") not in (None, 1):
             raise ValueError("batch_size must be at least 1, and there is one reply to each prompt.")
-        kwargs = {"max_new_tokens": max_new_tokens, **kwargs}
-        config, kwargs = self.model._prepare_generation_config(kwargs.pop("generation_config", None), **kwargs)
-        config.return_dict_in_generate, config.num_return_sequences = False, 1
+        kwargs = {"generation_config": None, "max_new_tokens": max_new_tokens, **kwargs}
+        kwargs |= {"return_dict_in_generate": False, "num_return_sequences": 1}
+        config, _ = self.model._prepare_generation_config(**kwargs)
         inputs = self.processor.apply_chat_template(
             _conversations(prompt, images), add_generation_prompt=True, tokenize=True, return_dict=True
         )
@@ -144,7 +144,7 @@ class InterleavedVokenPipeline(DiffusionPipeline):
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            kwargs = {"tokenizer": self.processor.tokenizer, "generation_config": config, **kwargs}
+            kwargs = {"tokenizer": self.processor.tokenizer, **kwargs}
             ids = self.model.generate(**inputs, num_images=num_images, **kwargs)
         prompts, vokens = inputs.pop("input_ids"), self.model.config.voken_token_ids
         ends = eos_token_ids(config), config.pad_token_id

@@ -38,6 +38,7 @@ class WholeTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         check_arguments(self.args)  # here, because nothing was done yet
+        self._stats: dict[str, torch.Tensor | float] = {"train": 0.0, "eval": 0.0}
         self.args.accelerator_config.dispatch_batches = False  # of streams, the default is otherwise
         if self.args.max_grad_norm is None:  # here, because DeepSpeed is told now
             is_large = sum(weight.numel() for weight in self.model.parameters()) >= 7e9
@@ -62,6 +63,21 @@ class WholeTrainer(Trainer):
             check_checkpoint(resume_from_checkpoint)
         with alone(self.args):
             return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._pop_stats("train", "")}
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._stats["eval"] = 0.0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update(self._pop_stats("eval", f"{metric_key_prefix}_"))
+        return output
+
+    def _pop_stats(self, phase: str, prefix: str) -> dict[str, float]:
+        """What was measured since the last time beside the loss, on all processes."""
+        raise NotImplementedError
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card that `save_pretrained` wrote stays."""
@@ -140,7 +156,6 @@ class LiquidTrainer(WholeTrainer):
         no_draws = {"unconditional_probability": 0.0, "caption_probability": 0.0, "edit_dropout": 0.0}
         self.eval_data_collator = dataclasses.replace(data_collator, **no_draws)
         self.add_callback(_EpochCallback(data_collator))
-        self._token_stats = {"train": 0.0, "eval": 0.0}
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         train_collator, self.data_collator = self.data_collator, self.eval_data_collator
@@ -163,7 +178,7 @@ class LiquidTrainer(WholeTrainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._check_finite(loss, f"the records with index {indices.tolist()} (-1: unknown)")
         if outputs.get("token_stats") is not None:
-            self._token_stats["train" if model.training else "eval"] += outputs["token_stats"].detach() * counts
+            self._stats["train" if model.training else "eval"] += outputs["token_stats"].detach() * counts
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -196,19 +211,8 @@ class LiquidTrainer(WholeTrainer):
             is_repeat = is_repeat[(inputs["position_ids"][0] == 0).cumsum(0) - 1].T
         return labels.masked_fill(is_repeat, IGNORE_INDEX), True
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            logs = {**logs, **self._pop_token_metrics("train", "")}
-        super().log(logs, *args, **kwargs)
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        self._token_stats["eval"] = 0.0
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update(self._pop_token_metrics("eval", f"{metric_key_prefix}_"))
-        return output
-
-    def _pop_token_metrics(self, phase: str, prefix: str) -> dict[str, float]:
-        stats, self._token_stats[phase] = self._token_stats[phase], 0.0
+    def _pop_stats(self, phase: str, prefix: str) -> dict[str, float]:
+        stats, self._stats[phase] = self._stats[phase], 0.0
         if not isinstance(stats, torch.Tensor):  # the base computed its loss itself
             return {}
         stats = self.accelerator.reduce(stats.double(), reduction="sum").cpu()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers.trainer_utils import EvalLoopOutput
 
 from ..models.voken.image_decoder import COMPONENTS
 from ..models.voken.modeling_voken import VokenForConditionalGeneration
@@ -53,7 +52,6 @@ class VokenTrainer(WholeTrainer):
         if not self.args.gradient_checkpointing:
             parts = [part for name, part in model.named_modules() if "lora_" not in name]  # has a dropout of its own
             self._frozen = [part for part in parts if not any(one.requires_grad for one in part.parameters())]
-        self._stats: dict[str, torch.Tensor | float] = {"train": 0.0, "eval": 0.0}
         self._totals: list[int] = []
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
@@ -98,17 +96,6 @@ class VokenTrainer(WholeTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As in the Trainer, for losses alone."""
         return super().prediction_step(model, inputs, prediction_loss_only=True, ignore_keys=ignore_keys)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            logs = {**logs, **self._pop_stats("train", "")}
-        super().log(logs, *args, **kwargs)
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        self._stats["eval"] = 0.0
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update(self._pop_stats("eval", f"{metric_key_prefix}_"))
-        return output
 
     def _pop_stats(self, phase: str, prefix: str) -> dict[str, float]:
         stats, self._stats[phase] = self._stats[phase], 0.0

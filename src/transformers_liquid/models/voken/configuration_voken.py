@@ -105,17 +105,14 @@ class VokenConfig(PreTrainedConfig):
             if (value := getattr(self, name)) is not None and value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}.")
         if not 0 <= self.unconditional_probability <= 1 or (self.snr_gamma is not None and self.snr_gamma <= 0):
-            raise ValueError(
-                "unconditional_probability must be from 0 to 1 and snr_gamma above 0 or None, got "
-                f"{self.unconditional_probability} and {self.snr_gamma}."
-            )
+            given = self.unconditional_probability, self.snr_gamma
+            raise ValueError(f"unconditional_probability must be from 0 to 1, snr_gamma above 0 or None, got {given}.")
         if self.mapper_hidden_size % self.mapper_num_heads:
             raise ValueError(f"mapper_num_heads must divide mapper_hidden_size, which is {self.mapper_hidden_size}.")
         ids, vocab_size = self.voken_token_ids, self.get_text_config().vocab_size
         if not ids or len({*ids}) < len(ids) or not all(0 <= one < vocab_size for one in ids):
             raise ValueError(
-                f"voken_token_ids must be different ids of the base's vocabulary, 0 ... {vocab_size - 1}, got {ids}. Give "
-                "the base rows for them first: see `transformers_liquid.add_vokens`."
+                f"voken_token_ids must be different ids of the base's vocabulary of {vocab_size}, got {ids}."
             )
         if (placeholder := getattr(self.text_config, "image_token_id", None)) in ids:
             raise ValueError(f"Id {placeholder} stands for pictures that the base reads: it is no voken, got {ids}.")

@@ -69,10 +69,7 @@ class VokenImageDecoder:
     def __init__(self, pipe: diffusers.DiffusionPipeline) -> None:
         self.pipe, (self.denoiser, self.family) = pipe, _known(pipe.components)
         if not isinstance(pipe, getattr(diffusers, PIPELINES[self.family])):
-            raise ValueError(
-                f"{type(pipe).__name__} draws from more than texts: pass a {PIPELINES[self.family]}, or its parts to "
-                "`VokenImageDecoder.from_components`."
-            )
+            raise ValueError(f"{type(pipe).__name__} draws from more than texts: pass a {PIPELINES[self.family]}.")
         for part in (self.denoiser, pipe.vae):
             # diffusers leaves weights that it does not find without data, as offloading leaves others.
             loaded = {name: one for name, one in part.named_modules() if not hasattr(one, "_hf_hook")}
@@ -84,8 +81,7 @@ class VokenImageDecoder:
         channels = self.denoiser.config.in_channels, pipe.vae.config.latent_channels
         if channels[0] != channels[1]:
             raise ValueError(
-                f"The denoiser takes {channels[0]} channels, the VAE gives {channels[1]}: pass a text-to-image pipeline, "
-                "with the VAE it was trained with."
+                f"The denoiser takes {channels[0]} channels, the VAE gives {channels[1]}: that is no pair."
             )
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
@@ -180,9 +176,7 @@ class VokenImageDecoder:
             ValueError: If the denoiser cannot draw pictures of this size.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
-            raise ValueError(
-                f"Pictures must be floats (N, 3, H, W), got {pixel_values.dtype} {tuple(pixel_values.shape)}."
-            )
+            raise ValueError(f"Pictures must be floats (N, 3, H, W), got {pixel_values.dtype}, {pixel_values.shape}.")
         self.latent_shape(*pixel_values.shape[-2:])
         vae = self.pipe.vae
         overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast")
@@ -206,9 +200,7 @@ class VokenImageDecoder:
             ValueError: If there is no text encoder, or it gives another number of vectors.
         """
         if self.pipe.text_encoder is None or self.pipe.tokenizer is None:
-            raise ValueError(
-                "Captions need the diffusion model's text encoders: load them, or `caption_loss_weight=0`."
-            )
+            raise ValueError("Captions need the diffusion model's text encoders: load them, or give no captions.")
         parameters, device = inspect.signature(self.pipe.encode_prompt).parameters, self.pipe.text_encoder.device
         arguments = dict.fromkeys({"prompt_2", "prompt_3"} & parameters.keys())
         of_t5 = (length or 0) - (self.text_length if self.family == "SD3Transformer2DModel" else 0)
@@ -254,9 +246,7 @@ class VokenImageDecoder:
         """
         number, channels = len(condition.embeds), self.denoiser.config.in_channels
         if latents.ndim != 4 or latents.shape[:2] != (number, channels):
-            raise ValueError(
-                f"Latents must be of {number} pictures with {channels} channels, got {tuple(latents.shape)}."
-            )
+            raise ValueError(f"Latents must be ({number}, {channels}, h, w), got {tuple(latents.shape)}.")
         self.latent_shape(*(side * self.pipe.vae_scale_factor for side in latents.shape[-2:]))
         latents, scheduler = latents.float(), self.noise_scheduler
         if snr_gamma and self.prediction_type == "epsilon" and scheduler.config.get("rescale_betas_zero_snr"):

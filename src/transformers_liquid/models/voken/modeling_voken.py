@@ -368,8 +368,9 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
             raise ValueError(f"Give input_ids, and as generation_mode 'text' or 'image', got {generation_mode!r}.")
         reader = self._reader(kwargs.get("pixel_values"))
         reader.generation_config = self.generation_config
-        config, kwargs = reader._prepare_generation_config(generation_config, **kwargs)
+        config, others = reader._prepare_generation_config(generation_config, **kwargs)
         if generation_mode == "image":
+            kwargs = others
             decoder = self.image_decoder
             drawing = {name: kwargs.pop(name) for name in decoder.settings - {"output_type"} & kwargs.keys()}
             reader._validate_model_kwargs(kwargs | {"num_images": num_images})
@@ -381,7 +382,7 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
             raise ValueError(f"num_images={number} must be at least 1; it takes {needed} of max_new_tokens={room}.")
         runs = VokenRunLogitsProcessor(vokens, number, eos_token_ids(config), input_ids.shape[1], room)
         kwargs["logits_processor"] = LogitsProcessorList([*(logits_processor or []), runs])
-        return reader.generate(input_ids=input_ids, generation_config=config, **kwargs)
+        return reader.generate(input_ids=input_ids, generation_config=generation_config, **kwargs)
 
     def unconditional(self) -> VokenCondition:
         """The condition of a picture of which nothing is known: what the mapper makes of zeros, `(1, L, D)`."""

@@ -123,16 +123,16 @@ def load_minigpt5(
             language model is not the one that was trained.
         ImportError: If LoRA is not merged and PEFT not installed.
     """
-    files = {str(projection): _read(projection, "model"), str(stage1): _read(stage1, "state_dict")}
-    files |= {} if stage2 is None else {str(stage2): _read(stage2, "state_dict")}
+    paths = [projection, stage1, *([] if stage2 is None else [stage2])]
+    files = [_read(path, "state_dict" if index else "model") for index, path in enumerate(paths)]
     is_adapter = stage2 is not None and not merge
     if is_adapter:
         require("peft", "LoRA that is not merged")
-    config = _config(files[str(stage1)], vision_model, language_model, image_decoder)
+    config = _config(files[1], vision_model, language_model, image_decoder)
     processor = _processor(config, vision_model, language_model)
     with torch.device("meta"):
         model = VokenForConditionalGeneration(config)
-    tensors = _named(files, config, {key: tensor.shape for key, tensor in model.state_dict().items()})
+    tensors = _named(paths, files, config, {key: tensor.shape for key, tensor in model.state_dict().items()})
 
     model.text_model = _load_base(config.text_config, vision_model, language_model, **kwargs)
     model.generation_config = model.text_model.generation_config
@@ -211,6 +211,8 @@ def _read(path: str | Path, field: str) -> dict[str, torch.Tensor]:
     stored = read_tensors(Path(path), _SETTINGS)
     if not isinstance(stored, dict) or not isinstance(stored.get(field), dict):
         raise ValueError(f"{path} is no checkpoint of its kind: it has no {field!r}.")
+    if bad := [key for key, one in stored[field].items() if not torch.is_tensor(one) or not one.is_floating_point()]:
+        raise ValueError(f"{path} has {len(bad)} entries that are no weights: {', '.join(bad[:10])}.")
     name = re.compile(r"\.(lora_[AB]|modules_to_save)\.(?!default\.)")
     return {name.sub(r".\1.default.", key): tensor for key, tensor in stored[field].items()}
 
@@ -222,6 +224,10 @@ def _config(stage1: dict[str, torch.Tensor], vision_model: str, language_model: 
     query, mlp, linear = (stage1[name] for name in names)
     rows = len(stage1["model.llama_model.lm_head.weight"])
     reader, text_config = AutoConfig.from_pretrained(vision_model), AutoConfig.from_pretrained(language_model)
+    if (given := (reader.model_type, text_config.model_type)) != ("blip-2", "llama"):
+        raise ValueError(f"MiniGPT-5 is made of a blip-2 and a llama, got {given}.")
+    if (given := tuple(one.ndim for one in (query, mlp, linear))) != (3, 2, 2):
+        raise ValueError(f"{', '.join(names)} in the file of stage 1 have 3, 2 and 2 dimensions, got {given}.")
     text_config.vocab_size = rows
     return VokenConfig(
         text_config=AutoConfig.for_model(
@@ -259,13 +265,13 @@ def _processor(config: VokenConfig, vision_model: str, language_model: str) -> V
 
 
 def _named(
-    files: dict[str, dict[str, torch.Tensor]], config: VokenConfig, shapes: dict[str, torch.Size]
+    paths: list[str | Path], files: list[dict[str, torch.Tensor]], config: VokenConfig, shapes: dict[str, torch.Size]
 ) -> dict[str, torch.Tensor]:
     """The tensors of all files under our names; of those that both stages have, the second one's."""
     tensors: dict[str, torch.Tensor] = {}
-    for stage, (path, file) in enumerate(files.items()):
+    for stage, (path, file) in enumerate(zip(paths, files, strict=True)):
         table = key_table(config, stage)
-        check_keys(path, file, required=table, optional=())
+        check_keys(str(path), file, required=table, optional=())
         tensors |= {key: file[name] for name, key in table.items()}
     for key, tensor in tensors.items():
         expected = shapes.get(key)
