@@ -64,13 +64,17 @@ def packed_sdpa_attention_forward(
     starts = (position_ids[0] == 0).nonzero()[:, 0].tolist() if is_row else []
     if len(starts) < 2:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    # One split instead of many slices: the gradient of each slice would be a tensor of the whole row.
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], length], strict=True)]
+    tensors = (query, key, value)
+    if query.device.type == "cpu":  # in half precision, torch's backward pass takes four times as long there
+        tensors = tuple(tensor.float() for tensor in tensors)
     outputs = []
-    for start, end in zip(starts, [*starts[1:], length], strict=True):
-        part = slice(start, end)
+    for start, *parts in zip(starts, *(tensor.split(lengths, dim=2) for tensor in tensors), strict=True):
+        part = slice(start, start + parts[0].shape[2])
         mask = None if attention_mask is None else attention_mask[..., part, part]
-        tensors = (tensor[:, :, part] for tensor in (query, key, value))
-        outputs.append(sdpa_attention_forward(module, *tensors, mask, **kwargs)[0])
-    return torch.cat(outputs, dim=1), None
+        outputs.append(sdpa_attention_forward(module, *parts, mask, **kwargs)[0])
+    return torch.cat(outputs, dim=1).to(query.dtype), None
 
 
 def packed_sdpa_mask(
