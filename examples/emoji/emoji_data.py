@@ -34,18 +34,18 @@ class Emoji:
     group: str
     path: Path
     split: str  # "seen", "unseen_composition" or "unseen_flag"
+    short_names: tuple[str, ...] = ()  # as in chats, such as "dog"; of emoji without skin tones
 
 
-def fetch(data_dir: str | Path) -> Path:
-    """Fetches the npm package into `data_dir` unless it is already there; returns the package's folder."""
-    data_dir = Path(data_dir)
-    package = data_dir / "package"
-    if not (package / "emoji.json").exists():
-        data_dir.mkdir(parents=True, exist_ok=True)
-        packed = subprocess.run(["npm", "pack", PACKAGE, "--silent"], cwd=data_dir, check=True, stdout=subprocess.PIPE)
-        with tarfile.open(data_dir / packed.stdout.decode().split()[-1]) as archive:
-            archive.extractall(data_dir, filter="data")
-    return package
+def fetch(folder: str | Path, package: str = PACKAGE) -> Path:
+    """Fetches an npm package into `folder` unless it is already there; returns the package's files."""
+    folder = Path(folder)
+    if not (folder / "package" / "package.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        packed = subprocess.run(["npm", "pack", package, "--silent"], cwd=folder, check=True, stdout=subprocess.PIPE)
+        with tarfile.open(folder / packed.stdout.decode().split()[-1]) as archive:
+            archive.extractall(folder, filter="data")
+    return folder / "package"
 
 
 def load_emoji(data_dir: str | Path) -> list[Emoji]:
@@ -55,30 +55,40 @@ def load_emoji(data_dir: str | Path) -> list[Emoji]:
     is seen, only never together) and 10 flags.
     """
     package = fetch(data_dir)
-    found: list[tuple[str, str, str, str]] = []  # name, group, file, kind
+    found: list[tuple[str, str, str, str, tuple[str, ...]]] = []  # name, group, file, kind, short names
     for entry in json.loads((package / "emoji.json").read_text(encoding="utf-8")):
         # Unicode renamed U+1F935; the data set still gives it the name of its masculine variant.
         name = "person in tuxedo" if entry["unified"] == "1F935" else entry["name"].lower()
         if entry["has_img_google"]:
             kind = "flag" if entry["subcategory"] == "country-flag" else "plain"
-            found.append((name, entry["category"], entry["image"], kind))
+            short_names = tuple(short_name.replace("_", " ") for short_name in entry["short_names"])
+            found.append((name, entry["category"], entry["image"], kind, short_names))
         for tones, variation in entry.get("skin_variations", {}).items():
             if variation["has_img_google"]:
                 described = ", ".join(f"{SKIN_TONES[tone]} skin tone" for tone in tones.split("-"))
                 kind = f"composition of {name}" if "-" not in tones else "pair"
-                found.append((f"{name}: {described}", entry["category"], variation["image"], kind))
+                found.append((f"{name}: {described}", entry["category"], variation["image"], kind, ()))
 
     draw = random.Random(0)
-    flags = sorted(name for name, _, _, kind in found if kind == "flag")
+    flags = sorted(name for name, _, _, kind, _ in found if kind == "flag")
     compositions: dict[str, list[str]] = {}
-    for name, _, _, kind in found:
+    for name, _, _, kind, _ in found:
         if kind.startswith("composition of "):
             compositions.setdefault(kind, []).append(name)
     people = draw.sample(sorted(compositions), NUM_UNSEEN_COMPOSITIONS)
     unseen = {draw.choice(compositions[person]): "unseen_composition" for person in people}
     unseen |= dict.fromkeys(draw.sample(flags, NUM_UNSEEN_FLAGS), "unseen_flag")
     folder = package / "img" / "google" / "64"
-    return [Emoji(name, group, folder / file, unseen.get(name, "seen")) for name, group, file, _ in found]
+    return [
+        Emoji(name, group, folder / file, unseen.get(name, "seen"), short_names)
+        for name, group, file, _, short_names in found
+    ]
+
+
+def split_tones(name: str) -> tuple[str, str]:
+    """A name without its skin tones, and these, such as `"dark skin tone"`; empty if it has none."""
+    base, _, tones = name.rpartition(": ") if name.endswith("skin tone") else (name, "", "")
+    return base, tones
 
 
 def load_pixels(emoji: list[Emoji]) -> torch.Tensor:

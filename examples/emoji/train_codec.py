@@ -8,7 +8,11 @@ Three phases, checkpointed every epoch; run the same command again to continue a
 3. decoder: encoder and codebook frozen (codes are final: the language model can be trained meanwhile).
 
 The loss is the mean squared error plus a little of the error of the picture's gradients (sharper edges). Only "seen"
-pictures are trained on.
+pictures are trained on. With `--icons N`, N icons (see icons.py) are drawn by lot for every epoch beside the emoji.
+The decoder alone is trained on, with icons, by
+
+    python examples/emoji/train_codec.py --data_dir emoji-data --output_dir emoji-codec-2 --continue_from emoji-codec \
+        --epochs 0 0 30 --icons 1000 --decoder_learning_rate 1e-3
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from emoji_data import load_emoji, load_pixels
+from icons import load_icons
 from PIL import Image
 from tqdm import tqdm
 
@@ -45,10 +50,13 @@ def main(args: argparse.Namespace) -> None:
     emoji = load_emoji(args.data_dir)
     pixels = load_pixels(emoji)
     train = pixels[[index for index, item in enumerate(emoji) if item.split == "seen"]]
+    icons = load_icons(args.data_dir)[0] if args.icons else torch.empty(0, *pixels.shape[1:])
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
 
     codec = LiquidVQModel(**CODEC_CONFIG)
+    if args.continue_from is not None:
+        codec.load_state_dict(LiquidVQModel.from_pretrained(args.continue_from).state_dict())
     codebook = MovingAverageCodebook(codec.quantize.embedding.weight)
     optimizer = torch.optim.AdamW(codec.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     epochs = dict(zip(PHASES, args.epochs, strict=True))
@@ -62,12 +70,15 @@ def main(args: argparse.Namespace) -> None:
         start = state["epoch"]
 
     for epoch in range(start, sum(epochs.values())):
-        phase, learning_rate = schedule(epoch, epochs, args.learning_rate)
-        if epoch == epochs["continuous"]:
+        phase, learning_rate = schedule(epoch, epochs, args.learning_rate, args.decoder_learning_rate)
+        if phase == "quantized" and epoch == epochs["continuous"]:
             codebook.initialize(torch.cat([codec.encode(batch).latents.detach() for batch in train.split(256)]))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = train_epoch(codec, codebook, optimizer, train, phase, args.batch_size, epoch)
+        draw = torch.Generator().manual_seed(epoch)
+        some = icons[torch.randperm(len(icons), generator=draw)[: args.icons]]
+        shown = torch.cat([train, some.float() / 127.5 - 1])
+        loss = train_epoch(codec, codebook, optimizer, shown, phase, args.batch_size, epoch)
         torch.save(
             {
                 "codec": codec.state_dict(),
@@ -84,11 +95,11 @@ def main(args: argparse.Namespace) -> None:
             codec.save_pretrained(output_dir)
 
 
-def schedule(epoch: int, epochs: dict[str, int], peak: float) -> tuple[str, float]:
+def schedule(epoch: int, epochs: dict[str, int], peak: float, decoder_peak: float) -> tuple[str, float]:
     """Phase and learning rate of an epoch: one cosine over the first two phases, a lower one over the third."""
     joint = epochs["continuous"] + epochs["quantized"]
     if epoch >= joint:
-        return "decoder", 0.15 * peak * (0.5 * (1 + math.cos(math.pi * (epoch - joint) / epochs["decoder"])) + 0.02)
+        return "decoder", decoder_peak * (0.5 * (1 + math.cos(math.pi * (epoch - joint) / epochs["decoder"])) + 0.02)
     phase = "continuous" if epoch < epochs["continuous"] else "quantized"
     return phase, peak * (0.5 * (1 + math.cos(math.pi * epoch / joint)) + 0.02)
 
@@ -107,7 +118,8 @@ def train_epoch(codec, codebook, optimizer, train, phase: str, batch_size: int, 
     for indices in tqdm(batches, desc=f"epoch {epoch + 1} ({phase})", leave=False, mininterval=5):
         picture = train[indices]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            latents = codec.encode(picture).latents.float()
+            with torch.set_grad_enabled(phase != "decoder"):
+                latents = codec.encode(picture).latents.float()
             commitment = latents.new_zeros(())
             if phase != "continuous":
                 codes = codec.nearest_codes(latents)
@@ -222,5 +234,8 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, nargs=3, default=(6, 28, 6), metavar=PHASES, help="epochs per phase")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument("--decoder_learning_rate", type=float, default=2.25e-4)
+    parser.add_argument("--continue_from", help="a trained codec: its weights instead of new ones")
+    parser.add_argument("--icons", type=int, default=0, help="icons in an epoch, beside the emoji")
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())

