@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from emoji_data import SKIN_TONES, Emoji, split_tones
 from icons import COLOURS
-from words import PHRASINGS, TONED, Words, is_heldout
+from words import PHRASINGS, TONED, Words, is_heldout, is_heldout_word
 
 
 # Of the records; a story has three times the positions of a picture.
@@ -419,7 +419,7 @@ def story(world: World, draw: random.Random) -> tuple[str, list[int]]:
 def story_word(world: World, draw: random.Random, number: int) -> str:
     """What a thing is called in a story: a name, or now and then a keyword."""
     words = world.words[world.emoji[number].name]
-    keywords = [word for word in words.keywords if zlib.crc32(word.encode()) % 40]
+    keywords = [word for word in words.keywords if not is_heldout_word(word)]
     return draw.choice(keywords) if keywords and draw.random() < 0.25 else draw.choice(words.names)
 
 

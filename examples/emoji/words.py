@@ -39,11 +39,15 @@ class Words:
         names: The data set's name, then Unicode's current one and other full names.
         keywords: Words that mean it best of all emoji, or second best.
         foreign: Its names in other languages.
+        current: Unicode's current name.
+        carried: All that the packages say of it: whole names, keywords, and the words of both.
     """
 
     names: list[str] = field(default_factory=list)
     keywords: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
+    current: str = ""
+    carried: set[str] = field(default_factory=set)
 
 
 def load_words(data_dir: str | Path, emoji: list[Emoji]) -> dict[str, Words]:
@@ -70,7 +74,10 @@ def load_words(data_dir: str | Path, emoji: list[Emoji]) -> dict[str, Words]:
                 country = next(filter(None, country.groups()))
                 names += [country, f"{country} flag", f"flag of {country}", f"the flag of {country}"]
         names = [item.name, *(name for name in dict.fromkeys(names) if name not in first_names)]
-        words[item.name] = Words(names, foreign=foreign.get(key_of(item), []))
+        carried = {part for text in (*names, *keywords) for part in (text, *re.findall(r"[^ :,]+", text))}
+        words[item.name] = Words(
+            names, foreign=foreign.get(key_of(item), []), current=current[item.name], carried=carried
+        )
         for word in keywords:
             if word not in names:
                 owners[word].append(item.name)  # once for each package
@@ -125,9 +132,14 @@ def key_of(item: Emoji) -> str:
     return plain("".join(chr(int(code, 16)) for code in item.path.stem.split("-")))
 
 
+def is_heldout_word(word: str) -> bool:
+    """Whether a keyword is kept from training in whatever phrasing."""
+    return zlib.crc32(word.encode()) % HELDOUT_WORDS == 0
+
+
 def is_heldout(name: str, prompt: str, word: str | None = None) -> bool:
     """Whether a prompt for an emoji, made of a keyword if one is given, is kept from training."""
-    held_word = word is not None and zlib.crc32(word.encode()) % HELDOUT_WORDS == 0
+    held_word = word is not None and is_heldout_word(word)
     return held_word or zlib.crc32(f"{name} {prompt}".encode()) % HELDOUT_PHRASINGS == 0
 
 
