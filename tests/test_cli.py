@@ -672,7 +672,9 @@ def test_a_conversion_is_whole_or_nothing_and_the_same_command_works_later(check
 def test_info_tells_the_layout_without_reading_weights(tmp_path, capsys):
     model = tiny_model()
     model.save_pretrained("ours")
-    tiny_processor().save_pretrained("ours")
+    processor = tiny_processor()
+    processor.known_words = ["apple", "moon"]
+    processor.save_pretrained("ours")
     (tmp_path / "ours" / "model.safetensors").write_bytes(b"")
     (tmp_path / "ours" / "README.md").write_text("---\nlicense: mit\n---\n\n# Ours\n\nA tiny\nmodel.\n\nMore.\n")
     assert main(["info", "--model", "ours"]) == 0
@@ -686,6 +688,7 @@ def test_info_tells_the_layout_without_reading_weights(tmp_path, capsys):
         "16 codes, 2 x 2 pixels each",
         "8 x 8 pixels = 4 x 4 codes",
         "guidance_scale=7.0",
+        "2 words, such as apple, moon",
         "A tiny model.",
     ):
         assert expected in said

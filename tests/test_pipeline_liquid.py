@@ -127,6 +127,20 @@ def test_one_prompt_gives_a_list_of_pil_pictures(pipe):
     assert not same(images[:1], images[1:2])
 
 
+def test_a_small_model_warns_of_prompts_without_any_word_that_it_knows(checkpoint, tmp_path, caplog):
+    processor = LiquidProcessor.from_pretrained(checkpoint)
+    processor.known_words = ["apple", "dog"]
+    processor.save_pretrained(tmp_path)
+    pipe = pipeline(
+        "text-to-image", checkpoint, processor=LiquidProcessor.from_pretrained(tmp_path), progress_bar=False
+    )
+    with caplog.at_level("WARNING"):
+        pipe.preprocess(["Red APPLE!", "the dog", "<image>"], image=[PIL.Image.new("RGB", (8, 8))] * 3)
+        assert caplog.text == ""
+        pipe.preprocess(["an apple", "pineapple pie"])
+    assert "no word of the prompt 'pineapple pie'" in caplog.text and "'an apple'" not in caplog.text
+
+
 def test_pictures_come_in_the_order_of_the_prompts(pipe):
     images = pipe(["red apple", "dog"], num_images_per_prompt=2, seed=5)
     alone = [pipe(prompt, seed=5 + index)[0] for index, prompt in enumerate(["red apple", "red apple", "dog", "dog"])]

@@ -356,6 +356,12 @@ class EmojiDataCollator(LiquidDataCollator):
         replaced = is_code & (torch.rand(ids.shape, generator=self._draw) < self.replaced)
         others = ids[is_code]
         ids[replaced] = others[torch.randint(len(others), (int(replaced.sum()),), generator=self._draw)]
+        # Rows of few lengths: the CPU's matrix products are prepared for each length anew, and kept.
+        filler = -ids.shape[1] % 512
+        if filler:
+            batch["input_ids"] = ids = F.pad(ids, (0, filler), value=self.processor.pad_token_id)
+            batch["labels"] = F.pad(batch["labels"], (0, filler), value=-100)
+            batch["position_ids"] = torch.cat([batch["position_ids"], torch.arange(filler)[None]], dim=1)
         asked = ids == self._caption_id
         ids[asked] = self._questions[torch.randint(len(self._questions), (int(asked.sum()),), generator=self._draw)]
         return batch

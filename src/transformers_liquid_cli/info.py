@@ -27,12 +27,12 @@ def info(
         return
     import torch
     from transformers import GenerationConfig
-    from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+    from transformers.utils import GENERATION_CONFIG_NAME, PROCESSOR_NAME, cached_file
 
     from transformers_liquid import EMOJI_CHECKPOINT, LiquidConfig, LiquidForCausalLM
     from transformers_liquid.generation.settings import ImageGenerationConfig
     from transformers_liquid.models.liquid.reference import ReferenceCheckpoint, adapter_base
-    from transformers_liquid.utils.files import read_text
+    from transformers_liquid.utils.files import read_json, read_text
 
     from .models import reading, silence_libraries
 
@@ -49,6 +49,8 @@ def info(
         stored = GenerationConfig.from_pretrained(base or name) if has_settings else None
         settings, _ = ImageGenerationConfig.from_call(stored, None, {})
         card = cached_file(name, "README.md", **optional)
+        processor = cached_file(base or name, PROCESSOR_NAME, **optional)
+        known = None if processor is None else read_json(processor).get("known_words")
     of_codec = empty.model.vq_model.num_parameters()
     text, ids, factor = config.get_text_config(), config.image_token_range, config.downsample_factor
     positions = getattr(text, "max_position_embeddings", "unlimited")
@@ -64,6 +66,9 @@ def info(
         "codec": f"{config.codebook_size:,} codes, {factor} x {factor} pixels each",
         "picture": f"{height * factor} x {width * factor} pixels = {height} x {width} codes",
         "settings": ", ".join(f"{name}={value}" for name, value in settings.to_dict().items()),
+        "knows": "any words"
+        if known is None
+        else f"{len(known):,} words, such as {', '.join(known[:: len(known) // 24 + 1])}",
         "card": "none" if card is None else _first_paragraph(read_text(card)),
     }
     for name, value in lines.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -26,6 +27,8 @@ from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
 from ..models.liquid.prompts import negative_texts
 from ..models.liquid.vocabulary import IMAGE_MARK, as_integers
 
+
+logger = logging.get_logger(__name__)
 
 # Pictures that are drawn side by side unless the caller says otherwise.
 DEFAULT_BATCH_SIZE = 8
@@ -210,6 +213,11 @@ class LiquidImageGenerationPipeline(Pipeline):
         num_codes = self.model.config.image_layout.num_codes(**size)
         prompt, images = self._in_context(prompt, image, **size)
         prompts, negatives = self.processor.image_prompts(prompt, negative_prompt, **size, name="prompt", images=images)
+        known = self.processor.known_words
+        for text in [prompt] if isinstance(prompt, str) else prompt:
+            words = re.findall(r"\w+", text.replace(IMAGE_MARK, " ").lower())
+            if known is not None and words and not set(known).intersection(words):
+                logger.warning(f"The model was trained on no word of the prompt {text!r}: expect no likeness.")
         lengths = [max(map(len, pair)) for pair in zip(prompts, negatives, strict=True)]
         check_context(self.model.config, max(lengths), num_codes)
 

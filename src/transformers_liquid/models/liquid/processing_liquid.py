@@ -65,6 +65,8 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
         uncond_token (`str`, defaults to `"<unconditional>"`): Stands for "no text" in classifier-free guidance.
         image_token_offset (`int`, defaults to 256000): Id of code 0. Defaults to the reference's layout.
         codebook_size (`int`, defaults to 8192): Number of image ids.
+        known_words (`list[str]`, *optional*): For a small model, the words of prompts that it was trained on, in
+            lower case: pipelines warn of a prompt without any of them. Defaults to no list, and no warning.
 
     Raises:
         ValueError: If a token is not exactly one token of the tokenizer, two of them are the same, or an id of the
@@ -92,6 +94,7 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
         uncond_token: str = "<unconditional>",
         image_token_offset: int = 256000,
         codebook_size: int = 8192,
+        known_words: list[str] | None = None,
         **kwargs,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
@@ -101,6 +104,7 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
         self.uncond_token = uncond_token
         self.image_token_offset = image_token_offset
         self.codebook_size = codebook_size
+        self.known_words = known_words
         self.image_token_id, self.boi_token_id, self.eoi_token_id, self.uncond_token_id = (
             tokenizer.convert_tokens_to_ids(token) for token in self._image_tokens
         )
