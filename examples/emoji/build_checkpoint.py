@@ -4,16 +4,23 @@
         --image_generation_config '{"guidance_scale": 1.0, "do_sample": false}'
 
 The codec may have trained on after the language model took its codes, but only its decoder: encoder and codebook must
-be the same in both.
+be the same in both. Weights are stored in fp16, half as large, and load as fp32. The processor learns which words the
+model was trained on, so that prompts without any of them are warned of.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+from pathlib import Path
 
 import torch
+from emoji_data import load_emoji
+from icons import load_icons
+from records import World
 from transformers import GenerationConfig
+from words import load_words
 
 from transformers_liquid.codecs.vq_model import LiquidVQModel
 from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM
@@ -37,6 +44,12 @@ def main(args: argparse.Namespace) -> None:
             )
     model.model.vq_model.load_state_dict(codec.state_dict())
     processor.check_fits(model.config)
+    emoji = load_emoji(args.data_dir)
+    world = World(emoji, load_words(args.data_dir, emoji), load_icons(args.data_dir)[1])
+    texts = [text for words in world.words.values() for text in (*words.names, *words.keywords)]
+    texts += [icon["name"] for icon in world.icons]
+    known = {word for text in texts for word in re.findall(r"\w+", text.lower()) if len(word) > 2}
+    processor.known_words = sorted(known - {"the", "and", "with", "for", "draw", "show"})
     model.generation_config = GenerationConfig(
         bos_token_id=processor.tokenizer.bos_token_id,
         eos_token_id=processor.tokenizer.eos_token_id,
@@ -49,12 +62,15 @@ def main(args: argparse.Namespace) -> None:
     # What the tokenizer remembers of the folder it came from says nothing about this one.
     for name in ("is_local", "local_files_only"):
         processor.tokenizer.init_kwargs.pop(name, None)
-    model.save_pretrained(args.output_dir)
+    model.half().save_pretrained(args.output_dir)
+    config = Path(args.output_dir) / "config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace('"float16"', '"float32"'), encoding="utf-8")
     processor.save_pretrained(args.output_dir)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", default="emoji-data")
     parser.add_argument("--lm_dir", default="emoji-lm")
     parser.add_argument("--codec_dir", default="emoji-codec")
     parser.add_argument("--output_dir", default="emoji-checkpoint")

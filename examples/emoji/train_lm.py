@@ -116,6 +116,7 @@ def main(args: argparse.Namespace) -> None:
             report_to="none",
             seed=args.seed,
         ),
+        processing_class=processor,
         train_dataset=Records(world, **codes, length=args.max_steps * args.batch_size, seed=args.seed),
         data_collator=EmojiDataCollator(processor, packing=True, seed=args.seed, replaced=args.replaced_codes),
     )
