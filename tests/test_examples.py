@@ -8,8 +8,10 @@ from pathlib import Path
 import emoji_data
 import numpy as np
 import pytest
+import torch
 import voken_emoji_data
 from PIL import Image
+from safetensors.torch import load_file
 
 from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, tokenize_dataset
 from transformers_liquid_cli import main
@@ -42,35 +44,64 @@ def picture(index: int) -> Image.Image:
 def test_the_emoji_recipe_builds_a_checkpoint_that_draws(run, tmp_path, monkeypatch):
     monkeypatch.setattr(emoji_data, "NUM_UNSEEN_COMPOSITIONS", 2)
     monkeypatch.setattr(emoji_data, "NUM_UNSEEN_FLAGS", 1)
-    folder = tmp_path / "emoji-data" / "package" / "img" / "google" / "64"
+    data = tmp_path / "emoji-data"
+    folder = data / "package" / "img" / "google" / "64"
     folder.mkdir(parents=True)
-    entries = []
-    for index, name in enumerate(
-        ["RED APPLE", "DOG FACE", "PIZZA SLICE", "WOMAN TEACHER", "MAN COOK", "ONE FLAG", "BEE"]
-    ):
-        is_person = "MAN" in name
-        variations = {tone: {"image": f"{index}-{tone}.png", "has_img_google": True} for tone in TONES if is_person}
-        entry = {"name": name, "unified": f"{index}", "category": "Things", "image": f"{index}.png"}
-        entry |= {"subcategory": "country-flag" if "FLAG" in name else "other", "has_img_google": True}
-        entries.append(entry | {"skin_variations": variations})
-        for file in (entry["image"], *(variation["image"] for variation in variations.values())):
-            picture(len(list(folder.iterdir()))).save(folder / file)
-    for index in range(7, 50):
-        entries.append(entries[0] | {"name": f"BLUE THING NUMBER {index}", "image": f"{index}.png"})
-        picture(100 + index).save(folder / f"{index}.png")
-    (folder.parents[2] / "emoji.json").write_text(json.dumps(entries))
+    kinds = {"Flags": ["ONE FLAG", "OTHER FLAG"], "Food & Drink": [f"THING NUMBER {index}" for index in range(40)]}
+    kinds["Symbols"] = [f"{colour} {what}" for colour in ("RED", "BLUE") for what in ("HEART", "CIRCLE", "SQUARE")]
+    kinds["Smileys & Emotion"] = [f"{mood} FACE {index}" for mood in ("HAPPY", "SAD") for index in range(3)]
+    kinds["Travel & Places"] = [f"CLOCK FACE {time} OCLOCK" for time in ("ONE", "TWO", "SIX", "TEN")]
+    roles = ["", *(f" {role}" for role in ("TEACHER", "COOK", "PILOT", "SINGER", "FARMER"))]
+    kinds["People & Body"] = [f"{gender}{role}" for gender in ("MAN", "WOMAN") for role in roles]
+    entries, keywords = [], {}
+    for group, names in kinds.items():
+        for name in names:
+            code = f"{0x1F000 + len(entries):X}"
+            variations = {tone: {"image": f"{code}-{tone}.png", "has_img_google": True} for tone in TONES}
+            entry = {"name": name, "unified": code, "category": group, "image": f"{code}.png", "has_img_google": True}
+            entry |= {"subcategory": "country-flag" if group == "Flags" else "other", "short_names": [name.lower()]}
+            entry["skin_variations"] = variations if group == "People & Body" else {}
+            entries.append(entry)
+            keywords[chr(int(code, 16))] = [name.lower(), f"word{len(entries)}", "shared"]
+            for file in (entry["image"], *(one["image"] for one in entry["skin_variations"].values())):
+                picture(len(list(folder.iterdir()))).save(folder / file)
+    icons = [{"name": f"icon {index}", "set": "ph", "colour": "red" if index % 2 else ""} for index in range(60)]
+    np.savez(
+        data / "icons.npz",
+        pixels=np.stack([np.asarray(picture(1000 + index)) for index in range(len(icons))]),
+        entries=np.array(json.dumps(icons)),
+    )
+    files = {"package/emoji.json": entries, "emojilib/package/dist/emoji-en-US.json": keywords}
+    for package, part in (("cldr", "annotations"), ("cldr-derived", "annotationsDerived")):
+        for language in ("en", "de", "es", "fr"):
+            said = {one: {"tts": [f"a {words[0]}"], "default": words[1:]} for one, words in keywords.items()}
+            content = {part: {"annotations": said if package == "cldr" else {}}}
+            files[f"{package}/package/{part}/{language}/annotations.json"] = content
+    files |= {f"{package}package/package.json": {} for package in ("", "emojilib/", "cldr/", "cldr-derived/")}
+    for name, content in files.items():
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text(json.dumps(content))
 
-    run("emoji/train_codec.py", "--epochs", "1", "1", "1")
-    run("emoji/train_lm.py", "--epochs", "1", "--text_tokens", "330", "--use_cpu", "--no-bf16")
+    run("emoji/train_codec.py", "--epochs", "1", "1", "1", "--icons", "8")
+    steps = ("--max_steps", "2", "--batch_size", "8", "--use_cpu", "--no-bf16", "--text_tokens", "700")
+    run("emoji/train_lm.py", *steps, "--output_dir", "emoji-lm-1")
+    words = ("--continue_from", "emoji-lm-1", "--word_vectors", "emoji-lm-1")
+    run("emoji/train_lm.py", *steps[:-1], "650", *words)
     settings = {"guidance_scale": 1.5, "do_sample": True, "top_k": 50}
     run("emoji/build_checkpoint.py", "--image_generation_config", json.dumps(settings))
-    run("emoji/evaluate.py", "--num_seen", "4", "--batch_size", "8")
+    run("emoji/evaluate.py", "--number", "4", "--batch_size", "8")
     results = json.loads((tmp_path / "emoji-evaluation.json").read_text())
-    assert "unseen_flag" in json.dumps(results)
-    run("emoji/draw_sheet.py", "--model", "emoji-checkpoint", "--output", "sheet.png")
+    assert results["names"]["unseen_flag"]["top1"]["n"] == 1 and {"edits", "stories", "in_context"} <= results.keys()
+    for script, picture_of in (("draw_sheet", "sheet.png"), ("draw_stories", ".")):
+        run(f"emoji/{script}.py", "--model", "emoji-checkpoint", "--output", picture_of)
     assert Image.open(tmp_path / "sheet.png").width > 900
+    assert all((tmp_path / name).exists() for name in ("stories.png", "editing.png"))
     model = LiquidForCausalLM.from_pretrained("emoji-checkpoint")
     assert model.generation_config.image_generation_config == settings
+    assert (
+        model.dtype == torch.float32
+        and load_file("emoji-checkpoint/model.safetensors").popitem()[1].dtype == torch.float16
+    )
 
 
 def test_the_figure_of_guidance_is_drawn(run, tmp_path):

@@ -308,6 +308,12 @@ def test_a_generation_config_of_the_text_is_completed_by_the_models_and_says_not
     assert torch.equal(drawn.sequences, run(model, [[BOS, 21]], seeds=[1]).sequences)
 
 
+def test_a_call_without_faults_warns_of_nothing(model, caplog):
+    with caplog.at_level("WARNING"):
+        run(model, PROMPTS, (0, 1, 2))
+    assert caplog.text == ""
+
+
 def test_stop_strings_end_a_text(model):
     tokenizer = tiny_processor().tokenizer
     settings = {"logits_processor": [_After(-1, tokenizer.convert_tokens_to_ids("c"))], "tokenizer": tokenizer}

@@ -19,6 +19,7 @@ import torch
 from emoji_data import load_emoji
 from icons import load_icons
 from records import World
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 from words import load_words
 
@@ -62,9 +63,10 @@ def main(args: argparse.Namespace) -> None:
     # What the tokenizer remembers of the folder it came from says nothing about this one.
     for name in ("is_local", "local_files_only"):
         processor.tokenizer.init_kwargs.pop(name, None)
-    model.half().save_pretrained(args.output_dir)
-    config = Path(args.output_dir) / "config.json"
-    config.write_text(config.read_text(encoding="utf-8").replace('"float16"', '"float32"'), encoding="utf-8")
+    model.save_pretrained(args.output_dir)
+    weights = Path(args.output_dir) / "model.safetensors"
+    halves = {name: weight.half() for name, weight in load_file(weights).items()}
+    save_file(halves, weights, metadata={"format": "pt"})
     processor.save_pretrained(args.output_dir)
 
 

@@ -122,7 +122,9 @@ def main(args: argparse.Namespace) -> None:
 
 def rate(right: list[bool]) -> dict[str, float]:
     """The share of what is right, the number, and Wilson's 95 % interval."""
-    n, p, z = len(right), sum(right) / max(len(right), 1), 1.96
+    if not right:
+        return {"rate": float("nan"), "n": 0, "low": 0.0, "high": 1.0}
+    n, p, z = len(right), sum(right) / len(right), 1.96
     middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     return {
         "rate": round(p, 4),
@@ -322,11 +324,13 @@ class Examiner:
         for what in EDIT_WISHES:
             part = [edit for edit in kept if edit[1] == what and self.world.emoji[edit[0]].split == "seen"]
             part = self.sample(part, 60)
+            if not part:
+                continue
             prompts = [f"<image> {EDIT_WISHES[what][0].format(value)}" for _, _, value, _ in part]
             drawn = self.draw(prompts, [source for source, *_ in part])
             right = self.is_among(drawn, [target for *_, target in part])
             unchanged = self.is_among(drawn, [source for source, *_ in part])
-            result[what] = rate(right) | {"as the source": round(sum(unchanged) / max(len(part), 1), 3)}
+            result[what] = rate(right) | {"as the source": round(sum(unchanged) / len(part), 3)}
             everything += right
         return {"all": rate(everything)} | result
 
@@ -351,7 +355,7 @@ class Examiner:
 
     def stories(self) -> dict[str, Any]:
         draw = random.Random(7)
-        things = draw.sample(self.world.things, 60)
+        things = draw.sample(self.world.things, min(60, len(self.world.things)))
         prompts = [
             draw.choice(TEMPLATES).format(self.world.words[self.world.emoji[one].name].names[-1]) for one in things
         ]
@@ -379,6 +383,8 @@ class Examiner:
             first = self.world.index.get(f"{found['gender']}: {found.get('tone')} skin tone")
             if first is not None and is_kept_out(self.world.emoji[first].name, self.world.emoji[then].name):
                 people.append((first, then))
+        if not people:
+            return result
         people = self.sample(people, 60)
         texts = [f"this is kim. <image> kim becomes a {self.world.attributes[then]['role']}." for _, then in people]
         replies = self.interleaved(texts, [[first] for first, _ in people], 1)

@@ -167,9 +167,9 @@ class World:
             if has_tones and "," not in tones:
                 tone = tones.removesuffix(" skin tone")
                 for other in ("", *TONES):
-                    if other != tone:
-                        source = self.index[f"{base}: {other} skin tone" if other else base]
-                        yield source, "tone", tone or "yellow", target
+                    source = f"{base}: {other} skin tone" if other else base
+                    if other != tone and source in self.index:
+                        yield self.index[source], "tone", tone or "yellow", target
             gender = self.attributes[target].get("gender")
             if gender:
                 other = {"man": "woman", "woman": "man"}[gender]

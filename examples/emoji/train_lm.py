@@ -304,11 +304,11 @@ def recoloured(pixels: torch.Tensor, icons: list[dict[str, str]]) -> torch.Tenso
     return pixels
 
 
-def no_emoji(icon_pixels: torch.Tensor, number: int = 3000) -> torch.Tensor:
+def no_emoji(icon_pixels: torch.Tensor) -> torch.Tensor:
     """Pictures that are neither emoji nor icon: coloured clouds, noise, stripes, and pieces of icons on them."""
     draw = torch.Generator().manual_seed(0)
     found = []
-    for index in range(number):
+    for index in range(len(icon_pixels) // 6):
         coarse = 2 ** int(torch.randint(1, 6, (), generator=draw))
         picture = F.interpolate(torch.rand(1, 3, coarse, coarse, generator=draw), size=64, mode="bilinear")[0]
         if index % 3 == 0:

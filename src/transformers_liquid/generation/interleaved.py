@@ -116,6 +116,7 @@ def generate_interleaved(
         raise ValueError("max_length counts pictures too: pass max_new_tokens, for the text, and max_images.")
     tokenizer = kwargs.pop("tokenizer", None)
     config, model_kwargs = model._prepare_generation_config(generation_config, **kwargs)
+    config.max_length = None  # transformers' own default, of which it would warn at each text
     copies, config.num_return_sequences = config.num_return_sequences or 1, 1
     criteria = _criteria(config, stopping_criteria, tokenizer)
     budget = config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
