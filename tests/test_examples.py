@@ -89,7 +89,8 @@ def test_the_emoji_recipe_builds_a_checkpoint_that_draws(run, tmp_path, monkeypa
     run("emoji/train_lm.py", *steps[:-1], "650", *words)
     settings = {"guidance_scale": 1.5, "do_sample": True, "top_k": 50}
     run("emoji/build_checkpoint.py", "--image_generation_config", json.dumps(settings))
-    run("emoji/evaluate.py", "--number", "4", "--batch_size", "8")
+    measures = ("names", "phrasings", "captions", "edits", "stories", "in_context")
+    run("emoji/evaluate.py", "--number", "4", "--batch_size", "8", "--measures", *measures)
     results = json.loads((tmp_path / "emoji-evaluation.json").read_text())
     assert results["names"]["unseen_flag"]["top1"]["n"] == 1 and {"edits", "stories", "in_context"} <= results.keys()
     for script, picture_of in (("draw_sheet", "sheet.png"), ("draw_stories", ".")):
