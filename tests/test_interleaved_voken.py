@@ -450,6 +450,16 @@ def test_a_picture_may_be_given_by_its_path(tmp_path):
     assert [*map(str_or_pixels, drawn[0])] == [*map(str_or_pixels, drawn[1])]
 
 
+@pytest.mark.parametrize("output_type", ["np", "pt"])
+def test_drawn_pictures_are_read_the_same_whatever_they_are_given_as(output_type):
+    pipe = tiny_voken_pipeline("llava")
+    read = []
+    for kind in ("pil", output_type):
+        turn = pipe("a", num_images=1, seed=0, output_type=kind, **FAST).messages[0]
+        read.append(pipe.processor.apply_chat_template([turn], tokenize=True, return_dict=True)["pixel_values"])
+    assert torch.equal(*read)
+
+
 def str_or_pixels(piece):
     return piece if isinstance(piece, str) else piece.tobytes()
 

@@ -92,6 +92,7 @@ def test_from_a_base_and_a_diffusion_model_to_stories(capsys):
     assert told.startswith(beginning) and "![](told-0.png)" in told and "![](told-1.png)" in told
     assert Image.open("told-0.png").size == (16, 16)
     assert "new file that ends with .md" in error_of(f"{story} --output told.md", capsys)
+    assert "Cannot read 'config.yaml' as a picture" in error_of("voken story config.yaml --model two", capsys)
     assert "which are those of pictures: no.png" in error_of("voken story once no.png --model two", capsys)
 
 

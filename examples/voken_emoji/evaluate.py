@@ -27,8 +27,8 @@ from PIL import Image
 from voken_emoji_data import TONES, file_of
 
 from transformers_liquid import InterleavedVokenPipeline
-from transformers_liquid.data.voken_collator import drawing_pixels, open_picture
-from transformers_liquid.models.liquid.image_processing_liquid import contact_sheet
+from transformers_liquid.data.voken_collator import drawing_pixels
+from transformers_liquid.models.liquid.image_processing_liquid import contact_sheet, load_image
 from transformers_liquid.models.voken.prompts import STORY_PROMPTS
 
 
@@ -39,7 +39,7 @@ CONTEXTS = ("none", "text", "picture", "both")
 def main(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     names = [json.loads(line)["text"] for line in (folder / "names.jsonl").open(encoding="utf-8")]
-    pixels = torch.stack([drawing_pixels(open_picture(folder / "images" / file_of(name)), (64, 64)) for name in names])
+    pixels = torch.stack([drawing_pixels(load_image(folder / "images" / file_of(name)), (64, 64)) for name in names])
     pipe = InterleavedVokenPipeline.from_pretrained(args.model)
     known = torch.cat([pipe.vae(some).sample.clamp(-1, 1) for some in pixels.split(64)]).flatten(1)
 

@@ -46,8 +46,9 @@ from transformers_liquid import (
     add_vokens,
     story_samples,
 )
-from transformers_liquid.data.voken_collator import drawing_pixels, open_picture
+from transformers_liquid.data.voken_collator import drawing_pixels
 from transformers_liquid.data.voken_records import load_voken_records
+from transformers_liquid.models.liquid.image_processing_liquid import load_image
 from transformers_liquid.models.voken.prompts import CAPTION_PROMPT, STORY_PROMPTS
 from transformers_liquid.training.voken_train import main as train_stage
 
@@ -99,7 +100,7 @@ def train_diffusion(folder: Path, args: argparse.Namespace) -> None:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=64, attention_head_dim=8,
     )  # fmt: skip
     records = load_voken_records(folder / "names.jsonl", tokenizer, folder / "images")
-    pixels = torch.stack([drawing_pixels(open_picture(record["image"]), (64, 64)) for record in records])
+    pixels = torch.stack([drawing_pixels(load_image(record["image"]), (64, 64)) for record in records])
     vae = fold_codec(LiquidForCausalLM.from_pretrained(EMOJI_CHECKPOINT).model.vq_model, pixels)
     scheduler = DDPMScheduler(
         prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", clip_sample=False, steps_offset=1

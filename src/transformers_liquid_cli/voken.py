@@ -110,9 +110,9 @@ def story(
     """
     options.check_new_story(output)
     import torch
-    from PIL import Image
 
     from transformers_liquid import InterleavedVokenPipeline
+    from transformers_liquid.models.liquid.image_processing_liquid import load_image
     from transformers_liquid.models.liquid.reference import naming
     from transformers_liquid.utils.files import whole, write_text
 
@@ -121,7 +121,7 @@ def story(
     silence_libraries()
     if missing := [one for one in prompt if PICTURE.fullmatch(one) and not os.path.isfile(one)]:
         raise ValueError(f"No file of these names, which are those of pictures: {', '.join(missing)}.")
-    parts = [Image.open(one) if os.path.isfile(one) else one for one in prompt]
+    parts = [load_image(one) if os.path.isfile(one) else one for one in prompt]
     with naming(model):
         kwargs = {} if dtype == "auto" else {"torch_dtype": getattr(torch, dtype)}
         pipe = InterleavedVokenPipeline.from_pretrained(model, **kwargs).to(find_device(device))

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ..models.liquid.image_processing_liquid import to_rgb
 from ..models.voken.image_decoder import VokenImageDecoder
 from ..models.voken.processing_voken import VokenProcessor
 from ..models.voken.prompts import CAPTION_PROMPT, STORY_PROMPTS
@@ -114,7 +115,8 @@ class VokenDataCollator:
                 for turn in turns[:-1] if self.latents is not None else turns:  # those with latents are known by paths
                     for part in turn["content"]:
                         if part["type"] == "image":
-                            part["image"] = open_picture(part["image"], flip)
+                            picture = to_rgb(part["image"])
+                            part["image"] = ImageOps.mirror(picture) if flip else picture
                 contexts.append(turns[:-1])
                 targets.append(turns[-1]["content"])
                 captions += own
@@ -185,6 +187,9 @@ class VokenDataCollator:
             raise ValueError(f"Messages have {len(places)} places for pictures, but there are {len(images)} images.")
         for part, image in zip(places, images, strict=True):
             part["image"] = image
+        for part in parts:
+            if part["type"] == "image" and not isinstance(part["image"], str | Path | Image.Image):
+                raise ValueError(f"A picture is a path or a PIL image, got {type(part['image']).__name__}.")
         if not turns or turns[-1]["role"] != "assistant" or not turns[-1]["content"]:
             raise ValueError(f"The last turn is what is learned: the assistant's, got {turns[-1:]!r}.")
         number, captions = sum(part["type"] == "image" for part in turns[-1]["content"]), record.get("captions") or ()
@@ -275,19 +280,9 @@ def cache_latents(
     latents = {}
     for start in range(0, len(paths), batch_size):
         some = paths[start : start + batch_size]
-        pixels = torch.stack([drawing_pixels(open_picture(path), size) for path in some])
+        pixels = torch.stack([drawing_pixels(to_rgb(path), size) for path in some])
         latents |= zip(some, decoder.encode(pixels).cpu(), strict=True)
     return latents
-
-
-def open_picture(picture: str | Path | Image.Image, flip: bool = False) -> Image.Image:
-    """A picture as RGB, on white where it is transparent, and upright."""
-    if not isinstance(picture, str | Path | Image.Image):
-        raise ValueError(f"A picture is a path or a PIL image, got {type(picture).__name__}.")
-    opened = picture if isinstance(picture, Image.Image) else Image.open(picture)
-    opened = ImageOps.exif_transpose(opened).convert("RGBA")
-    opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened).convert("RGB")
-    return ImageOps.mirror(opened) if flip else opened
 
 
 def drawing_pixels(picture: Image.Image, size: tuple[int, int]) -> torch.Tensor:

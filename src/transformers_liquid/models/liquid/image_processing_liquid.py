@@ -114,7 +114,7 @@ class LiquidImageProcessor(BaseImageProcessor):
         factor = self.downsample_factor
         height, width = (side * factor for side in code_grid(height, width, factor))
         _check_framing(framing)
-        pictures = [_frame(_to_rgb(image), framing, height, width) for image in flatten_images(images)]
+        pictures = [_frame(to_rgb(image), framing, height, width) for image in flatten_images(images)]
         # float64 until the end, as the reference computes it.
         pixel_values = (np.stack(pictures) / 255.0 * 2.0 - 1.0).astype(np.float32).transpose(0, 3, 1, 2)
         return BatchFeature({"pixel_values": np.ascontiguousarray(pixel_values)}, tensor_type=return_tensors)
@@ -305,7 +305,8 @@ def is_column(values: Any) -> bool:
     return not is_one and all(hasattr(values, name) for name in ("__len__", "__getitem__", "__iter__"))
 
 
-def _to_rgb(image: Any) -> PIL.Image.Image:
+def to_rgb(image: Any) -> PIL.Image.Image:
+    """What [`load_image`] takes, or an array or tensor of any layout, bytes or floats in [0, 1], as RGB."""
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()

@@ -14,7 +14,7 @@ from transformers.processing_utils import ProcessorMixin  # diffusers looks for 
 from transformers.utils import PROCESSOR_NAME
 
 from ...utils.files import check_keys, read_json, write_json
-from ..liquid.image_processing_liquid import flatten_images, is_column
+from ..liquid.image_processing_liquid import flatten_images, is_column, to_rgb
 from ..liquid.reference import HUB_ARGUMENTS, hub_arguments
 from .repository import part_of
 
@@ -83,8 +83,9 @@ class VokenProcessor(ProcessorMixin):
         """
         texts = [text] if isinstance(text, str) else list(text)
         images = [] if images is None else images
-        of_each = images if is_column(images) and any(map(is_column, images)) else [images]
-        numbers = [len(list(flatten_images(own))) for own in of_each]
+        is_nested = is_column(images) and any(map(is_column, images))
+        of_each = [[to_rgb(one) for one in flatten_images(own)] for own in (images if is_nested else [images])]
+        images, numbers = of_each if is_nested else of_each[0], [*map(len, of_each)]
         marks = [0 if self.image_token is None else one.count(self.image_token) for one in texts]
         if numbers != (marks if len(numbers) == len(texts) else [sum(marks)]):
             reads = f"one {self.image_token} in the text" if self.image_token else "a base that reads pictures"
