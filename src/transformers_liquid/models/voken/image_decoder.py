@@ -200,7 +200,7 @@ class VokenImageDecoder:
             ValueError: If there is no text encoder, or it gives another number of vectors.
         """
         if self.pipe.text_encoder is None or self.pipe.tokenizer is None:
-            raise ValueError("Captions need the diffusion model's text encoders: load them, or give no captions.")
+            raise ValueError("Captions need the diffusion model's text encoders: load them, or caption_loss_weight=0.")
         parameters, device = inspect.signature(self.pipe.encode_prompt).parameters, self.pipe.text_encoder.device
         arguments = dict.fromkeys({"prompt_2", "prompt_3"} & parameters.keys())
         of_t5 = (length or 0) - (self.text_length if self.family == "SD3Transformer2DModel" else 0)
@@ -246,7 +246,8 @@ class VokenImageDecoder:
         """
         number, channels = len(condition.embeds), self.denoiser.config.in_channels
         if latents.ndim != 4 or latents.shape[:2] != (number, channels):
-            raise ValueError(f"Latents must be ({number}, {channels}, h, w), got {tuple(latents.shape)}.")
+            given = tuple(latents.shape)
+            raise ValueError(f"Latents must be of {number} pictures with {channels} channels, got {given}.")
         self.latent_shape(*(side * self.pipe.vae_scale_factor for side in latents.shape[-2:]))
         latents, scheduler = latents.float(), self.noise_scheduler
         if snr_gamma and self.prediction_type == "epsilon" and scheduler.config.get("rescale_betas_zero_snr"):
