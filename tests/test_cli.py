@@ -36,7 +36,7 @@ from transformers_liquid_cli import app, main
 from transformers_liquid_cli.pictures import read_metadata
 
 
-COMMANDS = ["generate", "describe", "chat", "story", "expand", "convert", "tokenize", "info", "train"]
+COMMANDS = ["generate", "describe", "chat", "story", "expand", "convert", "tokenize", "evaluate", "info", "train"]
 TAMING_EXPRESSIBLE = {"norm_num_groups": 32, "block_out_channels": [32, 32]}
 
 

@@ -23,6 +23,7 @@ from . import options
 from .chat import chat
 from .convert import convert
 from .describe import describe
+from .evaluate import evaluate
 from .expand import expand
 from .generate import generate
 from .info import info
@@ -42,7 +43,7 @@ app = typer.Typer(
 )
 # --sheet was called --grid, which was too close to tokenize's --grids.
 app.command(context_settings={"token_normalize_func": lambda name: "sheet" if name == "grid" else name})(generate)
-for command in (describe, chat, story, expand, convert, tokenize, info):
+for command in (describe, chat, story, expand, convert, tokenize, evaluate, info):
     app.command()(command)
 app.command(context_settings=options.TRAINER_CONTEXT)(train)
 app.add_typer(voken_app, name="voken")
