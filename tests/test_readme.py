@@ -72,6 +72,11 @@ def folder(codec, vokens, tmp_path, monkeypatch):
     for stage in (1, 2):
         settings = {"stage": stage, "output_dir": f"my-stage{stage}", **options}
         (tmp_path / f"stage{stage}.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "benchmarks" / "pope").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "val2014").symlink_to(tmp_path / "photos")
+    question = '{"question_id": 1, "image": "red.png", "text": "Is there a dog in the image?", "label": "no"}\n'
+    for part in ("random", "popular", "adversarial"):
+        (tmp_path / "benchmarks" / "pope" / f"coco_pope_{part}.json").write_text(question)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
     return tmp_path
