@@ -149,7 +149,7 @@ def expected_eval_ai(answer: str, given: list[str]) -> float:
 
 def test_vqa_accuracies_are_those_of_the_official_rules_on_many_answers():
     source, hits = random.Random(0), 0
-    for _ in range(1000):
+    for _ in range(400):
         pool = [phrase(source) for _ in range(source.randint(1, 4))]
         given, text = source.choices(pool, k=10), source.choice(pool)
         if source.random() < 0.5:  # people write what the rules leave as it is
@@ -157,7 +157,7 @@ def test_vqa_accuracies_are_those_of_the_official_rules_on_many_answers():
         assert vqa_v2(text, given) == pytest.approx(expected_vqa_v2(text, given), abs=1e-12), (text, given)
         assert eval_ai(text, given) == pytest.approx(expected_eval_ai(text, given), abs=1e-12), (text, given)
         hits += vqa_v2(text, given) > 0
-    assert hits > 200
+    assert hits > 80
 
 
 @pytest.mark.parametrize(
@@ -247,6 +247,7 @@ def test_mme_sums_accuracies_of_questions_and_of_pictures():
     assert measures["perception"].n == 60
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say():
     source, held, held_by_bootstrap = np.random.default_rng(0), 0, 0
     for _ in range(200):
@@ -440,6 +441,7 @@ def test_the_same_command_again_changes_nothing_and_another_is_refused(finished,
     assert files(finished) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["begin", "answer", "score", "aggregate"])
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(stage, finished, checkpoint, data, tmp_path):
     """SIGKILL in the middle of each stage: the fifth time that it writes anything."""
@@ -567,5 +569,14 @@ def test_answers_to_other_questions_and_foreign_folders_are_refused(checkpoint, 
     pipe = load(checkpoint, "cpu", "auto")
     with pytest.raises(ValueError, match="other questions"):
         answer(pipe, read_samples("gqa", data), path, 2, 4)
+    path.write_text("[1]\n[2]\n")
+    with pytest.raises(ValueError, match="Line 1 of .* lacks 2 keys"):
+        answer(pipe, read_samples("gqa", data), path, 2, 4)
+    path.unlink()
+    pipe.model.config.text_config.max_position_embeddings = 80
+    with pytest.raises(ValueError, match="no room for an answer"):
+        answer(pipe, read_samples("gqa", data), path, 2, 4)
+    assert not path.exists()
+    write(tmp_path / "else.txt", "")
     with pytest.raises(ValueError, match="something else"):
         begin(tmp_path, {})

@@ -21,7 +21,17 @@ from tqdm import tqdm
 
 from ..models.liquid.image_processing_liquid import load_image
 from ..pipelines.text_to_image import LiquidImageGenerationPipeline
-from ..utils.files import UNFINISHED, alone_in, differences, parse_json, read_json, read_text, whole, write_json
+from ..utils.files import (
+    UNFINISHED,
+    alone_in,
+    check_keys,
+    differences,
+    parse_json,
+    read_json,
+    read_text,
+    whole,
+    write_json,
+)
 from .benchmarks import BENCHMARKS, Measure, Sample, read_samples
 from .intervals import bootstrap_interval, clustered_mean
 
@@ -125,25 +135,25 @@ def answer(
     if len(lines) < len(samples):
         lines = lines[: len(lines) // batch_size * batch_size]  # batches are answered as a whole
     done = [parse_json(line, f"Line {number} of {path}") for number, line in enumerate(lines, start=1)]
-    if [one.get("id") for one in done] != [sample.id for sample in samples[: len(done)]]:
+    for number, one in enumerate(done, start=1):
+        check_keys(f"Line {number} of {path}", one, ("id", "answer"))
+    if [one["id"] for one in done] != [sample.id for sample in samples[: len(done)]]:
         raise ValueError(f"{path} answers other questions than those asked: choose a new folder.")
     if len(done) == len(samples):
         return [one["answer"] for one in done]
-    prompts = [processor.question_ids(sample.question) for sample in samples]
     limit = getattr(pipe.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
-    if len(prompts[longest]) >= limit:
-        raise ValueError(
-            f"Question {samples[longest].id} has {len(prompts[longest])} tokens, the model {limit} positions: there is no "
-            "room for an answer."
-        )
+    for sample in samples[len(done) :]:
+        if (length := len(processor.question_ids(sample.question))) >= limit:
+            raise ValueError(
+                f"Question {sample.id} has {length} tokens, the model {limit} positions: there is no room for an answer."
+            )
     with whole(path) as unfinished:
         unfinished.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     starts = range(len(done), len(samples), batch_size)
     with path.open("a", encoding="utf-8") as file:
         for start in tqdm(starts, disable=None, desc=path.parent.name):
             asked = samples[start : start + batch_size]
-            ids, mask = processor.pad_left(prompts[start : start + batch_size])
+            ids, mask = processor.pad_left([processor.question_ids(one.question) for one in asked])
             pictures = processor.image_processor([load_image(str(one.image)) for one in asked], framing="pad")
             inputs = {"input_ids": torch.as_tensor(ids), "attention_mask": torch.as_tensor(mask), **pictures}
             length = inputs["input_ids"].shape[1]
