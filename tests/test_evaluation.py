@@ -570,7 +570,7 @@ def test_answers_to_other_questions_and_foreign_folders_are_refused(checkpoint, 
     with pytest.raises(ValueError, match="other questions"):
         answer(pipe, read_samples("gqa", data), path, 2, 4)
     path.write_text("[1]\n[2]\n")
-    with pytest.raises(ValueError, match="Line 1 of .* lacks 2 keys"):
+    with pytest.raises(ValueError, match=r"Line 1 of .* lacks 2 keys"):
         answer(pipe, read_samples("gqa", data), path, 2, 4)
     path.unlink()
     pipe.model.config.text_config.max_position_embeddings = 80
