@@ -46,16 +46,14 @@ class Measure(NamedTuple):
     Args:
         counts (`np.ndarray` of shape `(G, k)`): What each picture adds to the totals. Of a mean: the scores and their number.
         n (`int`): How many samples it is about.
-        value (callable, *optional*): The number for totals `(..., k)`; `None` for a mean.
+        value (callable, *optional*): The number for totals `(..., k)`; `None` for a mean, in per cent.
         strata (`np.ndarray` of shape `(G,)`, *optional*): Parts of fixed size that the pictures belong to.
-        scale (`float`): What a mean is multiplied by.
     """
 
     counts: np.ndarray
     n: int
     value: Callable[[np.ndarray], np.ndarray] | None = None
     strata: np.ndarray | None = None
-    scale: float = 100.0
 
 
 Rows = Sequence[Mapping[str, Any]]
@@ -63,13 +61,15 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Args:
-    files: Under the folder of data, as patterns; each must be there.
-    origin: Where they are published.
-    samples: Reads them.
-    score: What an answer to a sample is worth, by name.
-    measures: Of rows, scored samples with their `picture`, `groups` and `scores`.
-    paper: The numbers of the Liquid paper (arXiv 2412.04332), tables 1 and 6, by measure.
+    """How a benchmark is read, and what it measures.
+
+    Args:
+        files: Files and folders that must be there, under the folder of data.
+        origin: Where they are published.
+        samples: Reads them.
+        score: What an answer to a sample is worth, by name.
+        measures: Of rows, scored samples with their `picture`, `groups` and `scores`.
+        paper: The numbers of the Liquid paper (arXiv 2412.04332, table 6), by measure.
     """
 
     files: tuple[str, ...]

@@ -83,6 +83,8 @@ def evaluate(
             "versions": {one: version(one) for one in ("torch", "transformers", "transformers-liquid")},
         }
     with alone_in(output):
+        for left in output.rglob(f".*{UNFINISHED}"):  # by a process that was killed
+            left.unlink()
         for name, run in runs.items():
             begin(output / name, run)
         for name in names:
@@ -109,8 +111,6 @@ def _digest(path: Path) -> str:
 
 def begin(folder: Path, run: Mapping[str, Any]) -> None:
     """Writes down what a run depends on; raises if the folder holds another one."""
-    for left in folder.glob(f".*{UNFINISHED}"):  # by a process that was killed
-        left.unlink()
     file = folder / RUN_NAME
     if not file.is_file():
         if any(folder.iterdir()):
@@ -193,8 +193,8 @@ def aggregate(measure: Measure) -> dict[str, Any]:
         interval = bootstrap_interval(measure.counts, measure.value, measure.strata)
     else:
         mean, error = clustered_mean(*measure.counts.T)
-        value = measure.scale * mean
-        interval = None if math.isnan(error) else [value + side * 1.96 * measure.scale * error for side in (-1, 1)]
+        value = 100 * mean
+        interval = None if math.isnan(error) else [value + side * 196 * error for side in (-1, 1)]
     return {"value": value if math.isfinite(value) else None, "interval": interval and [*interval], "n": measure.n}
 
 
@@ -229,7 +229,7 @@ def _difference(first: Measure, second: Measure) -> Measure:
     width = first.counts.shape[1]
 
     def value(totals: np.ndarray) -> np.ndarray:
-        number = first.value or (lambda of: first.scale * of[..., 0] / of[..., 1])
+        number = first.value or (lambda of: 100 * of[..., 0] / of[..., 1])
         return number(totals[..., width:]) - number(totals[..., :width])
 
     counts = np.concatenate([first.counts, second.counts], axis=1)
