@@ -64,6 +64,8 @@ def folder(codec, vokens, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (64, 64), "red").save(tmp_path / "photos" / "red.png")
     (tmp_path / "photos" / "metadata.jsonl").write_text('{"file_name": "red.png", "text": "a red square"}\n')
+    pair = '{"input_image": "photos/red.png", "edit_prompt": "the same again", "edited_image": "picture.png"}'
+    (tmp_path / "edits.jsonl").write_text(pair + "\n")
     (tmp_path / "texts.jsonl").write_text('{"text": "a red square is red"}\n')
     options = {"datasets": ["texts.jsonl"], "max_steps": 1, "total_batch_size": 8, "use_cpu": True}
     (tmp_path / "train.yaml").write_text(yaml.safe_dump({"model": "my-liquid", "output_dir": "my-run", **options}))

@@ -36,6 +36,7 @@ from transformers_liquid.data.mixture import load_records
 from transformers_liquid.data.records import read_manifest
 from transformers_liquid.data.tokenize import tokenize_dataset
 from transformers_liquid.models.liquid.image_processing_liquid import load_image, open_image
+from transformers_liquid.models.liquid.prompts import TEXT_TO_IMAGE_INSTRUCTIONS
 from transformers_liquid.utils.files import alone_in
 from transformers_liquid_cli import main
 
@@ -302,6 +303,107 @@ def test_every_source_gives_the_same_rows_streamed_or_not(source, streaming, che
     assert manifest["num_skipped"] == 2
     shards = [len(datasets.Dataset.from_parquet(str(path))) for path in sorted(tmp_path.glob("codes/data/*"))]
     assert shards == [4, 3, 2]
+
+
+# Edits
+
+
+@pytest.fixture
+def edits(tmp_path):
+    """Pairs of pictures with what changes one into the other; of the third and the fourth one picture is missing."""
+    folder = tmp_path / "edits"
+    folder.mkdir()
+    records = []
+    for index in range(6):
+        names = [f"{index}-before.png", f"{index}-after.png"]
+        for seed, name in enumerate(names):
+            picture(10 + index, 13, seed=10 * index + seed).save(folder / name)
+        records.append({"input_image": names[0], "edit_prompt": f"in blue {index}", "edited_image": names[1]})
+    records[2]["input_image"] = records[3]["edited_image"] = None
+    (folder / "4-before.png").unlink()
+    write_json(folder / "l.jsonl", records)
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_edits_are_tokenized_to_what_the_collator_learns(streaming, checkpoint, edits, tmp_path):
+    source = {"dataset": "json", "data_files": str(edits / "l.jsonl"), "streaming": streaming}
+    settings = {"batch_size": 3, "records_per_shard": 4, "grids": [(4, 4), (4, 2)], "kind": "edit", "framing": "pad"}
+    manifest = tokenize_dataset(checkpoint, tmp_path / "codes", **source, **settings)
+    assert manifest["source"]["source_columns"] == ["input_image"] and manifest["num_skipped"] == 3
+    reasons = {entry["record"]: entry["reason"] for entry in skipped_of(tmp_path / "codes")}
+    assert reasons[2] == "It has no picture in 'input_image'." and reasons[3] == "It has no picture in 'edited_image'."
+    assert "4-before.png" in reasons[4] and len(reasons) == 3
+
+    records, processor = load_records(tmp_path / "codes"), tiny_processor()
+    assert [record["text"] for record in records] == [f"<image> in blue {index}" for index in (0, 1, 5)]
+    collator = LiquidDataCollator(processor, edit_dropout=0)
+    for index, record in zip((0, 1, 5), records, strict=True):
+        size = {"height": 8, "width": 2 * record["grid"][1], "framing": "pad"}
+        before, after = (
+            codes_by_hand(checkpoint, edits / f"{index}-{name}.png", **size) for name in ("before", "after")
+        )
+        assert record["kind"] == "edit" and record["codes"] == after
+        assert record["images"] == [{"codes": before, "grid": record["grid"]}]
+        batch = collator([record])
+        images = [processor.codes_to_ids(before)]
+        drawn = [*processor.codes_to_ids(after), processor.eoi_token_id, processor.tokenizer.eos_token_id]
+        ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+        prompts = [
+            processor.image_prompts(record["text"], None, 8, size["width"], images=images, instruction=instruction)[0][
+                0
+            ]
+            for instruction in TEXT_TO_IMAGE_INSTRUCTIONS
+        ]
+        assert ids in [[*prompt, *drawn] for prompt in prompts]
+        assert labels == [-100] * (len(ids) - len(drawn)) + drawn
+
+
+def test_several_sources_stand_where_the_marks_of_an_edit_say(checkpoint, edits, tmp_path):
+    records = [
+        {"one": "0-before.png", "two": "0-after.png", "made": "1-after.png", "how": how}
+        for how in ("<image> beside <image>", "both", "<image> alone", "a <boi>", " <image> <image> ")
+    ]
+    source = write_json(edits / "m.jsonl", records) | {"image_column": "made", "text_column": "how"}
+    settings = {"kind": "edit", "source_columns": ["one", "two"]}
+    for batch_size in (1, 5):
+        output = tmp_path / f"codes-{batch_size}"
+        tokenize_dataset(checkpoint, output, **source, **settings, batch_size=batch_size)
+        assert [row["text"] for row in rows_of(output)] == ["<image> beside <image>", "<image> <image> both"]
+        sources = [codes_by_hand(checkpoint, edits / f"0-{name}.png") for name in ("before", "after")]
+        for row in rows_of(output):
+            assert [image["codes"] for image in row["images"]] == sources
+            assert row["codes"] == codes_by_hand(checkpoint, edits / "1-after.png")
+        reasons = [entry["reason"] for entry in skipped_of(output)]
+        assert reasons[0] == "Its text has 1 <image> marks for 2 source pictures."
+        assert "'<boi>', which is reserved" in reasons[1] and reasons[2] == "Its text is empty."
+
+
+def test_edits_in_columns_of_pictures_are_read_by_the_command(checkpoint, edits, tmp_path, capsys):
+    columns = {"source_img": ["1-before.png"], "target_img": ["1-after.png"], "instruction": ["in blue"]}
+    images = {
+        name: [{"bytes": (edits / file).read_bytes(), "path": None} for file in files] if "img" in name else files
+        for name, files in columns.items()
+    }
+    features = {name: datasets.Image() if "img" in name else datasets.Value("string") for name in columns}
+    datasets.Dataset.from_dict(images, features=datasets.Features(features)).to_parquet(tmp_path / "edits.parquet")
+    options = ["--dataset", "parquet", "--data-files", str(tmp_path / "edits.parquet"), "--kind", "edit"]
+    arguments = ["--model", str(checkpoint), "--output", str(tmp_path / "codes")]
+    assert main(["tokenize", *options, "--source-columns", "source_img", *arguments]) == 0, capsys.readouterr().err
+    (row,) = rows_of(tmp_path / "codes")
+    assert row["images"][0]["codes"] == codes_by_hand(checkpoint, edits / "1-before.png")
+    assert row["codes"] == codes_by_hand(checkpoint, edits / "1-after.png")
+
+
+def test_an_edit_whose_source_was_corrected_is_made_anew(checkpoint, edits, tmp_path):
+    source = {"dataset": "json", "data_files": str(edits / "l.jsonl"), "kind": "edit"} | IN_THIS_PROCESS
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("codes/data/*")}
+    picture(15, 13, seed=99).save(edits / "5-before.png")  # what lacks a picture, before it, is no reason to miss that
+    tokenize_dataset(checkpoint, tmp_path / "codes", **source)
+    anew = [path.name for path in tmp_path.glob("codes/data/*") if path.stat().st_mtime_ns != times[path.name]]
+    assert anew == ["train-00002.parquet"]
+    assert rows_of(tmp_path / "codes")[-1]["images"][0]["codes"] == codes_by_hand(checkpoint, edits / "5-before.png")
 
 
 # Models
@@ -859,7 +961,18 @@ def test_a_codec_that_is_not_finite_raises_naming_the_record(photos, tmp_path):
         ({"grids": [(4.5, 4)]}, "grids must be"),
         ({"grids": [(4, 4), (2, 2)]}, "different proportions"),
         ({"framing": "stretch"}, r"framing must be one of \('crop', 'pad'\), got 'stretch'"),
-        ({"kind": "text"}, "kind must be one of text_to_image, caption, got 'text'"),
+        ({"kind": "text"}, "kind must be one of text_to_image, caption, edit, got 'text'"),
+        ({"kind": "edit"}, "no column edited_image or target_img of images, only image"),
+        ({"kind": "edit", "image_column": "image"}, "no column edit_prompt or instruction of texts"),
+        (
+            {"kind": "edit", "image_column": "image", "text_column": "text"},
+            "no column input_image or original_image or source_img of sources, .* with source_columns",
+        ),
+        (
+            {"kind": "edit", "image_column": "image", "text_column": "text", "source_columns": "image"},
+            "image is named as the source and as the result of an edit",
+        ),
+        ({"source_columns": ["image"]}, "source_columns are of edits, but the kind is 'text_to_image'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"data_dir": None, "data_files": ["a/x.png", "b/y.png"]}, "several folders"),
     ],

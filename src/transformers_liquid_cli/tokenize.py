@@ -33,9 +33,16 @@ def tokenize(
     streaming: Annotated[bool, Option("--streaming", help="Read without a copy in the cache.")] = False,
     image_column: Annotated[str | None, Option(help="Unless given: image, image_path, or one of pictures.")] = None,
     text_column: Annotated[str | None, Option(help="Unless given: text, caption or txt.")] = None,
+    source_columns: Annotated[
+        list[str] | None,
+        Option(
+            help="Of --kind edit: what is edited; may be given again. Unless given: input_image, original_image or "
+            "source_img; the text is then edit_prompt or instruction, the image edited_image or target_img."
+        ),
+    ] = None,
     grids: Grids = None,
     framing: options.Framing = "crop",
-    kind: Annotated[Literal["text_to_image", "caption"], Option(help="Of the records.")] = "text_to_image",
+    kind: Annotated[Literal["text_to_image", "caption", "edit"], Option(help="Of the records.")] = "text_to_image",
     batch_size: Annotated[int, Option(min=1, help="Pictures encoded together.")] = 16,
     num_workers: Annotated[int, Option(min=1, help="Workers that read pictures, at most one a core.")] = 8,
     records_per_shard: Annotated[int, Option(min=1, help="Records in a file.")] = 1000,

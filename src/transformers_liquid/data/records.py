@@ -26,8 +26,8 @@ REQUIRED_FIELDS = {
     "interleaved": ("text", "images"),
     "text": ("text",),
 }
-# Those that one picture and its text make.
-IMAGE_KINDS = ("text_to_image", "caption")
+# Those that pictures and their text make.
+IMAGE_KINDS = ("text_to_image", "caption", "edit")
 # All that is ever read of a record, but for its `index`.
 RECORD_FIELDS = ("kind", "text", "codes", "grid", "images", "messages", "given")
 
@@ -115,13 +115,14 @@ def shard_name(shard: int) -> str:
 
 
 def write_shard(
-    path: Path, records: list[dict[str, Any]], skipped: list[dict[str, Any]], dtype: str, state: str
+    path: Path, records: list[dict[str, Any]], skipped: list[dict[str, Any]], settings: Mapping[str, Any], state: str
 ) -> None:
     import pyarrow.parquet
     from datasets import Features, List, Value
 
-    features = {"kind": Value("string"), "text": Value("string"), "codes": List(Value(dtype))}
-    features |= {"grid": List(Value("int32")), "width": Value("int32"), "height": Value("int32")}
+    image = {"codes": List(Value(settings["dtype"])), "grid": List(Value("int32"))}
+    features = {"kind": Value("string"), "text": Value("string"), **image, "width": Value("int32")}
+    features |= {"height": Value("int32")} | ({"images": List(image)} if settings["kind"] == "edit" else {})
     schema = Features(features).arrow_schema
     schema = schema.with_metadata(schema.metadata | {SKIPPED_KEY: json.dumps(skipped), SOURCE_KEY: state})
     with (

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import errno
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -15,7 +13,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -35,42 +33,33 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from ..codecs.vq_model import LiquidVQModel, codec_identity
 from ..models.liquid.configuration_liquid import LiquidConfig
 from ..models.liquid.image_processing_liquid import BASE64, WEB, LiquidImageProcessor, load_image, open_image
+from ..models.liquid.prompts import with_marks
 from ..models.liquid.reference import ReferenceCheckpoint
-from ..models.liquid.vocabulary import as_integers
+from ..models.liquid.vocabulary import IMAGE_MARK, as_integers
 from ..utils.files import LOCK_NAME, UNFINISHED, alone_in, differences, read_json, write_json, write_text
 from ..utils.processes import launched_processes
 from .records import (
     IMAGE_KINDS,
     MANIFEST_NAME,
-    cache_of,
     cells_of,
     check_datasets_installed,
-    check_json,
     check_text,
     file_digest,
     number_stream,
     read_shard,
-    root_cause,
     shard_name,
-    state_of,
     write_shard,
 )
+from .source import image_folder, open_source, survey
 
 
 SKIPPED_NAME = "skipped.jsonl"
-
-# Where pictures and texts are looked for, in this order.
-IMAGE_COLUMNS = ("image", "image_path")
-TEXT_COLUMNS = ("text", "caption", "txt")
 
 # Pictures of more pixels than a camera's 24 millions are decoded one at a time, whatever the number of readers.
 LARGE_PIXELS = 25_000_000
 
 # Between tries to read from a disk or a network that fails.
 RETRY_SECONDS = (0.5, 2, 8)
-
-# What an error says of a picture that is not where its record says.
-NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 # The URLs of `fsspec` that a record may name: on the Hub, or in archives there, on the web or in the folder.
 URLS = (*WEB, "hf://", "zip://", "tar://", "gzip://", "bz2://", "xz://", "zstd://")
@@ -90,6 +79,7 @@ def tokenize_dataset(
     streaming: bool = False,
     image_column: str | None = None,
     text_column: str | None = None,
+    source_columns: str | Sequence[str] | None = None,
     grids: Sequence[tuple[int, int]] | None = None,
     framing: str = "crop",
     kind: str = "text_to_image",
@@ -105,6 +95,10 @@ def tokenize_dataset(
     settings they were made, `skipped.jsonl` which records were left out and why: pictures that [`load_image`] refuses,
     missing files, texts that are empty or contain a token of images, pictures of a folder that its metadata do not name.
 
+    With `kind="edit"` a record is a picture and what it is made of: its `images` are the source pictures, each with
+    `codes` and `grid`, framed as the picture itself; its `text` has an `<image>` mark for each of them, which the text
+    says itself or gets in front.
+
     Under `accelerate launch`, process k of n does the shards k, k + n, ...; the result does not depend on n. After an
     interruption, the same call does what is missing: shards that are not there, are damaged, or were made of files that
     have changed since. To have what was skipped tried again, delete its shard before.
@@ -119,11 +113,14 @@ def tokenize_dataset(
             to the folder of `data_files`, else to the folder `dataset`. Defaults to `image` or `image_path`, else to a
             column of type `datasets.Image`.
         text_column (`str`, *optional*): Holds the texts; `json.caption` is the field `caption` of a column `json`.
-            Defaults to `text`, `caption` or `txt`.
+            Defaults to `text`, `caption` or `txt`; of edits to `edit_prompt` or `instruction`.
+        source_columns (`str` or list of `str`, *optional*): Of edits: hold the pictures that are edited, in the order of
+            their marks. Defaults to one, `input_image`, `original_image` or `source_img`; `image_column` then to
+            `edited_image` or `target_img`.
         grids (list of `(height, width)` in codes, *optional*): A picture takes the one whose proportions are closest to its
             own. Defaults to the model's square.
         framing (`str`, defaults to `"crop"`): `"crop"` or `"pad"`, as in [`LiquidImageProcessor`].
-        kind (`str`, defaults to `"text_to_image"`): Of the records: that, or `"caption"`.
+        kind (`str`, defaults to `"text_to_image"`): Of the records: that, `"caption"` or `"edit"`.
         batch_size (`int`, defaults to 16): Pictures encoded together.
         num_workers (`int`, defaults to 8): Workers of each process, at most one a core, that read and frame pictures
             ahead of the codec.
@@ -160,7 +157,7 @@ def tokenize_dataset(
     check_settings(settings, batch_size=batch_size, num_workers=num_workers, records_per_shard=records_per_shard)
     image_processor = LiquidImageProcessor(config.image_size, config.downsample_factor, framing)
     folder = image_folder(source)
-    records, columns, builder = open_source(source, image_column, text_column)
+    records, columns, builder = open_source(source, kind, image_column, text_column, source_columns)
     settings["source"] = {**source, **columns, "num_records": None if streaming else len(records)}
     states, unnamed, absent = survey(records, builder, settings, folder)
     output, processes = Path(output), launched_processes()
@@ -183,7 +180,7 @@ def tokenize_dataset(
         for shard, of_shard in itertools.groupby(pictures, lambda picture: picture.number // records_per_shard):
             # 3. Encode, and 4. write a shard
             encoded, skipped = encode_pictures(of_shard, codec, batch_size, settings["dtype"])
-            write_shard(output / "data" / shard_name(shard), encoded, skipped, settings["dtype"], states[shard])
+            write_shard(output / "data" / shard_name(shard), encoded, skipped, settings, states[shard])
         return finish(output, settings, unnamed, processes)
 
 
@@ -213,85 +210,6 @@ def load_codec_alone(model: str | os.PathLike) -> tuple[LiquidConfig, LiquidVQMo
     return config, codec.eval()
 
 
-def open_source(
-    source: Mapping[str, Any], image_column: str | None, text_column: str | None
-) -> tuple[Any, dict[str, str], Any]:
-    """The records with their pictures as files or bytes, `image_column` and `text_column` of them, and who read them."""
-    import datasets
-
-    try:
-        for file in source["data_files"] or ():
-            check_json(file)
-        where = {name: source[name] for name in ("path", "name", "data_dir", "data_files")}
-        builder = datasets.load_dataset_builder(**where)
-        # Again, with a cache of its own, now that it is known which files these are.
-        files = [file for of_split in (builder.config.data_files or {}).values() for file in of_split]
-        if (cache := cache_of(source["path"], *files)) is not None:
-            builder = datasets.load_dataset_builder(**where, cache_dir=cache)
-        if not source["streaming"]:
-            builder.download_and_prepare()
-        read = builder.as_streaming_dataset if source["streaming"] else builder.as_dataset
-        records = read(source["split"])
-        columns = (records.features or {}).items()
-        typed = [name for name, feature in columns if isinstance(feature, datasets.Image)]
-        for name in typed:
-            records = records.cast_column(name, datasets.Image(decode=False))
-        first = next(iter(records))
-    except Exception as error:  # readers raise anything; StopIteration says nothing
-        reason = " ".join(str(root_cause(error)).split()) or "it is empty"
-        place = source["data_files"] or source["data_dir"] or source["path"]
-        raise ValueError(f"The data set {place!r} cannot be read: {reason}") from error
-
-    cells = cells_of(first)
-
-    def choose(what: str, given: str | None, usual: Sequence[str], types: tuple[type, ...]) -> str:
-        for column in [given] if given else usual:
-            if column in cells and isinstance(cells[column], (*types, type(None))):
-                return column
-        columns = ", ".join(f"{name} ({type(value).__name__})" for name, value in first.items())
-        advice = "" if what == "image" else " A folder of pictures has texts if metadata.jsonl has file_name and text."
-        raise ValueError(
-            f"The data set has no column {given or ' or '.join(usual)} of {what}s, only {columns}: name the one that "
-            f"holds them with {what}_column.{advice}"
-        )
-
-    columns = {"image_column": choose("image", image_column, (*IMAGE_COLUMNS, *typed), (str, bytes, Mapping))}
-    return records, columns | {"text_column": choose("text", text_column, TEXT_COLUMNS, (str,))}, builder
-
-
-def survey(
-    records: Any, builder: Any, settings: Mapping[str, Any], folder: Path
-) -> tuple[Mapping[int, str], list[str], set[int]]:
-    """What the source of each shard is, as a digest; pictures that no record names; numbers of records without theirs.
-
-    Pictures in files of their own count by path, size, times and text, all others by the files of the data set.
-    """
-    source, files = settings["source"], builder.config.data_files or {}
-    origins = [([Path(file).name for file in of_split], of_split.origin_metadata) for of_split in files.values()]
-    origins += [state_of(file) for of_split in files.values() for file in of_split if os.path.exists(file)]
-    of_all = hashlib.sha256(repr(origins).encode()).hexdigest()
-    states, named, absent = defaultdict(hashlib.sha256), set(), set()
-    with suppress(ValueError):  # a stream that breaks off says so when it is read
-        for number, record in number_stream(records, lambda number: True):
-            image, text = (cells_of(record).get(source[column]) for column in ("image_column", "text_column"))
-            path = image.get("path") if isinstance(image, Mapping) and image.get("bytes") is None else image
-            state = path
-            if isinstance(path, str) and "://" not in path:
-                named.add(os.path.abspath(folder / path))
-                try:
-                    state = *state_of(folder / path), os.path.relpath(folder / path, folder)
-                except (OSError, ValueError) as error:
-                    if getattr(error, "errno", None) in NOT_THERE:
-                        absent.add(number)
-            elif not named:
-                return defaultdict(lambda: of_all), [], absent
-            states[number // settings["records_per_shard"]].update(repr((state, text)).encode("utf-8", "replace"))
-    endings = tuple(getattr(builder, "EXTENSIONS", ()))  # of the pictures of a folder
-    pictures = [file for file in files.get(source["split"], ()) if file.lower().endswith(endings)]
-    unnamed = [file for file in pictures if os.path.abspath(file) not in named]
-    return defaultdict(lambda: of_all, {shard: digest.hexdigest() for shard, digest in states.items()}), unnamed, absent
-
-
 def check_settings(settings: Mapping[str, Any], **counts: int) -> None:
     grids, kind = settings["grids"], settings["kind"]
     wrong = [f"{name} must be at least 1, got {count}." for name, count in counts.items() if count < 1]
@@ -303,16 +221,6 @@ def check_settings(settings: Mapping[str, Any], **counts: int) -> None:
         wrong.append(f"grids must be (height, width) in codes, all positive, of different proportions, got {grids}.")
     if wrong:
         raise ValueError(" ".join(wrong))
-
-
-def image_folder(source: Mapping[str, Any]) -> Path:
-    """What paths of pictures are relative to."""
-    if source["data_dir"] is not None:
-        return Path(source["data_dir"])
-    folders = {Path(file).parent for file in source["data_files"] or ()}
-    if len(folders) > 1:
-        raise ValueError("`data_files` lie in several folders: give `data_dir`, and what they are relative to it.")
-    return next(iter(folders), Path(source["path"]))
 
 
 def check_folder(output: Path) -> None:
@@ -358,7 +266,10 @@ def is_done(path: Path, state: str) -> bool:
 
 @dataclass
 class Picture:
-    """A picture on its way to the codec, and what will be its record; without pixels: why it is left out."""
+    """A picture on its way to the codec, and what will be its record; without pixels: why it is left out.
+
+    `pixels` are of the picture, and behind it of those that it is made of, `(N, 3, H, W)`.
+    """
 
     number: int
     path: str | None
@@ -380,16 +291,18 @@ class PictureReader(torch.utils.data.Dataset):
     grids: list[list[int]]
     kind: str
     frame: LiquidImageProcessor
+    source_columns: Sequence[str] = ()
     large: Any = field(default_factory=Lock)
 
     def __getitem__(self, numbered: tuple[int, Mapping[str, Any]]) -> Picture:
         number, source = numbered
-        image, text = (cells_of(source).get(column) for column in (self.image_column, self.text_column))
+        cells = cells_of(source)
+        image = cells.get(self.image_column)
         path = image.get("path") if isinstance(image, Mapping) else image
         path = path[:200] if isinstance(path, str) else None
         for wait in (*RETRY_SECONDS, None):
             try:
-                return Picture(number, path, *self.read(image, text))
+                return Picture(number, path, *self.read(cells))
             except Exception as error:  # decoders and file systems raise anything
                 # What was there a while ago is gone with its disk.
                 is_passing = not (isinstance(error, (ValueError, TypeError)) or number in self.absent)
@@ -397,33 +310,46 @@ class PictureReader(torch.utils.data.Dataset):
                     return Picture(number, path, reason=str(error) or type(error).__name__, is_passing=is_passing)
                 time.sleep(wait)
 
-    def read(self, image: Any, text: Any) -> tuple[dict[str, Any], np.ndarray]:
-        """The record of a picture but for its codes, and its pixels.
+    def read(self, cells: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+        """The record of a picture but for its codes, and the pixels of all its pictures.
 
         Raises:
-            ValueError, TypeError: If the text or the picture cannot be used.
-            OSError: If the picture cannot be fetched.
+            ValueError, TypeError: If the text or a picture cannot be used.
+            OSError: If a picture cannot be fetched.
         """
-        check_text(text)
-        if isinstance(image, Mapping):
-            image = image.get("path") if image.get("bytes") is None else image["bytes"]
-        image = open_image(self.locate(image) if isinstance(image, str) else image)
-        short, long = sorted(image.size)
-        # Framing blows up what is not square.
-        pixels = max(
-            short * long, long**2 if self.frame.framing == "pad" else self.frame.size**2 * long / max(short, 1)
-        )
-        with self.large if pixels > LARGE_PIXELS else nullcontext():
-            image = load_image(image)
-            # The grid whose proportions differ from the picture's by the smallest factor; the first of equals.
-            sides = [(image.width * grid_height, image.height * grid_width) for grid_height, grid_width in self.grids]
-            factors = [max(pair) / min(pair) for pair in sides]
-            grid = self.grids[factors.index(min(factors))]
-            height, width = (side * self.frame.downsample_factor for side in grid)
-            # No tensor, which would take a file handle and shared memory on its way out of the worker.
-            framed = self.frame(image, height=height, width=width, return_tensors="np")
+        text, number = cells.get(self.text_column), len(self.source_columns)
+        check_text(text.replace(IMAGE_MARK, " ") if number and isinstance(text, str) else text)
+        text = with_marks(text, number)
+        if text.count(IMAGE_MARK) != number:
+            raise ValueError(f"Its text has {text.count(IMAGE_MARK)} {IMAGE_MARK} marks for {number} source pictures.")
+        grid, pixels = None, []
+        for column in (self.image_column, *self.source_columns):
+            image = cells.get(column)
+            if isinstance(image, Mapping):
+                image = image.get("path") if image.get("bytes") is None else image["bytes"]
+            if image is None:
+                raise ValueError(f"It has no picture in {column!r}.")
+            image = open_image(self.locate(image) if isinstance(image, str) else image)
+            short, long = sorted(image.size)
+            # Framing blows up what is not square.
+            area = max(
+                short * long, long**2 if self.frame.framing == "pad" else self.frame.size**2 * long / max(short, 1)
+            )
+            with self.large if area > LARGE_PIXELS else nullcontext():
+                image = load_image(image)
+                if grid is None:
+                    # The one whose proportions differ from the picture's by the smallest factor; the first of equals.
+                    sides = [
+                        (image.width * grid_height, image.height * grid_width) for grid_height, grid_width in self.grids
+                    ]
+                    factors = [max(pair) / min(pair) for pair in sides]
+                    grid = self.grids[factors.index(min(factors))]
+                    height, width = (side * self.frame.downsample_factor for side in grid)
+                # No tensor, which would take a file handle and shared memory on its way out of the worker.
+                framed = self.frame(image, height=height, width=width, return_tensors="np")
+            pixels.append(framed["pixel_values"][0])
         record = {"kind": self.kind, "text": text, "grid": grid, "width": width, "height": height}
-        return record, framed["pixel_values"][0]
+        return record, np.stack(pixels)
 
     def locate(self, image: str) -> str | Path | bytes:
         """What `open_image` is to open; a `ValueError` if it is not for a record to read.
@@ -480,9 +406,9 @@ def encode_pictures(
     kept, skipped, waiting = [], [], defaultdict(list)  # by sizes, until they make a batch
 
     def encode(batch: list[Picture]) -> None:
-        pixel_values = torch.from_numpy(np.stack([picture.pixels for picture in batch]))
+        pixel_values = torch.from_numpy(np.concatenate([picture.pixels for picture in batch]))
         codes = codec.encode_unchecked(pixel_values.to(codec.device)).flatten(1)
-        for picture, flat in zip(batch, codes, strict=True):
+        for picture, flat in zip(batch, codes.split(len(batch[0].pixels)), strict=True):
             picture.record["codes"] = flat  # an accelerator may still be at work on it, so that it is fetched later
 
     for picture in pictures:
@@ -491,17 +417,19 @@ def encode_pictures(
             continue
         kept.append(picture)
         waiting[picture.pixels.shape].append(picture)
-        if len(waiting[picture.pixels.shape]) == batch_size:
+        if len(waiting[picture.pixels.shape]) == max(1, batch_size // len(picture.pixels)):
             encode(waiting.pop(picture.pixels.shape))
     for batch in waiting.values():
         encode(batch)
     for picture in kept:
-        picture.record["codes"] = picture.record["codes"].numpy(force=True).astype(dtype)
-        if picture.record["codes"].min() < 0:
+        codes = picture.record["codes"].numpy(force=True).astype(dtype)
+        if codes.min() < 0:
             raise ValueError(
                 f"The codec has no codes for record {picture.number} ({picture.path}): its latents are not finite, since "
                 "its weights are damaged."
             )
+        picture.record |= {"codes": codes[0]}
+        picture.record["images"] = [{"codes": one, "grid": picture.record["grid"]} for one in codes[1:]]
     return [picture.record for picture in kept], skipped
 
 

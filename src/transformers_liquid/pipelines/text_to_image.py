@@ -24,8 +24,8 @@ from ..models.liquid.configuration_liquid import LiquidConfig
 from ..models.liquid.model_card import write_model_card
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
-from ..models.liquid.prompts import negative_texts
-from ..models.liquid.vocabulary import IMAGE_MARK, as_integers
+from ..models.liquid.prompts import negative_texts, with_marks
+from ..models.liquid.vocabulary import as_integers
 
 
 logger = logging.get_logger(__name__)
@@ -265,7 +265,7 @@ class LiquidImageGenerationPipeline(Pipeline):
             )
         of_each = [list(one) if isinstance(one, (list, tuple)) else [one] for one in of_each]
         for index, (text, own) in enumerate(zip(prompts, of_each, strict=True)):
-            prompts[index] = text if IMAGE_MARK in text else f"{IMAGE_MARK} " * len(own) + text
+            prompts[index] = with_marks(text, len(own))
         # Read as far as is needed to say what is wrong, before the codec is at work.
         self.processor.validate_inputs(of_each, prompts)
         pictures = [picture for own in of_each for picture in own]

@@ -53,6 +53,11 @@ def negative_texts(negative_prompt: Any) -> str | list[str]:
     return texts
 
 
+def with_marks(text: str, number: int) -> str:
+    """A text with marks for pictures in front, unless it says itself where they stand."""
+    return text if IMAGE_MARK in text else f"{IMAGE_MARK} " * number + text
+
+
 class LiquidPrompts:
     """What [`LiquidProcessor`] knows of prompts: of its tokenizer, its four image tokens and its layout."""
 
