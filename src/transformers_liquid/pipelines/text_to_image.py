@@ -25,7 +25,7 @@ from ..models.liquid.model_card import write_model_card
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
 from ..models.liquid.prompts import negative_texts, with_marks
-from ..models.liquid.vocabulary import as_integers
+from ..models.liquid.vocabulary import IMAGE_MARK, as_integers
 
 
 logger = logging.get_logger(__name__)
