@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import PIL.Image
@@ -266,6 +267,7 @@ def test_settings_of_the_text_and_of_the_pictures_are_apart(model):
         ({"suppress_image_tokens": False}, "leave out suppress_image_tokens"),
         ({"image_generation_config": {"tempurature": 9}}, "holds tempurature: only settings of a picture"),
         ({"image_generation_config": {"num_return_sequences": 2}}, "only settings of a picture"),
+        ({"image_generation_config": 3}, "must be a dictionary of settings, got 3"),
         ({"max_length": 40}, "pass max_new_tokens"),
         ({"stop_strings": ["a"]}, "stop_strings need the tokenizer"),
         ({"negative_prompt_ids": torch.tensor([[BOS, 30, BOI]] * 3), "guidance_scale": 2.0}, "one sequence or 2"),
@@ -450,6 +452,9 @@ def test_the_pipeline_draws_with_pictures_in_the_context(processor):
         pipe(["a", "b"], image=[picture()], **settings)
     with pytest.raises(ValueError, match="1 <image> marks for 2 images"):
         pipe("<image> a", image=[[picture(), picture()]], **settings)
+    with pytest.raises(TypeError, match="bytes or a Pillow picture, got None"):
+        pipe("a", image=[[picture(), None]], **settings)
+    assert pipe("a", image=[[]], seed=4, **settings) == pipe("a", seed=4, **settings)
     with pytest.raises(ValueError, match="both say what guidance leads away from"):
         pipe("a", image=picture(), negative_prompt="b", guidance_context="images", **settings)
 
@@ -502,6 +507,37 @@ def test_a_reply_is_streamed_with_previews_and_its_end(converse):
     assert events[-1]["type"] == "end" and events[-1]["reason"] in ("length", "eos")
 
 
+@pytest.mark.parametrize("drop", ["closed", "forgotten"])
+def test_a_stream_that_nobody_reads_stops_the_model(converse, drop):
+    threads = []
+
+    class Watch(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            threads.append(threading.current_thread())
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    stream = converse.stream("dog", **SETTINGS | {"max_new_tokens": 100, "stopping_criteria": [Watch()]})
+    if drop == "closed":
+        stream.close()
+    del stream
+    gc.collect()
+    assert not threads[0].is_alive() and len(threads) < 100
+
+
+def test_messages_are_checked_once_and_bring_their_pictures(converse, processor, monkeypatch):
+    content = [{"type": "image", "image": picture()}, {"type": "text", "text": "dog"}]
+    messages, checked = [{"role": "user", "content": content}], []
+    inputs = processor(messages, generation_mode="interleaved")
+    given = processor(messages, images=[picture()], generation_mode="interleaved")
+    assert all(torch.equal(inputs[name], given[name]) for name in given) and inputs.keys() == given.keys()
+    check = type(processor).check_messages
+    monkeypatch.setattr(type(processor), "check_messages", lambda self, one: checked.append(one) or check(self, one))
+    converse(messages, **SETTINGS | {"max_new_tokens": 1})
+    assert checked == [messages]
+    with pytest.raises(ValueError, match="An image is given as 'image', 'url', 'path' or 'base64'"):
+        processor([{"role": "user", "content": [{"type": "image"}]}], generation_mode="interleaved")
+
+
 def test_closing_a_stream_stops_the_model(converse):
     calls = []
 
@@ -527,6 +563,9 @@ def test_closing_a_stream_stops_the_model(converse):
         ([{"role": "user", "content": [{"text": "hi"}]}], "must be of type text or image"),
         ([{"role": "user", "content": [{"type": "image"}]}], "given as 'image', 'url', 'path' or 'base64'"),
         (["hi"], "must have a 'role'"),
+        ([], "at least one message, got none"),
+        (None, "must be a string or a list of strings, got None"),
+        ({"role": "user", "content": "hi"}, "must be a string or a list of strings, got {'role'"),
         ("hi</s>bye", "</s>"),
     ],
 )

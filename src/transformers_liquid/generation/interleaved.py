@@ -108,8 +108,8 @@ def generate_interleaved(
 ) -> InterleavedOutput:
     """`generate(generation_mode="interleaved")`: arguments and result as documented there."""
     # 1. Settings of the text, and apart from them those of the pictures
-    own = {name: kwargs.pop(name) for name in kwargs.keys() & OUR_SETTINGS} | (image_generation_config or {})
-    settings = _picture_settings(model, generation_config, own)
+    own = {name: kwargs.pop(name) for name in kwargs.keys() & OUR_SETTINGS}
+    settings = _picture_settings(model, generation_config, own, image_generation_config)
     num_codes = settings.num_codes(model.config)
     settings.window(num_codes)
     if kwargs.get("max_length") is not None:
@@ -159,10 +159,12 @@ def generate_interleaved(
 
 
 def _picture_settings(
-    model: LiquidForCausalLM, generation_config: GenerationConfig | None, own: dict[str, Any]
+    model: LiquidForCausalLM, generation_config: GenerationConfig | None, own: dict[str, Any], of_pictures: Any
 ) -> ImageGenerationConfig:
-    """The model's, those that a configuration of text holds for pictures, and the call's `own`."""
-    given = (getattr(generation_config, "image_generation_config", None) or {}) | own
+    """The model's, those that a configuration of text holds for pictures, and the call's: its `own` and those `of_pictures`."""
+    if not isinstance(of_pictures, dict | None):
+        raise ValueError(f"image_generation_config must be a dictionary of settings, got {of_pictures!r}.")
+    given = (getattr(generation_config, "image_generation_config", None) or {}) | own | (of_pictures or {})
     settings, unknown = ImageGenerationConfig.from_call(model.generation_config, None, given)
     if unknown or given.keys() & _OF_THE_CALL:
         raise ValueError(f"image_generation_config holds {', '.join(unknown or given)}: only settings of a picture.")

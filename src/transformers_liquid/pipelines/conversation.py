@@ -13,6 +13,7 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from ..generation.interleaved import InterleavedEvent
+from ..models.liquid.image_processing_liquid import is_column
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor
 from .streamers import partial_pictures
@@ -92,23 +93,9 @@ class LiquidConversation:
         """
         if kwargs.get("num_return_sequences") not in (None, 1) or (seed is not None and "generator" in kwargs):
             raise ValueError("A conversation gives one reply: leave out num_return_sequences; give seed or generator.")
-        if not isinstance(messages, str):
-            self.processor.check_messages(messages)
-        images = []
-        for message in () if isinstance(messages, str) else messages:
-            for part in () if isinstance(message["content"], str) else message["content"]:
-                given = [part[name] for name in ("image", "url", "path", "base64") if part.get(name) is not None]
-                if part["type"] == "image" and len(given) != 1:
-                    raise ValueError(f"An image is given as 'image', 'url', 'path' or 'base64', got the part {part!r}.")
-                images += given
-        inputs = self.processor(
-            messages,
-            images=images or None,
-            generation_mode="interleaved",
-            negative_prompt=negative_prompt,
-            height=height,
-            width=width,
-        ).to(self.model.device)
+        of_pictures = {"negative_prompt": negative_prompt, "height": height, "width": width}
+        prompt = [messages] if is_column(messages) else messages
+        inputs = self.processor(prompt, generation_mode="interleaved", **of_pictures).to(self.model.device)
         if seed is not None:
             kwargs["generator"] = torch.Generator().manual_seed(operator.index(seed))
         events = _EventQueue(self.model, self.processor, every, height, width)
@@ -139,19 +126,25 @@ def read_events(queue: Queue, work: Callable[[list], None], criteria: Sequence =
 
     thread = Thread(target=follow, daemon=True)
     thread.start()
-    first = queue.get()
-    if isinstance(first, Exception):
-        raise first
-    return _events(first, queue, cancel, thread)
+    events = _events(queue, cancel, thread)
+    next(events)  # a generator that was never begun would not hear that it is dropped
+    return events
 
 
-def _events(event: Any, queue: Queue[Any], cancel: _Cancelled, thread: Thread) -> Iterator[dict[str, Any]]:
+def _events(queue: Queue[Any], cancel: _Cancelled, thread: Thread) -> Iterator[dict[str, Any]]:
+    """What comes; before it `None`, once the first is there."""
+
+    def get() -> dict[str, Any]:
+        if isinstance(event := queue.get(), Exception):
+            raise event
+        return event
+
     try:
+        event = get()
+        yield None
         while event["type"] != "end":
             yield event
-            event = queue.get()
-            if isinstance(event, Exception):
-                raise event
+            event = get()
         yield event
     finally:
         cancel.is_set.set()

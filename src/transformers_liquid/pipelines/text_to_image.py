@@ -269,6 +269,8 @@ class LiquidImageGenerationPipeline(Pipeline):
         # Read as far as is needed to say what is wrong, before the codec is at work.
         self.processor.validate_inputs(of_each, prompts)
         pictures = [picture for own in of_each for picture in own]
+        if not pictures:
+            return prompts, []
         once = {id(picture): picture for picture in pictures}  # one for all prompts is encoded once
         pixel_values = self.processor.image_processor(list(once.values()), framing="pad", **size)["pixel_values"]
         ids = dict(zip(once, self.model.encode_images(pixel_values), strict=True))

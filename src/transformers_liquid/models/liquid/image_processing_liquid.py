@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 from urllib.parse import urlsplit
@@ -229,6 +230,8 @@ def open_image(image: "str | Path | bytes") -> PIL.Image.Image:
             data = base64.b64decode("".join(image.removeprefix("data:").rpartition(",")[2].split()), validate=True)
         except ValueError as error:
             raise ValueError(f"Cannot read {name} as a picture: it is no base64 ({error}).") from error
+    elif not isinstance(image, (str, bytes, PathLike)):
+        raise TypeError(f"A picture is a str, an os.PathLike, bytes or a Pillow picture, got {image!r}.")
     elif not isinstance(image, bytes):
         path = Path(image)
         if path.exists() and not path.is_file():  # a pipe would be waited for, a device be read without end

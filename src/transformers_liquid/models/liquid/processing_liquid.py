@@ -156,6 +156,7 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
             text (`str` or `list[str]`): One prompt or a batch; `<image>` marks where an image goes. In interleaved mode
                 also the messages of a conversation, or a batch of conversations, as in `apply_chat_template`.
             images (`ImageInput`, *optional*): The images of all marks in reading order, flat or one list per text.
+                Defaults to those that messages hold themselves.
             generation_mode (`str`, defaults to `"text"`): `"text"`, `"image"` or `"interleaved"`.
             negative_prompt (`str` or `list[str]`, *optional*): Not in text mode: what pictures should not show, one for
                 all prompts or one each. Replaces the unconditional text of guidance, unless it is empty. Its `<image>`
@@ -184,7 +185,9 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
             images = None  # lists without pictures
         if generation_mode != "text":
             data, image_ids = {}, []
-            if images is not None:
+            if generation_mode == "interleaved":
+                text, images = self._texts_to_follow(text, images)
+            if any(True for _ in flatten_images([] if images is None else images)):
                 self.image_layout.grid(height, width)
                 framing = {name: kwargs.pop(name) for name in ("framing",) if name in kwargs}
                 framing |= kwargs.pop("images_kwargs", {})
@@ -196,7 +199,7 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
                 self.validate_inputs(images, self.check_texts(text, "text"))
                 prompts, negatives = self.image_prompts(text, negative_prompt, height, width, images=image_ids)
             else:
-                prompts, negatives = self._interleaved_prompts(text, images, image_ids, negative_prompt, height, width)
+                prompts, negatives = self._interleaved_prompts(text, image_ids, negative_prompt, height, width)
             data["input_ids"], data["attention_mask"] = self.pad_left(prompts)
             data["negative_prompt_ids"], data["negative_prompt_attention_mask"] = self.pad_left(negatives)
             height, width = self.image_layout.size(self.image_layout.grid(height, width))

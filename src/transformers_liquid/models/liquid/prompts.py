@@ -58,6 +58,18 @@ def with_marks(text: str, number: int) -> str:
     return text if IMAGE_MARK in text else f"{IMAGE_MARK} " * number + text
 
 
+def images_in(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The images that messages hold, in reading order; raises a `ValueError` for one that is not there."""
+    images = []
+    for message in messages:
+        for part in () if isinstance(message["content"], str) else message["content"]:
+            given = [part[name] for name in ("image", "url", "path", "base64") if part.get(name) is not None]
+            if part["type"] == "image" and len(given) != 1:
+                raise ValueError(f"An image is given as 'image', 'url', 'path' or 'base64', got the part {part!r}.")
+            images += given
+    return images
+
+
 class LiquidPrompts:
     """What [`LiquidProcessor`] knows of prompts: of its tokenizer, its four image tokens and its layout."""
 
@@ -109,14 +121,13 @@ class LiquidPrompts:
             found.append(self._image_prompt(negative, images, ending))
         return found
 
-    def _interleaved_prompts(
-        self, text, images, image_ids: list[list[int]], negative_prompt, height: int | None, width: int | None
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """As `image_prompts`, of texts or conversations that pictures and texts are to follow."""
+    def _texts_to_follow(self, text, images) -> tuple[list[str], Any]:
+        """Texts or conversations, checked, as texts with marks; and their images, unless given those in the messages."""
         if isinstance(text, (list, tuple)) and text and not isinstance(text[0], str):
             conversations = [text] if isinstance(text[0], Mapping) else text
             for one in conversations:
                 self.check_messages(one)
+            images = [images_in(one) for one in conversations] if images is None else images
             text = [self.apply_chat_template(one, add_generation_prompt=True) for one in conversations]
         else:
             bos = self.tokenizer.bos_token or ""
@@ -124,6 +135,12 @@ class LiquidPrompts:
                 self.check_plain(one.removeprefix(bos).replace(IMAGE_MARK, ""))
         texts = self.check_texts(text, "text")
         self.validate_inputs([] if images is None else images, texts)
+        return texts, images
+
+    def _interleaved_prompts(
+        self, texts: list[str], image_ids: list[list[int]], negative_prompt, height: int | None, width: int | None
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """As `image_prompts`, of texts that pictures and texts are to follow."""
         left = list(image_ids)
         own = [[left.pop(0) for _ in range(one.count(IMAGE_MARK))] for one in texts]
         prompts = [self._marked_ids(one, iter(ids), begins=True) for one, ids in zip(texts, own, strict=True)]
@@ -337,6 +354,8 @@ class LiquidPrompts:
 
     def check_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Raises a `ValueError` unless messages have a role, which is a word, and text and pictures as content."""
+        if not len(messages):
+            raise ValueError("A conversation needs at least one message, got none.")
         for message in messages:
             if not isinstance(message, Mapping) or not re.fullmatch(r"\w+", str(message.get("role"))):
                 raise ValueError(f"A message must have a 'role', such as user, and a 'content', got {message!r}.")
