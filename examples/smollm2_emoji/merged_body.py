@@ -29,6 +29,9 @@ class MergedBody:
     Args:
         base ([`LiquidForCausalLM`]): Gets the adapter; its trained rows are the last of the vocabulary.
         config ([`~peft.LoraConfig`]): Of `liquid_lora_config`.
+
+    Raises:
+        ValueError: If the trained rows are not the last, or the head is not tied.
     """
 
     def __init__(self, base: LiquidForCausalLM, config: LoraConfig) -> None:
@@ -43,6 +46,9 @@ class MergedBody:
         self.model = get_peft_model(base, config).train()
         tokens = self.text_model.embed_tokens.token_adapter
         self.rows, self.embeddings = tokens.trainable_tokens_delta["default"], tokens.base_layer.weight.detach()
+        first = len(self.embeddings) - len(self.rows)
+        if tokens.token_indices["default"][0] != first or not base.config.tie_word_embeddings:
+            raise ValueError("The trained rows have to be the last of a tied vocabulary: expand a tied base for this.")
         self.trained, self.factors, self.scaling = [self.rows], {}, config.lora_alpha / config.r
         self.num_codes = len(base.config.image_token_range)
         for path, module in layers[0].named_modules():
