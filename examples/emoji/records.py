@@ -28,12 +28,12 @@ from words import PHRASINGS, TONED, Words, is_heldout, is_heldout_word
 
 # Of the records; a story has three times the positions of a picture.
 SHARES = {
-    "emoji": 46,
-    "icon": 11,
+    "emoji": 42,
+    "icon": 9,
     "caption": 16,
     "question": 5,
-    "edit": 10,
-    "story": 7,
+    "edit": 14,
+    "story": 9,
     "in_context": 3,
     "conversation": 2,
 }

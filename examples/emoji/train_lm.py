@@ -7,9 +7,16 @@
         --continue_from emoji-lm --max_steps 2000 --scheduler linear --warmup_steps 1 --seed 1
 
 The first command trains at one learning rate and can be stopped and continued at will; the second one, short, brings it
-down to zero. The codec stays as it is; its codes are computed once. `output_dir` becomes a complete repository (model,
-codec, processor). `--continue_from` takes an earlier model, whose vocabulary may be another one: words that it does not
-have begin as a mixture of the words that it has and that mean nearly the same, by the embeddings of `--word_vectors`.
+down to zero. On a GPU one command does, in minutes; it ends after that time, until which the learning rate falls to zero:
+
+    python examples/emoji/train_lm.py --data_dir emoji-data --codec_dir emoji-codec --output_dir emoji-lm --seconds 450 \\
+        --continue_from liquid-emoji-1 --max_steps 30000 --batch_size 640 --row_length 512 --workers 14 \\
+        --learning_rate 3e-3 --compile --save_steps 1000
+
+The codec stays as it is; its codes are computed once. `output_dir` becomes a complete repository (model, codec,
+processor). `--continue_from` takes an earlier model, whose vocabulary may be another one: words that it does not have
+begin as a mixture of the words that it has and that mean nearly the same, by the embeddings of `--word_vectors`; and
+whose layers may be narrower: neurons that it does not have begin without a say.
 
 What lets a small model draw names that it never saw ("a known person with a new skin tone"):
 - codes whose vectors lie close begin with embeddings that lie close (a random projection of the codebook);
@@ -22,8 +29,10 @@ What lets a small model draw names that it never saw ("a known person with a new
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +62,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     PreTrainedTokenizerFast,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -85,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
     world = World(emoji, load_words(args.data_dir, emoji), icons)
     codec = LiquidVQModel.from_pretrained(args.codec_dir).eval()
     processor = build_processor(build_tokenizer(world, args.text_tokens), codec)
-    model = build_model(processor, codec)
+    model = build_model(processor, codec, args.intermediate_size)
     if args.continue_from is not None:
         continue_from(model, processor, args)
     counts = [sum(weight.numel() for weight in part.parameters()) for part in (model.model.text_model, codec)]
@@ -94,6 +104,8 @@ def main(args: argparse.Namespace) -> None:
     codes = encode_all(
         Path(args.data_dir) / f"codes-{args.resampled_codes}.npz", codec, emoji, icon_pixels, world, args
     )
+    for layer in model.model.text_model.base_model.layers if args.compile else ():
+        layer.compile(dynamic=False)  # all have one graph
     output = Path(args.output_dir)
     trainer = LiquidTrainer(
         model=model,
@@ -112,13 +124,21 @@ def main(args: argparse.Namespace) -> None:
             logging_steps=50,
             save_steps=args.save_steps,
             save_total_limit=1,
+            dataloader_num_workers=args.workers,
             remove_unused_columns=False,
             report_to="none",
             seed=args.seed,
         ),
         processing_class=processor,
         train_dataset=Records(world, **codes, length=args.max_steps * args.batch_size, seed=args.seed),
-        data_collator=EmojiDataCollator(processor, packing=True, seed=args.seed, replaced=args.replaced_codes),
+        data_collator=EmojiDataCollator(
+            processor,
+            packing=args.row_length is None,
+            seed=args.seed,
+            replaced=args.replaced_codes,
+            row_length=args.row_length,
+        ),
+        callbacks=[TimeLimit(args.seconds)] if args.seconds else None,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if output.is_dir() else None)
     model.set_attn_implementation("sdpa")
@@ -185,13 +205,13 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, codec: LiquidVQModel) ->
     )
 
 
-def build_model(processor: LiquidProcessor, codec: LiquidVQModel) -> LiquidForCausalLM:
+def build_model(processor: LiquidProcessor, codec: LiquidVQModel, intermediate_size: int) -> LiquidForCausalLM:
     """A new llama around the trained codec."""
     tokenizer = processor.tokenizer
     text_config = LlamaConfig(
         vocab_size=processor.image_token_offset + processor.codebook_size,
         hidden_size=256,
-        intermediate_size=576,
+        intermediate_size=intermediate_size,
         num_hidden_layers=6,
         num_attention_heads=4,
         max_position_embeddings=512,
@@ -259,7 +279,10 @@ def continue_from(model: LiquidForCausalLM, processor: LiquidProcessor, args: ar
         rows[[ids[token] for token in new]] = mixed + 0.3 * rows[[ids[token] for token in new]]
     weights = earlier.state_dict()
     for name, weight in model.state_dict().items():
-        weight.copy_(rows if weight.shape == rows.shape else weights[name])
+        its = rows if weight.shape == rows.shape else weights[name]
+        if name.endswith("down_proj.weight"):
+            weight.zero_()  # what new neurons say
+        weight[tuple(slice(size) for size in its.shape)] = its
 
 
 @torch.no_grad()
@@ -333,15 +356,39 @@ def _temperature(further: torch.Tensor, resampled: float) -> float:
     return low
 
 
+class TimeLimit(TrainerCallback):
+    """Ends a training after so many seconds, until which its learning rate falls to zero."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    @property
+    def left(self) -> float:
+        return max(0.0, 1 - (time.perf_counter() - self.start) / self.seconds)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_begin(self, args, state, control, optimizer, **kwargs) -> None:
+        for group in optimizer.param_groups:  # the scheduler sets it anew after each step
+            group["lr"] *= self.left
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_training_stop |= self.left == 0
+
+
 @dataclass
 class EmojiDataCollator(LiquidDataCollator):
     """The package's collator; then some codes that are read are replaced, and captions are asked for in other words.
 
     Args:
         replaced (`float`): Share of the codes read (labels stay) that are replaced by other codes of the batch.
+        row_length (`int`, *optional*): Packs the records into rows of this length instead of a single one: on a GPU,
+            rows behind a mask are faster than one record after the other.
     """
 
     replaced: float = 0.05
+    row_length: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -351,7 +398,7 @@ class EmojiDataCollator(LiquidDataCollator):
         self._questions = torch.tensor(asked)
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = super().__call__(records)
+        batch = super().__call__(records) if self.row_length is None else self._rows(records)
         ids = batch["input_ids"]
         is_code = ids >= self.processor.image_token_offset
         replaced = is_code & (torch.rand(ids.shape, generator=self._draw) < self.replaced)
@@ -359,13 +406,36 @@ class EmojiDataCollator(LiquidDataCollator):
         ids[replaced] = others[torch.randint(len(others), (int(replaced.sum()),), generator=self._draw)]
         # Rows of few lengths: the CPU's matrix products are prepared for each length anew, and kept.
         filler = -ids.shape[1] % 512
-        if filler:
+        if filler and self.row_length is None:
             batch["input_ids"] = ids = F.pad(ids, (0, filler), value=self.processor.pad_token_id)
             batch["labels"] = F.pad(batch["labels"], (0, filler), value=-100)
             batch["position_ids"] = torch.cat([batch["position_ids"], torch.arange(filler)[None]], dim=1)
         asked = ids == self._caption_id
         ids[asked] = self._questions[torch.randint(len(self._questions), (int(asked.sum()),), generator=self._draw)]
         return batch
+
+    def _rows(self, records: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        rows: list[list[tuple[list[int], list[int]]]] = []
+        room: list[int] = []
+        for ids, labels in sorted(map(self.encode, records), key=lambda one: -len(one[0])):
+            row = next((number for number, left in enumerate(room) if left >= len(ids)), len(rows))
+            if row == len(rows):
+                rows.append([])
+                room.append(self.row_length)
+            rows[row].append((ids, labels))
+            room[row] -= len(ids)
+        shape = -(-len(rows) // 16) * 16, self.row_length  # few shapes, each of which is compiled
+        batch = {
+            "input_ids": torch.full(shape, self.processor.pad_token_id),
+            "position_ids": torch.arange(self.row_length).repeat(shape[0], 1),
+            "labels": torch.full(shape, -100),
+        }
+        for number, row in enumerate(rows):
+            ids, labels = (torch.tensor(list(chain.from_iterable(parts))) for parts in zip(*row, strict=True))
+            batch["input_ids"][number, : len(ids)], batch["labels"][number, : len(ids)] = ids, labels
+            lengths = [*(len(ids) for ids, _ in row), room[number]]
+            batch["position_ids"][number] = torch.cat([torch.arange(length) for length in lengths])
+        return batch | {"record_indices": torch.tensor([record["index"] for record in records])}
 
 
 if __name__ == "__main__":
@@ -376,14 +446,19 @@ if __name__ == "__main__":
     parser.add_argument("--continue_from", help="a finished --output_dir: its weights instead of new ones")
     parser.add_argument("--word_vectors", help="a language model whose embeddings say which words mean nearly the same")
     parser.add_argument("--max_steps", type=int, default=12000)
+    parser.add_argument("--seconds", type=float, help="ends after that time, with a learning rate that falls to zero")
     parser.add_argument("--batch_size", type=int, default=48, help="records")
     parser.add_argument("--learning_rate", type=float, default=8e-4)
     parser.add_argument("--scheduler", default="constant_with_warmup")
     parser.add_argument("--warmup_steps", type=int, default=200)
     parser.add_argument("--weight_decay", type=float, default=0.1)
+    parser.add_argument("--intermediate_size", type=int, default=832, help="neurons of a layer")
     parser.add_argument("--text_tokens", type=int, default=4096, help="size of the tokenizer")
     parser.add_argument("--resampled_codes", type=float, default=0.1, help="share of codes that are not the nearest")
     parser.add_argument("--replaced_codes", type=float, default=0.05, help="share of codes that are read wrong")
+    parser.add_argument("--row_length", type=int, help="packs records into rows of this length: for a GPU")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make records")
+    parser.add_argument("--compile", action="store_true", help="compiles the layers: for a GPU")
     parser.add_argument("--save_steps", type=int, default=250)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--use_cpu", action=argparse.BooleanOptionalAction, default=not torch.cuda.is_available())
