@@ -7,12 +7,19 @@ import json
 import os
 import warnings
 
+import numpy as np
 import pytest
+import test_interleaved_liquid as by_turns
+import test_voken_trainer as vokens
 import torch
+from peft import get_peft_model
+from tiny import tiny_model
+from tiny_vokens import FAMILIES, tiny_voken_model, tiny_voken_pipeline
 from torch._dynamo.utils import counters
 
 from transformers_liquid import EMOJI_CHECKPOINT, LiquidDataCollator, LiquidForCausalLM, LiquidProcessor
 from transformers_liquid.ops.packed_attention import use_packed_attention
+from transformers_liquid.training.adapters import voken_lora_config, voken_stage1_config
 
 
 pytestmark = [
@@ -238,3 +245,47 @@ def test_text_is_written_in_half_precision(model, processor):
     inputs = processor(text="<image>What is this?", images=torch.rand(3, 64, 64), return_tensors="pt").to("cuda")
     ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert ids.shape[1] > inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_text_and_pictures_by_turns_are_the_cpus(guidance_scale, fact):
+    model = tiny_model()
+    model.config.image_size = 4  # 2 x 2 codes
+    options = {"prompts": by_turns.PROMPTS, "seeds": [0, 1, 2], "guidance_scale": guidance_scale}
+    expected = by_turns.run(model, **options).sequences
+    ids = by_turns.run(model.to("cuda"), **options).sequences.cpu()
+    fact(guidance_scale=guidance_scale, same=torch.equal(ids, expected))
+    assert torch.equal(ids, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vokens_draw_what_they_draw_on_the_cpu(family, fact):
+    pipe = tiny_voken_pipeline("llava", family)
+    options = {"num_images": 1, "max_new_tokens": 24, "num_inference_steps": 2, "do_sample": False, "seed": 0}
+    expected = pipe(["a cat", "a red dog"], **options).segments
+    replies = pipe.to("cuda")(["a cat", "a red dog"], **options).segments
+    largest = 0
+    for parts, on_cpu in zip(replies, expected, strict=True):
+        assert [type(part) for part in parts] == [type(part) for part in on_cpu]
+        for one, other in zip(parts, on_cpu, strict=True):
+            if isinstance(one, str):
+                assert one == other
+            else:
+                largest = max(largest, int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max()))
+    fact(family=family, largest_difference_of_255=largest)
+    assert largest <= 2
+
+
+@pytest.mark.parametrize("config", [voken_stage1_config, voken_lora_config])
+def test_vokens_train_on_the_gpu_and_the_first_loss_is_the_cpus(config, tmp_path, fact):
+    losses = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = tiny_voken_model("llama", "sd-v")
+        model.attach(vokens.SteadyDecoder(model.image_decoder.pipe))
+        model = get_peft_model(model, config(model))
+        records = [vokens.record(index) for index in range(8)]
+        trainer = vokens.trained(model, tmp_path / device, records, max_steps=4, use_cpu=device == "cpu")
+        losses[device] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    fact(config=config.__name__, **losses)
+    assert losses["cuda"][0] == pytest.approx(losses["cpu"][0], rel=2e-2)  # the noise of a picture is drawn by its sum
