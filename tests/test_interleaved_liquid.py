@@ -17,7 +17,7 @@ from tiny import IMAGE_ID as PLACEHOLDER
 from tiny import IMAGE_TOKEN_OFFSET as OFFSET
 from tiny import UNCOND_ID as UNCONDITIONAL
 from tiny import tiny_model, tiny_processor
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from transformers_liquid.generation.image_generation import pad_left
 from transformers_liquid.generation.sampling import gumbel_noise, picture_seed
@@ -70,11 +70,12 @@ def run(model, prompts, seeds, **kwargs):
 
 
 @torch.no_grad()
-def oracle(model, prompt, seed, sides, budget=14, images=3, limit=LIMIT):
+def oracle(model, prompt, seed, sides, budget=14, images=3, limit=LIMIT, processor=None):
     """Ids and end of one sequence. `sides`: from the ids so far to `(weight, ids)` pairs, whose scores are added up."""
+    processor = processor or OftenAnImage()
     ids, count, first_noise = list(prompt), 0, {}
     while True:
-        scores = OftenAnImage()(torch.tensor([ids]), model(torch.tensor([ids])).logits[:, -1].float())[0]
+        scores = processor(torch.tensor([ids]), model(torch.tensor([ids])).logits[:, -1].float())[0]
         boi = scores[BOI].clone()
         scores[OFFSET : OFFSET + CODES] = -torch.inf
         scores[[BOI, EOI, UNCONDITIONAL, PLACEHOLDER]] = -torch.inf
@@ -106,6 +107,7 @@ def without_text(ids):
 
 
 BARE = [BOS, UNCONDITIONAL, BOI]
+LONG = [BOS, *range(30, 45), BOI]
 SIDES = {
     "alone": ({}, lambda ids: [(1, ids)]),
     "guided": ({"guidance_scale": 3.0}, lambda ids: [(3, ids), (-2, BARE)]),
@@ -116,6 +118,10 @@ SIDES = {
     "three sides": (
         {"guidance_scale": 3.0, "image_guidance_scale": 1.5},
         lambda ids: [(3, ids), (1.5 - 3, without_text(ids) if EOI in ids else BARE), (1 - 1.5, BARE)],
+    ),
+    "away from what is longer": (
+        {"guidance_scale": 3.0, "negative_prompt_ids": torch.tensor([LONG])},
+        lambda ids: [(3, ids), (-2, LONG)],
     ),
 }
 
@@ -136,6 +142,74 @@ def test_a_sequence_of_a_batch_is_what_a_plain_loop_writes_and_draws_alone(model
         assert alone.sequences[0].tolist() == ids
         kinds |= {part.ndim for part in output.parts[index]}
     assert kinds == {1, 3}  # both were made
+
+
+class CountsWhatIsRead:
+    """While open, how many positions of each sequence every forward reads."""
+
+    def __init__(self, model):
+        self.model, self.read = model, []
+
+    def __enter__(self):
+        embed = self.model.get_input_embeddings()
+        self.handle = embed.register_forward_pre_hook(lambda module, args: self.read.append(args[0].shape[1]))
+        return self.read
+
+    def __exit__(self, *error):
+        self.handle.remove()
+
+
+@pytest.mark.parametrize("speculative", [None, 2])
+@pytest.mark.parametrize("way", ["alone", "guided", "away from what is longer"])
+def test_phases_go_on_from_what_was_read_where_all_sequences_grow_alike(model, way, speculative):
+    settings, sides = SIDES[way]
+    processor = _After(EOI, BOI)  # pictures, and one word between them
+    settings = settings | {"logits_processor": [processor], "speculative": speculative, "max_images": 4}
+    with CountsWhatIsRead(model) as read:
+        output = run(model, PROMPTS, seeds=[5, 6, 7], max_new_tokens=5, **settings)
+    for found, prompt, seed in zip(output.sequences.tolist(), PROMPTS, [5, 6, 7], strict=True):
+        ids, _ = oracle(model, prompt, seed, sides, budget=5, images=4, processor=processor)
+        assert found[-len(ids) :] == ids and ids.count(BOI) >= 4
+    assert read.pop(0) == max(map(len, PROMPTS))
+    # Of a context the last two tokens; with guidance, as many as the other side has.
+    most = {"alone": 2, "guided": len(BARE), "away from what is longer": len(LONG)}[way]
+    if way == "away from what is longer":  # the first picture moves the contexts, which are read anew once
+        assert sum(length > most for length in read) <= 1
+    else:
+        assert max(read) == most
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"cache_implementation": "dynamic"}, {"use_cache": False}, {"image_generation_config": {"use_cache": False}}],
+)
+def test_a_choice_of_a_cache_stands_and_changes_nothing(model, settings):
+    settings = settings | {"do_sample": False, "image_generation_config": settings.get("image_generation_config", {})}
+    given = {"temperature": 0.9, "top_k": None, "top_p": None}
+    settings["image_generation_config"] = given | settings["image_generation_config"]
+    with CountsWhatIsRead(model) as read:
+        output = run(model, PROMPTS[1:2], seeds=[6], **settings)
+    assert torch.equal(output.sequences, run(model, PROMPTS[1:2], seeds=[6]).sequences)
+    assert max(read) > len(PROMPTS[1]) + NUM_CODES
+
+
+def test_in_half_precision_contexts_are_read_anew_so_that_pictures_can_be_drawn_again(model):
+    half = tiny_model().to(torch.bfloat16)
+    half.config.image_size = 4
+    with CountsWhatIsRead(half) as read:
+        output = run(half, PROMPTS[1:2], seeds=[6], logits_processor=[_After(EOI, BOI)], max_images=2)
+    assert sum(length > len(PROMPTS[1]) for length in read) == 2 * len(output.seeds[0])
+
+
+def test_a_running_cache_is_for_one_sequence(model):
+    cache = DynamicCache(config=model.config.text_config)
+    model(torch.tensor(PROMPTS[1][:-1])[None], past_key_values=cache)
+    with CountsWhatIsRead(model) as read:
+        output = run(model, PROMPTS[1:2], seeds=[6], past_key_values=cache)
+    assert read[0] == 1
+    assert torch.equal(output.sequences, run(model, PROMPTS[1:2], seeds=[6]).sequences)
+    with pytest.raises(ValueError, match="A running cache is for one sequence, got 3"):
+        run(model, PROMPTS, seeds=[5, 6, 7], past_key_values=DynamicCache())
 
 
 def test_parts_are_what_stands_in_the_sequence_and_a_picture_can_be_drawn_again_alone(model):

@@ -3,12 +3,13 @@
 In phases instead of a switch at every step: all open sequences write text until each begins a picture or ends; those
 that began one draw together, in the loop that draws any picture; the end of the image is set; the text goes on. Who
 waits idles, nothing blocks another, and guidance, compiled steps and speculation are those of
-`generate(generation_mode="image")`. Each phase reads its contexts anew: beside the steps of a picture that is little
-(`docs/benchmarks.md`), and no cache has to follow sequences that join and part.
+`generate(generation_mode="image")`. What one phase has read, the next goes on from, if the same sequences grew alike in it:
+no cache has to follow sequences that join and part, whose contexts are read anew ([`_Context`]; `docs/benchmarks.md`).
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMode, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from ..utils.versions import CACHE_NAME, CACHE_NAMES
 from .guidance import SuppressImageTokensLogitsProcessor
 from .image_generation import (
     check_generators,
@@ -131,6 +134,8 @@ def generate_interleaved(
     )
     _check(input_ids, mode, bool(config.return_dict_in_generate), max_images, num_codes, limit)
     number = len(input_ids) * copies
+    if number > 1 and model_kwargs.keys() & {*CACHE_NAMES}:
+        raise ValueError(f"A running cache is for one sequence, got {number}, which grow apart: leave the cache out.")
     generators = check_generators([generator] if isinstance(generator, torch.Generator) else generator, number)
 
     # 3. Phases
@@ -143,11 +148,12 @@ def generate_interleaved(
             model.config, settings, negative_prompt_ids, negative_prompt_attention_mask, len(input_ids)
         )
         negatives = [ids for ids in negatives for _ in range(number // len(negatives))]
+    context = _Context(model, [config.to_dict(), settings.of_transformers, model_kwargs])
     text = config, LogitsProcessorList(logits_processor or []), criteria, num_codes, model_kwargs
     while writing := [one for one in sequences if one.reason is None]:
-        _write(model, writing, *text)
+        _write(model, writing, context, *text)
         if drawing := [one for one in writing if one.begins_image]:
-            _draw(model, drawing, settings, generators, negatives, criteria)
+            _draw(model, drawing, context, settings, generators, negatives, criteria)
     if streamer is not None:
         streamer.end()
     return InterleavedOutput(
@@ -317,9 +323,45 @@ class _TextOrImage(LogitsProcessor):
         return scores
 
 
+class _Context:
+    """What the model has read of the sequences, kept from phase to phase.
+
+    Not on CUDA, where pictures have static caches of their own; not in half precision, where what is read at once is
+    rounded otherwise than token by token, so that a picture drawn again alone would be another; nor for bases whose cache
+    forgets, or against the caller's choice of a cache.
+
+    Args:
+        model ([`LiquidForCausalLM`]): The model.
+        settings (list of `dict`): Of the text, of pictures, and other arguments of the call.
+    """
+
+    def __init__(self, model: LiquidForCausalLM, settings: list[dict[str, Any]]) -> None:
+        self.new_cache = functools.partial(DynamicCache, config=model.config.get_text_config(decoder=True))
+        self.device, self.padding, self.cache = model.device, None, self.new_cache()
+        unchosen = {"use_cache": True} | dict.fromkeys(("cache_implementation", *CACHE_NAMES))
+        is_chosen = any(one.get(name, value) != value for one in settings for name, value in unchosen.items())
+        is_plain = all(type(layer) is DynamicLayer for layer in self.cache.layers)
+        self.is_kept = is_plain and not is_chosen and model.device.type != "cuda" and model.dtype == torch.float32
+
+    def inputs(self, sequences: list[_Sequence]) -> tuple[torch.LongTensor, dict[str, Any]]:
+        """Ids and mask of the next phase's sequences, padded, and the cache that holds what they begin with, if any."""
+        ids, mask = pad_left([one.ids for one in sequences], self.device)
+        if not self.is_kept:
+            return ids, {"attention_mask": mask}
+        padding = [(one.index, ids.shape[1] - len(one.ids)) for one in sequences]
+        # Not in it yet: the begin of an image, or the last code and the end. Another side longer than all of these
+        # would have moved them.
+        is_held = ids.shape[1] - self.cache.get_seq_length() == (1 if sequences[0].begins_image else 2)
+        if padding != self.padding or not is_held:
+            self.padding, self.cache = padding, self.new_cache()
+        self.cache.reorder_cache(torch.arange(len(sequences)))  # of a picture, without the other sides of guidance
+        return ids, {"attention_mask": mask, CACHE_NAME: self.cache}
+
+
 def _write(
     model: LiquidForCausalLM,
     writing: list[_Sequence],
+    context: _Context,
     config: GenerationConfig,
     logits_processor: LogitsProcessorList,
     criteria: StoppingCriteriaList,
@@ -327,15 +369,15 @@ def _write(
     model_kwargs: dict[str, Any],
 ) -> None:
     """Text of each of these sequences, until all have ended or begin a picture of `num_codes` codes."""
-    ids, mask = pad_left([one.ids for one in writing], model.device)
+    ids, inputs = context.inputs(writing)
     config.max_new_tokens = max(min(one.budget, one.limit - len(one.ids)) for one in writing)
     GenerationMixin.generate(
         model,
         ids,
-        attention_mask=mask,
         generation_config=config,
         logits_processor=LogitsProcessorList([*logits_processor, _TextOrImage(model, writing, num_codes)]),
         stopping_criteria=StoppingCriteriaList([_TextPhase(writing, criteria, config, model.config)]),
+        **inputs,
         **model_kwargs,
     )
 
@@ -343,14 +385,15 @@ def _write(
 def _draw(
     model: LiquidForCausalLM,
     drawing: list[_Sequence],
+    context: _Context,
     settings: ImageGenerationConfig,
     generators: list[torch.Generator] | None,
     negatives: list[list[int]],
     criteria: StoppingCriteriaList,
 ) -> None:
     """The next picture of each of these sequences, which end with the begin of an image."""
-    ids, mask = pad_left([one.ids for one in drawing], model.device)
-    inputs: dict[str, Any] = {"attention_mask": mask, "stopping_criteria": criteria, "may_lack_pictures": True}
+    ids, inputs = context.inputs(drawing)
+    inputs |= {"stopping_criteria": criteria, "may_lack_pictures": True}
     if negatives:
         given = pad_left([negatives[one.index] for one in drawing], model.device)
         inputs["negative_prompt_ids"], inputs["negative_prompt_attention_mask"] = given
