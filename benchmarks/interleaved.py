@@ -1,13 +1,16 @@
 """What does it cost to draw within a text, instead of drawing alone?
 
 ```bash
-python benchmarks/interleaved.py --output benchmarks/results/interleaved.json
+OMP_NUM_THREADS=1 python benchmarks/interleaved.py --output benchmarks/results/interleaved.json
 ```
 
 - *interleaved ÷ image*: `generate(generation_mode="interleaved")` of B prompts that begin a picture at once and end after
-  it, against the same pictures by `generation_mode="image"`, in turns, with a ratio in each round.
-- *reading again*: a text of three pictures by turns. Every phase, of text or of a picture, reads its context anew: the share
-  of its time that goes into that, as measured by forwards over contexts of these lengths.
+  it, against the same pictures by `generation_mode="image"` and decoded, in turns, with a ratio in each round.
+- *reading again*: a text of three pictures by turns. The share of its time that goes into forwards over more than one
+  position, but for the prompt's first: where each phase goes on from what was read before (*kept*), and where it reads its
+  context anew, as on a GPU or in half precision (*anew*); and the time of the former ÷ that of the latter.
+
+Times are CPU seconds of the process, since other work on the machine lengthens them less: run it with one thread.
 
 Random weights begin no picture where they should: a logits processor says where.
 """
@@ -15,12 +18,14 @@ Random weights begin no picture where they should: a logits processor says where
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from decode import SHAPES, Subject, draw_plain
-from harness import as_text, machine, ratio, take_turns, timed, write
+from harness import as_text, machine, ratio, take_turns, write
 from transformers import LogitsProcessor
 
 
@@ -37,7 +42,7 @@ class Pictures(LogitsProcessor):
         return scores
 
 
-def by_turns(subject: Subject, prompts: dict[str, torch.Tensor], seed: int, number: int = 1) -> Any:
+def by_turns(subject: Subject, prompts: dict[str, torch.Tensor], seed: int, number: int = 1, **options: Any) -> Any:
     """The pictures of `draw_plain` within texts: the prompts are without the token that begins a picture."""
     factor = subject.model.config.downsample_factor
     return subject.model.generate(
@@ -53,16 +58,50 @@ def by_turns(subject: Subject, prompts: dict[str, torch.Tensor], seed: int, numb
         max_new_tokens=8,
         do_sample=False,
         disable_compile=True,
+        **options,
     )
 
 
-@torch.inference_mode()
-def reading(subject: Subject, length: int, number: int) -> float:
-    """Seconds for the contexts of all phases: before and after each picture is begun, and for the text at the end."""
-    after = [length + index * (subject.codes + 2) for index in range(number + 1)]
-    lengths = [*after, *(one + 1 for one in after[:-1])]
-    ids = torch.randint(100, 1000, (1, max(lengths)))
-    return timed(lambda: [subject.model(ids[:, :one], logits_to_keep=1) for one in lengths])
+def alone(subject: Subject, prompts: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
+    """The same pictures, drawn by image mode and decoded."""
+    factor = subject.model.config.downsample_factor
+    return subject.model.decode_image_tokens(draw_plain(subject, prompts, seed), factor, factor * subject.codes)
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """CPU seconds of one call."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+class Reading:
+    """Seconds of all forwards over more than one position but the first, while it is open."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.body, self.times = subject.body, []
+
+    def __enter__(self) -> Reading:
+        def begin(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            self.is_reading, self.start = kwargs["input_ids"].shape[1] > 1, time.process_time()
+
+        def end(*args: Any) -> None:
+            if self.is_reading:
+                self.times.append(time.process_time() - self.start)
+
+        self.handles = (
+            self.body.register_forward_pre_hook(begin, with_kwargs=True),
+            self.body.register_forward_hook(end),
+        )
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.times[1:])
 
 
 def against_image(subject: Subject, batch: int, rounds: int) -> dict[str, float]:
@@ -70,19 +109,26 @@ def against_image(subject: Subject, batch: int, rounds: int) -> dict[str, float]
     prompts, seeds = subject.prompts(batch, 0), iter(range(2 * rounds + 2))
     ways = {
         way: lambda run=run: timed(lambda: run(subject, prompts, next(seeds)))
-        for way, run in {"interleaved": by_turns, "image": draw_plain}.items()
+        for way, run in {"interleaved": by_turns, "image": alone}.items()
     }
     times = take_turns(ways, rounds + 1)
     return ratio(times["interleaved"][1:], times["image"][1:])
 
 
 def reading_again(subject: Subject, rounds: int) -> dict[str, Any]:
-    """The share of a text with three pictures that goes into reading its contexts."""
-    prompts, shares = subject.prompts(1, 0), []
-    for _ in range(rounds):
-        whole = timed(lambda: by_turns(subject, prompts, 0, 3))
-        shares.append(reading(subject, prompts["input_ids"].shape[1] - 1, 3) / whole)
-    return {"shares": shares, "seconds": whole}
+    """Of a text with three pictures: the share of reading its contexts, kept and anew, and what keeping them saves."""
+    prompts, shares = subject.prompts(1, 0), {"kept": [], "anew": []}
+
+    def share_of(form: str, **options: Any) -> float:
+        with Reading(subject) as reading:
+            whole = timed(lambda: by_turns(subject, prompts, 0, 3, **options))
+        shares[form].append(reading.seconds / whole)
+        return whole
+
+    # A choice of a cache is the caller's: none is kept.
+    ways = {"kept": lambda: share_of("kept"), "anew": lambda: share_of("anew", cache_implementation="dynamic")}
+    times = take_turns(ways, rounds)
+    return {"shares": shares, "seconds": times, "kept / anew": ratio(times["kept"], times["anew"])}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -96,8 +142,10 @@ def main(args: argparse.Namespace) -> None:
     for codes in args.codes:
         found = reading_again(Subject("smollm2-135m", "cpu", "float32", codes), args.reading_rounds)
         result["reading again"][str(codes)] = found
-        shares = ", ".join(f"{share:.1%}" for share in found["shares"])
-        print(f"3 pictures of {codes} codes in {found['seconds']:.0f} s: {shares} is reading again", flush=True)
+        shares = (f"{form} {' '.join(f'{one:.1%}' for one in found['shares'][form])}" for form in ("kept", "anew"))
+        print(
+            f"3 pictures of {codes} codes: reading again {', '.join(shares)}; kept / anew {as_text(found['kept / anew'])}"
+        )
         write(args.output, result)
 
 

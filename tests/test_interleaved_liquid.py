@@ -208,7 +208,7 @@ def test_a_running_cache_is_for_one_sequence(model):
         output = run(model, PROMPTS[1:2], seeds=[6], past_key_values=cache)
     assert read[0] == 1
     assert torch.equal(output.sequences, run(model, PROMPTS[1:2], seeds=[6]).sequences)
-    with pytest.raises(ValueError, match="A running cache is for one sequence, got 3"):
+    with pytest.raises(ValueError, match="past_key_values cannot be about 3 sequences"):
         run(model, PROMPTS, seeds=[5, 6, 7], past_key_values=DynamicCache())
 
 
@@ -328,6 +328,17 @@ def test_settings_of_the_text_and_of_the_pictures_are_apart(model):
         ({"max_images": 0}, "max_images must be a whole number of at least 1"),
         ({"max_images": -1}, "max_images must be a whole number of at least 1"),
         ({"max_images": 1.5}, "max_images must be a whole number"),
+        ({"max_images": True}, "max_images must be a whole number of at least 1, got True"),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number of at least 1, got True"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number of at least 1, got 1.5"),
+        ({"num_return_sequences": 0}, "num_return_sequences must be a whole number of at least 1, got 0"),
+        ({"output_scores": True}, "an output of its own: got greedy_search output_scores"),
+        ({"image_generation_config": {"output_logits": True}}, "only settings of a picture"),
+        ({"image_generation_config": {"do_sample": True, "temperature": 0.0}}, "strictly positive float"),
+        ({"streamer": object()}, "has put_event"),
+        ({"custom_generate": lambda *args, **kwargs: None}, "custom_generate cannot be about 2 sequences"),
+        ({"inputs_embeds": torch.zeros(2, 10, 32)}, "inputs_embeds cannot be about 2 sequences"),
+        ({"position_ids": torch.zeros(2, 10)}, "position_ids cannot be about 2 sequences"),
         ({"max_images": 22}, "fit into the model's 128 positions, got 22"),
         ({"height": 5}, "positive multiples of 2 pixels"),
         ({"num_beams": 2}, "greedily or by sampling"),
@@ -347,6 +358,17 @@ def test_settings_of_the_text_and_of_the_pictures_are_apart(model):
         ({"negative_prompt_ids": torch.tensor([[BOS, 30, BOI]] * 3), "guidance_scale": 2.0}, "one sequence or 2"),
         ({"negative_prompt_ids": torch.tensor([[BOS, 30, BOI]])}, "guidance_scale is 1"),
         ({"negative_prompt_ids": torch.tensor([[BOS, 30]]), "guidance_scale": 2.0}, "must end with"),
+        ({"negative_prompt_attention_mask": torch.ones(1, 3), "guidance_scale": 2.0}, "needs negative_prompt_ids"),
+        ({"negative_prompt_attention_mask": torch.ones(1, 3)}, "needs negative_prompt_ids"),
+        ({"negative_prompt_ids": torch.tensor([[BOS, UNCONDITIONAL, BOI]] * 3)}, "one sequence or 2"),
+        (
+            {"negative_prompt_ids": torch.tensor([[BOS, *[30] * 124, BOI]]), "guidance_scale": 2.0},
+            "126 tokens and the picture 4 codes, together more than the model's 128 positions",
+        ),
+        (
+            {"negative_prompt_ids": torch.tensor([[30, BOI]]), "guidance_scale": 2.0, "guidance_context": "images"},
+            "both say what guidance leads away from",
+        ),
         ({"attention_mask": torch.ones(2, 3)}, "attention mask of input_ids"),
     ],
 )

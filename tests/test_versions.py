@@ -33,7 +33,10 @@ INTERNALS = {
         ["_update_model_kwargs_for_generation", "_valid_auto_compile_criteria"],
     ),
     "models/liquid/modeling_liquid.py: the cache's name": (GenerationMixin, ["_prepare_cache_for_generation"]),
-    "generation/interleaved.py: settings of a call": (GenerationMixin, ["_prepare_generation_config"]),
+    "generation/interleaved.py: settings of a call": (
+        GenerationMixin,
+        ["_prepare_generation_config", "_get_logits_processor"],
+    ),
     "models/liquid/modeling_liquid.py: flags": (
         PreTrainedModel,
         [

@@ -57,12 +57,9 @@ def generate_image_tokens(
         generator = check_generators(generator, len(input_ids) * copies)
         if streamer is not None:
             streamer.put(input_ids.cpu())
-    guidance, scales = None, (settings.guidance_scale, settings.guidance_min_p, settings.image_guidance_scale)
-    if settings.guidance_scale > 1 or settings.image_guidance_scale is not None:
-        guidance = GuidanceLogitsProcessor(*scales)
     conditional, unconditional = (input_ids, attention_mask), (negative_prompt_ids, negative_prompt_attention_mask)
-    sides = model.config, conditional, unconditional, settings, guidance, may_lack_pictures
-    input_ids, attention_mask = _sequences(*sides)
+    sides = model.config, conditional, unconditional, settings, may_lack_pictures
+    guidance, (input_ids, attention_mask) = guided_sequences(*sides)
     check_context(model.config, input_ids.shape[1], num_codes)
 
     has_own_processors = bool(logits_processor)
@@ -141,22 +138,22 @@ def _cache_settings(
     return {"cache_implementation": implementation, "max_cache_len": room}
 
 
-def _sequences(
+def guided_sequences(
     config: LiquidConfig,
     conditional: tuple[torch.LongTensor | None, torch.Tensor | None],
     unconditional: tuple[torch.LongTensor | None, torch.Tensor | None],
     settings: ImageGenerationConfig,
-    guidance: GuidanceLogitsProcessor | None,
     may_lack_pictures: bool,
-) -> tuple[torch.LongTensor, torch.Tensor]:
-    """Ids and masks of the prompts and, for guidance, of as many of each other side behind them, padded together.
+) -> tuple[GuidanceLogitsProcessor | None, tuple[torch.LongTensor, torch.Tensor]]:
+    """Guidance, if any; ids and masks of the prompts and, for guidance, of as many of each other side, padded together.
 
     Every sequence keeps its own mask, so none attends to a pad. One unconditional prompt serves all; without any it is
     `bos <unconditional> <boi>`, with bos where the prompts have one.
     """
     ids, mask = checked_prompts(config, "input_ids", *conditional)
-    if guidance is None:
-        return ids, mask
+    if settings.guidance_scale == 1 and settings.image_guidance_scale is None:
+        return None, (ids, mask)
+    guidance = GuidanceLogitsProcessor(settings.guidance_scale, settings.guidance_min_p, settings.image_guidance_scale)
     if unconditional[0] is None:
         if unconditional[1] is not None:
             raise ValueError("negative_prompt_attention_mask needs negative_prompt_ids: leave it out.")
@@ -174,7 +171,7 @@ def _sequences(
             raise ValueError("A negative prompt and guidance_context='images' both say what guidance leads away from.")
         sides[1] = _pictures_alone(config, sides, may_lack_pictures)
     length = max(side.shape[1] for side, _ in sides)
-    return tuple(
+    return guidance, tuple(
         torch.cat([torch.nn.functional.pad(part.to(ids.device), (length - part.shape[1], 0)) for part in parts])
         for parts in zip(*sides, strict=True)
     )
@@ -225,7 +222,7 @@ def checked_prompts(
     """Ids and mask of prompts; raises a `ValueError` that calls them `name` unless a picture (or, with `begins_image`
     false, a text) can begin after each."""
     mode = "image" if begins_image else "interleaved"
-    is_ids = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() and not ids.is_floating_point()
+    is_ids = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() and ids.dtype in (torch.int32, torch.int64)
     if not is_ids:
         given = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, torch.Tensor) else repr(ids)
         raise ValueError(f'generation_mode="{mode}" needs {name} of shape (batch, length), got {given}.')

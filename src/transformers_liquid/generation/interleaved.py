@@ -9,10 +9,12 @@ no cache has to follow sequences that join and part, whose contexts are read ane
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -25,10 +27,12 @@ from transformers.utils import ModelOutput
 from ..utils.versions import CACHE_NAME, CACHE_NAMES
 from .guidance import SuppressImageTokensLogitsProcessor
 from .image_generation import (
+    check_context,
     check_generators,
     checked_prompts,
     context_limit,
     generate_image_tokens,
+    guided_sequences,
     pad_left,
     unpadded,
 )
@@ -44,7 +48,11 @@ if TYPE_CHECKING:
 DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_IMAGES = 512, 4
 
 # Settings that are about the whole call.
-_OF_THE_CALL = {"num_return_sequences", "return_dict_in_generate", "max_time"}
+_RECORDS = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_OF_THE_CALL = {"num_return_sequences", "max_time", *_RECORDS}
+
+# Arguments of transformers that are about one loop, or one length.
+_OF_ONE_LOOP = {"custom_generate", "inputs_embeds", "position_ids", "labels"}
 
 
 @dataclass
@@ -120,34 +128,30 @@ def generate_interleaved(
     tokenizer = kwargs.pop("tokenizer", None)
     config, model_kwargs = model._prepare_generation_config(generation_config, **kwargs)
     config.max_length = None  # transformers' own default, of which it would warn at each text
-    copies, config.num_return_sequences = config.num_return_sequences or 1, 1
+    copies, config.num_return_sequences = 1 if config.num_return_sequences is None else config.num_return_sequences, 1
     criteria = _criteria(config, stopping_criteria, tokenizer)
     budget = config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
 
     # 2. Checks
-    mode = config.get_generation_mode(model_kwargs.get("assistant_model"))
     limit = context_limit(model.config)
     if max_images is None:
         max_images = max(1, min(DEFAULT_MAX_IMAGES, limit // (num_codes + 2)))
-    input_ids, attention_mask = checked_prompts(
-        model.config, "input_ids", input_ids, attention_mask, begins_image=False
-    )
-    _check(input_ids, mode, bool(config.return_dict_in_generate), max_images, num_codes, limit)
+    _, attention_mask = checked_prompts(model.config, "input_ids", input_ids, attention_mask, begins_image=False)
+    numbers = {"max_images": max_images, "max_new_tokens": budget, "num_return_sequences": copies}
     number = len(input_ids) * copies
-    if number > 1 and model_kwargs.keys() & {*CACHE_NAMES}:
-        raise ValueError(f"A running cache is for one sequence, got {number}, which grow apart: leave the cache out.")
+    _check(config, model_kwargs, numbers, number)
+    _check_room(input_ids.shape[1], max_images, num_codes, limit)
     generators = check_generators([generator] if isinstance(generator, torch.Generator) else generator, number)
+    negatives = _negatives(model, settings, negative_prompt_ids, negative_prompt_attention_mask, len(input_ids))
+    negatives = [ids for ids in negatives for _ in range(number // len(negatives))]
+    model._get_logits_processor(GenerationConfig(**settings.of_transformers))  # raises what is wrong with a picture's
+    if streamer is not None and not (hasattr(streamer, "put_event") and hasattr(streamer, "end")):
+        raise ValueError(f"A streamer of interleaved mode has put_event(event) and end(), got {streamer!r}.")
 
     # 3. Phases
     emit = (lambda event: None) if streamer is None else streamer.put_event
     prompts = [ids for ids in unpadded(input_ids, attention_mask) for _ in range(copies)]
     sequences = [_Sequence(index, ids, budget, max_images, limit, emit) for index, ids in enumerate(prompts)]
-    negatives = []
-    if negative_prompt_ids is not None:
-        negatives = _negatives(
-            model.config, settings, negative_prompt_ids, negative_prompt_attention_mask, len(input_ids)
-        )
-        negatives = [ids for ids in negatives for _ in range(number // len(negatives))]
     context = _Context(model, [config.to_dict(), settings.of_transformers, model_kwargs])
     text = config, LogitsProcessorList(logits_processor or []), criteria, num_codes, model_kwargs
     while writing := [one for one in sequences if one.reason is None]:
@@ -178,22 +182,18 @@ def _picture_settings(
 
 
 def _negatives(
-    config: LiquidConfig,
-    settings: ImageGenerationConfig,
-    ids: torch.LongTensor,
-    mask: torch.Tensor | None,
-    num_prompts: int,
+    model: LiquidForCausalLM, settings: ImageGenerationConfig, ids: Any, mask: Any, num_prompts: int
 ) -> list[list[int]]:
-    """What guidance leads away from: one for all, or one for each of the prompts."""
-    negatives = unpadded(*checked_prompts(config, "negative_prompt_ids", ids, mask))
-    if len(negatives) not in (1, num_prompts):
-        raise ValueError(
-            f"negative_prompt_ids must be one sequence or {num_prompts} (the prompts), got {len(negatives)}."
-        )
-    is_plain = all(config.uncond_token_id in one for one in negatives)
+    """What guidance leads away from, if given: one for all, or one for each of the prompts. All sides of a first picture
+    without context are made, so that what is wrong with them is raised at once."""
+    config, begun = model.config, torch.full((num_prompts, 1), model.config.boi_token_id, device=model.device)
+    guided = dataclasses.replace(settings, guidance_scale=max(settings.guidance_scale, 2))
+    _, (sides, _) = guided_sequences(config, (begun, None), (ids, mask), guided, may_lack_pictures=True)
+    check_context(config, sides.shape[1], settings.num_codes(config))
+    is_plain = ids is None or (ids == config.uncond_token_id).any(1).all()
     if settings.guidance_scale == 1 and settings.image_guidance_scale is None and not is_plain:
         raise ValueError("A negative prompt acts through guidance, but guidance_scale is 1: raise it.")
-    return negatives
+    return [] if ids is None else unpadded(ids, mask)
 
 
 def _criteria(config: GenerationConfig, stopping_criteria: Any, tokenizer: Any) -> StoppingCriteriaList:
@@ -210,23 +210,30 @@ def _criteria(config: GenerationConfig, stopping_criteria: Any, tokenizer: Any) 
     return criteria
 
 
-def _check(
-    input_ids: Any, mode: GenerationMode, is_recorded: bool, max_images: Any, num_codes: int, limit: int
-) -> None:
-    """Raises a `ValueError` that says what cannot be met."""
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or is_recorded:
+def _check(config: GenerationConfig, model_kwargs: dict[str, Any], numbers: dict[str, Any], number: int) -> None:
+    """Raises a `ValueError` that says what cannot be met for so many sequences."""
+    mode = config.get_generation_mode(model_kwargs.get("assistant_model"))
+    recorded = [name for name in _RECORDS if getattr(config, name)]
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or recorded:
         raise ValueError(
             'generation_mode="interleaved" writes text greedily or by sampling, one sequence at a time, and returns an '
-            f"output of its own: got {mode.value} (return_dict_in_generate={is_recorded})."
+            f"output of its own: got {mode.value} {' '.join(recorded)}."
         )
-    if input_ids.shape[1] >= limit:
+    for name, value in numbers.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    refused = {*_OF_ONE_LOOP, *(CACHE_NAMES if number > 1 else ())}
+    if given := [name for name, value in model_kwargs.items() if value is not None and name in refused]:
+        raise ValueError(f"{given[0]} cannot be about {number} sequences of text and pictures by turns: leave it out.")
+
+
+def _check_room(length: int, max_images: int, num_codes: int, limit: int) -> None:
+    """Raises a `ValueError` unless a prompt leaves room for an answer, and the model has room for the pictures."""
+    if length >= limit:
+        raise ValueError(f"The prompt has {length} tokens, the model {limit} positions: no room for an answer.")
+    if max_images * (num_codes + 2) > limit:
         raise ValueError(
-            f"The prompt has {input_ids.shape[1]} tokens, the model {limit} positions: no room for an answer."
-        )
-    if not isinstance(max_images, int) or max_images < 1 or max_images * (num_codes + 2) > limit:
-        raise ValueError(
-            f"max_images must be a whole number of at least 1, and so many pictures of {num_codes} codes must fit into "
-            f"the model's {limit} positions, got {max_images!r}."
+            f"max_images pictures of {num_codes} codes must fit into the model's {limit} positions, got {max_images}."
         )
 
 

@@ -85,6 +85,8 @@ class ImageGenerationConfig:
             the context: nothing, or its pictures without its text.
         image_guidance_scale (`float`, *optional*): Guidance with three sides: how strongly the pictures of the context
             are followed, beside `guidance_scale`, which then is about the text: see [`GuidanceLogitsProcessor`].
+            Interleaved mode takes both also where there are no pictures yet: until one is drawn, that side is the
+            unconditional one.
         speculative (`bool` or `int`, *optional*): Draw several codes per forward: `True`, or how many.
         of_transformers (`dict`): Those that transformers' own `GenerationConfig` has, such as `temperature`.
 

@@ -540,6 +540,9 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
                   and j, not on the batch. Text is sampled as transformers does.
                 - `streamer`: With a method `put_event`, called with each [`generation.interleaved.InterleavedEvent`].
                 - `stopping_criteria`: Asked at every step, of pictures too.
+                - `guidance_context="images"`, `image_guidance_scale`: Of a picture with none before it, the side with the
+                  pictures alone is the unconditional one, so that they may be given before there are any.
+                - `past_key_values`: A running cache of one sequence.
 
         Returns:
             Text mode: as in transformers (prompts and continuations). Image mode: `torch.LongTensor` of shape
