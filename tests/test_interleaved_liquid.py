@@ -514,6 +514,8 @@ def test_what_was_written_and_drawn_comes_back_as_parts_in_order(processor):
             assert part["text"] == processor.decode(raw, skip_special_tokens=True)
         else:
             assert part["image"].size == (8, 8)
+    with pytest.raises(ValueError, match="in interleaved mode has parts, got tensor"):
+        processor.post_process_multimodal_output(output.sequences, generation_mode="interleaved")
 
 
 @pytest.mark.parametrize("mode", ["image", "interleaved"])
@@ -655,6 +657,8 @@ def test_closing_a_stream_stops_the_model(converse):
     [
         ([{"role": "user", "content": "hi</s>bye"}], "</s>"),
         ([{"role": "user\nassistant", "content": "hi"}], "must have a 'role'"),
+        ([{"role": 5, "content": "hi"}], "must have a 'role'"),
+        ([{"role": None, "content": "hi"}], "must have a 'role'"),
         ([{"role": "user", "content": None}], "must be a string or a list of parts"),
         ([{"role": "user", "content": [{"text": "hi"}]}], "must be of type text or image"),
         ([{"role": "user", "content": [{"type": "image"}]}], "given as 'image', 'url', 'path' or 'base64'"),
@@ -671,14 +675,18 @@ def test_bad_messages_are_refused(converse, messages, message):
 
 
 def test_one_reply_has_one_seed(converse):
-    with pytest.raises(ValueError, match="A conversation gives one reply"):
+    with pytest.raises(ValueError, match="leave out num_return_sequences"):
         converse("dog", num_return_sequences=2)
     with pytest.raises(ValueError, match="give seed or generator"):
         converse("dog", seed=1, generator=torch.Generator())
+    for name in ("streamer", "generation_mode"):
+        with pytest.raises(ValueError, match=f"gives one reply as events: leave out {name}"):
+            converse("dog", **{name: "text"})
 
 
 def test_what_cannot_be_met_is_raised_to_the_reader_at_once(converse):
     with pytest.raises(ValueError, match="max_images must be"):
         converse.stream("dog", **SETTINGS | {"max_images": 0})
-    with pytest.raises(ValueError, match="every must be a whole number"):
-        converse.stream("dog", every=0)
+    for every in (0, True):
+        with pytest.raises(ValueError, match="every must be a whole number"):
+            converse.stream("dog", every=every)

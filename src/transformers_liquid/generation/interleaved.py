@@ -181,12 +181,10 @@ def _picture_settings(
     return settings
 
 
-def _negatives(
-    model: LiquidForCausalLM, settings: ImageGenerationConfig, ids: Any, mask: Any, num_prompts: int
-) -> list[list[int]]:
-    """What guidance leads away from, if given: one for all, or one for each of the prompts. All sides of a first picture
-    without context are made, so that what is wrong with them is raised at once."""
-    config, begun = model.config, torch.full((num_prompts, 1), model.config.boi_token_id, device=model.device)
+def _negatives(model: LiquidForCausalLM, settings: ImageGenerationConfig, ids: Any, mask: Any, number: int) -> list:
+    """The ids of what guidance leads away from, if given: one list for all prompts, or one for each of this number. All
+    sides of a first picture without context are made, so that what is wrong with them is raised at once."""
+    config, begun = model.config, torch.full((number, 1), model.config.boi_token_id, device=model.device)
     guided = dataclasses.replace(settings, guidance_scale=max(settings.guidance_scale, 2))
     _, (sides, _) = guided_sequences(config, (begun, None), (ids, mask), guided, may_lack_pictures=True)
     check_context(config, sides.shape[1], settings.num_codes(config))
@@ -227,14 +225,12 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any], numbers: dict
         raise ValueError(f"{given[0]} cannot be about {number} sequences of text and pictures by turns: leave it out.")
 
 
-def _check_room(length: int, max_images: int, num_codes: int, limit: int) -> None:
-    """Raises a `ValueError` unless a prompt leaves room for an answer, and the model has room for the pictures."""
+def _check_room(length: int, most: int, num_codes: int, limit: int) -> None:
+    """Raises a `ValueError` unless a prompt leaves room for an answer, and the model for the most pictures."""
     if length >= limit:
         raise ValueError(f"The prompt has {length} tokens, the model {limit} positions: no room for an answer.")
-    if max_images * (num_codes + 2) > limit:
-        raise ValueError(
-            f"max_images pictures of {num_codes} codes must fit into the model's {limit} positions, got {max_images}."
-        )
+    if most * (num_codes + 2) > limit:
+        raise ValueError(f"max_images must fit into the model's {limit} positions, got {most} of {num_codes} codes.")
 
 
 @dataclass

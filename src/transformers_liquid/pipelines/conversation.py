@@ -91,8 +91,10 @@ class LiquidConversation:
         Raises:
             ValueError: As in a call, at once.
         """
-        if kwargs.get("num_return_sequences") not in (None, 1) or (seed is not None and "generator" in kwargs):
-            raise ValueError("A conversation gives one reply: leave out num_return_sequences; give seed or generator.")
+        ours = kwargs.keys() & {"streamer", "generation_mode", *(["generator"] if seed is not None else [])}
+        if ours or kwargs.get("num_return_sequences") not in (None, 1):
+            what = ", ".join(sorted(ours)) or "num_return_sequences"
+            raise ValueError(f"A conversation gives one reply as events: leave out {what}; give seed or generator.")
         of_pictures = {"negative_prompt": negative_prompt, "height": height, "width": width}
         prompt = [messages] if is_column(messages) else messages
         inputs = self.processor(prompt, generation_mode="interleaved", **of_pictures).to(self.model.device)
@@ -198,7 +200,7 @@ class _EventQueue(BaseStreamer):
         height: int | None,
         width: int | None,
     ) -> None:
-        if every is not None and (not isinstance(every, int) or every < 1):
+        if every is not None and (type(every) is not int or every < 1):
             raise ValueError(f"every must be a whole number of codes, at least 1, got {every!r}.")
         self.model, self.processor, self.every, self.size = model, processor, every, (height, width)
         self.queue: Queue[dict[str, Any] | Exception] = Queue()

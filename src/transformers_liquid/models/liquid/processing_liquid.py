@@ -347,6 +347,8 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
         if generation_mode == "image":
             return self.image_processor.postprocess(generated_outputs, output_type=output_type)
         if generation_mode == "interleaved":
+            if not hasattr(generated_outputs, "parts"):
+                raise ValueError(f"The result of generate() in interleaved mode has parts, got {generated_outputs!r}.")
             return [[self._part(part, output_type) for part in parts] for parts in generated_outputs.parts]
         return self.post_process_image_text_to_text(generated_outputs, **kwargs)
 

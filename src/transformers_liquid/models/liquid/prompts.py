@@ -357,7 +357,8 @@ class LiquidPrompts:
         if not len(messages):
             raise ValueError("A conversation needs at least one message, got none.")
         for message in messages:
-            if not isinstance(message, Mapping) or not re.fullmatch(r"\w+", str(message.get("role"))):
+            # The quotes are those of a string.
+            if not isinstance(message, Mapping) or not re.fullmatch(r"'\w+'", repr(message.get("role"))):
                 raise ValueError(f"A message must have a 'role', such as user, and a 'content', got {message!r}.")
             content = message.get("content")
             if not isinstance(content, str) and not is_column(content):
