@@ -37,9 +37,9 @@ def story(
     if seed is not None:
         transformers.set_seed(seed)
     converse = LiquidConversation(pipe.model, pipe.processor)
-    written = prompt
+    written, events = prompt, converse.stream(prompt, seed=seed, **settings)
     print(prompt, end="", flush=True)
-    for event in converse.stream(prompt, seed=seed, **settings):
+    for event in events:
         if event["type"] == "text":
             written += event["text"]
             print(event["text"], end="", flush=True)
