@@ -147,7 +147,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def build_tokenizer(world: World, text_tokens: int) -> PreTrainedTokenizerFast:
-    """A lower-case byte-level BPE of all words, in which every instruction is a single token."""
+    """Learned from all words."""
     texts = [item.name for item in world.emoji]
     for words in world.words.values():
         texts += 3 * words.names + 2 * words.keywords + words.foreign
@@ -155,6 +155,11 @@ def build_tokenizer(world: World, text_tokens: int) -> PreTrainedTokenizerFast:
     questions = [question for entry in QUESTIONS.values() for question in entry]
     texts += 20 * [*PHRASINGS, *TONED, *TALK, REFUSAL, NO_EMOJI, *STORIES, *LIVES, *questions]
     texts += [wish.format(value) for wishes in EDIT_WISHES.values() for wish in wishes for value in (*TONES, "")]
+    return train_tokenizer(texts, text_tokens)
+
+
+def train_tokenizer(texts: Sequence[str], text_tokens: int) -> PreTrainedTokenizerFast:
+    """A lower-case byte-level BPE of texts, in which every instruction is a single token."""
     tokenizer = Tokenizer(models.BPE())
     # A word is one token wherever it stands: each text begins with a space.
     tokenizer.normalizer = normalizers.Sequence(
@@ -205,15 +210,22 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, codec: LiquidVQModel) ->
     )
 
 
-def build_model(processor: LiquidProcessor, codec: LiquidVQModel, intermediate_size: int) -> LiquidForCausalLM:
+def build_model(
+    processor: LiquidProcessor,
+    codec: LiquidVQModel,
+    intermediate_size: int,
+    width: int = 256,
+    layers: int = 6,
+    heads: int = 4,
+) -> LiquidForCausalLM:
     """A new llama around the trained codec."""
     tokenizer = processor.tokenizer
     text_config = LlamaConfig(
         vocab_size=processor.image_token_offset + processor.codebook_size,
-        hidden_size=256,
+        hidden_size=width,
         intermediate_size=intermediate_size,
-        num_hidden_layers=6,
-        num_attention_heads=4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,

@@ -1,0 +1,211 @@
+"""Trains the models of the scaling study: a ladder of sizes on texts, pictures and both, and the runs of synergy.
+
+    pip install --no-deps resvg-py
+    python examples/scaling_study/run.py --data_dir emoji-data --output scaling
+
+Each cell, one model, appends a line to OUTPUT/results.jsonl when it is done. Stopped and started again, the script goes
+on with the first cell that is not done; started twice, both share the work. The learning rate is constant after a
+warm-up, so that each checkpoint is what a run of that length gives. Experiments:
+- `ladder`: for each size a model is trained on texts alone (`start`); from it begin `text`, `image` and `mixed`. A step
+  of `mixed` has the same texts as one of `text` and the same pictures as one of `image`;
+- `synergy`: from the same start; `base` has texts, pictures to draw and pictures to describe; `generation`,
+  `understanding` and `text` half as many records again: the same new pictures to draw or to describe, or new texts;
+- `rates`: pictures from new weights at other learning rates, a quarter as many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from scaling_data import Data, load_data
+from train_lm import build_model
+from transformers import set_seed
+
+from transformers_liquid.data.collator import LiquidDataCollator
+from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM
+from transformers_liquid.utils.files import whole
+
+
+SIZES = {"XXS": (32, 2), "XS": (48, 2), "S": (80, 3), "M": (128, 4), "L": (192, 5)}  # width, layers
+LARGE = ("synergy-M", "ladder-L")  # a seed later than the others
+HEAD_WIDTH, BATCH, WARMUP_STEPS = 16, 8, 20
+RATE = 0.3  # over the width
+CHECKPOINTS = (4, 2, 1)  # these parts of a run are measured
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model; `factor` multiplies its learning rate."""
+
+    experiment: str
+    size: str
+    arm: str
+    seed: int
+    factor: float = 1.0
+
+    def __str__(self) -> str:
+        return "-".join(map(str, asdict(self).values()))
+
+    @property
+    def start(self) -> Cell | None:
+        """The cell whose weights it begins with."""
+        is_first = self.experiment == "rates" or self.arm == "start"
+        return None if is_first else Cell("ladder", self.size, "start", self.seed)
+
+
+def main(args: argparse.Namespace) -> None:
+    weights, results = Path(args.output) / "cells", Path(args.output) / "results.jsonl"
+    weights.mkdir(parents=True, exist_ok=True)
+    with FileLock(weights / "data.lock"):
+        data = load_data(args.data_dir)
+    if (most := min(len(data.pictures) * 2 // 3, len(data.texts) // 2)) < args.sequences:
+        raise ValueError(f"--sequences can be at most {most}: no record is seen twice; got {args.sequences}.")
+    while waiting := [cell for cell in plan(args.sizes, args.seeds) if cell not in done(results, args.sequences)]:
+        for cell in waiting:
+            try:
+                with FileLock(weights / f"{cell}.lock", timeout=0):  # freed by the system if this dies
+                    finished = done(results, args.sequences)
+                    if cell not in finished and (not cell.start or cell.start in finished):
+                        result = train(cell, data, args.sequences, weights, args.device)
+                        with FileLock(weights / "results.lock"), results.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(result) + "\n")
+                        print(cell, f"{result['seconds']:.0f} s", result["curve"][-1], flush=True)
+                        break
+            except Timeout:
+                continue
+        else:
+            time.sleep(5)  # another process trains all that is left, or what it begins with
+
+
+def plan(sizes: list[str], seeds: int) -> list[Cell]:
+    """All cells, in the order of their worth."""
+    rates = [Cell("rates", size, "image", 0, factor) for size in sizes[::2] for factor in (0.5, 1.0, 2.0)]
+    arms = [("ladder", size, arm) for size in sizes for arm in ("start", "text", "image", "mixed")]
+    arms += [
+        ("synergy", size, arm)
+        for size in ("S", "M")
+        if size in sizes
+        for arm in ("base", "text", "generation", "understanding")
+    ]
+    cells = [Cell(*arm, seed) for seed in range(seeds) for arm in arms]
+    return rates + sorted(cells, key=lambda cell: cell.seed + str(cell).startswith(LARGE))
+
+
+def done(results: Path, sequences: int) -> set[Cell]:
+    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
+    finished = [json.loads(line) for line in lines]
+    if others := {result["sequences"] for result in finished} - {sequences}:
+        raise ValueError(f"{results} has runs of --sequences {others}, not {sequences}: give another --output.")
+    return {Cell(**result["cell"]) for result in finished}
+
+
+def steps_of(cell: Cell, data: Data, sequences: int) -> list[list[dict[str, Any]]]:
+    """The records of each step; texts and pictures come in one order in all cells of a seed."""
+    part = sequences // 2
+    base = [("text", sequences, part), ("text_to_image", 0, part), ("caption", part, part)]
+    streams = {
+        "rates-image": [[("text_to_image", 0, sequences // 4)]],
+        "ladder-start": [[("text", 0, sequences)]],
+        "ladder-text": [[("text", sequences, sequences)]],
+        "ladder-image": [[("text_to_image", 0, sequences)]],
+        "ladder-mixed": [[("text", sequences, sequences)], [("text_to_image", 0, sequences)]],
+        "synergy-base": [base],
+        "synergy-text": [[*base, ("text", sequences + part, part)]],
+        "synergy-generation": [[*base, ("text_to_image", 2 * part, part)]],
+        "synergy-understanding": [[*base, ("caption", 2 * part, part)]],
+    }[f"{cell.experiment}-{cell.arm}"]
+    steps = []
+    for stream in streams:
+        records = []
+        for kind, begin, number in stream:
+            source = data.texts if kind == "text" else data.pictures
+            order = np.random.default_rng(cell.seed).permutation(len(source))[begin : begin + number]
+            records += [{"kind": kind, "index": int(index), **source[index]} for index in order]
+        order = np.random.default_rng(cell.seed).permutation(len(records))
+        steps.append([[records[index] for index in step] for step in np.split(order, range(BATCH, len(order), BATCH))])
+    return [list(chain(*parts)) for parts in zip(*steps, strict=True)]
+
+
+def train(cell: Cell, data: Data, sequences: int, folder: Path, device: str) -> dict[str, Any]:
+    """Trains a cell's model; says what it measured."""
+    began = time.perf_counter(), time.process_time()
+    set_seed(cell.seed)
+    width, layers = SIZES[cell.size]
+    model = build_model(data.processor, data.codec, width * 9 // 4, width, layers, width // HEAD_WIDTH).to(device)
+    text_model = model.model.text_model
+    if cell.start:
+        text_model.load_state_dict(torch.load(folder / f"{cell.start}.pt", weights_only=True))
+    rate = RATE / width * cell.factor
+    optimizer = torch.optim.AdamW(text_model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
+    collator = LiquidDataCollator(data.processor, unconditional_probability=0.0, seed=cell.seed)
+    steps, curve, tokens = steps_of(cell, data, sequences), [], 0
+    for number, records in enumerate(steps, 1):
+        model.train()
+        batch = {name: values.to(device) for name, values in collator(records).items()}
+        tokens += int(batch["attention_mask"].sum())
+        model(**batch, skip_logits=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(text_model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if number in {len(steps) // part for part in CHECKPOINTS}:
+            curve.append({"steps": number, "tokens": tokens, **measure(model, data, cell.experiment == "synergy")})
+    if cell.arm == "start":
+        with whole(folder / f"{cell}.pt") as path:
+            torch.save(text_model.state_dict(), path)
+    embedding = text_model.get_input_embeddings().weight.numel()
+    return {
+        "cell": asdict(cell),
+        "learning_rate": rate,
+        "sequences": sequences,
+        "parameters": sum(weight.numel() for weight in text_model.parameters()) - embedding,
+        "curve": curve,
+        "seconds": time.perf_counter() - began[0],
+        "cpu_seconds": time.process_time() - began[1],
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+    }
+
+
+@torch.no_grad()
+def measure(model: LiquidForCausalLM, data: Data, with_captions: bool) -> dict[str, float]:
+    """Losses on held-out records in nats: of a code, of a token of a text; and of a token of a name after its picture
+    and after that of another name."""
+    model.eval()
+    pictures = data.heldout_pictures
+    shifted = [
+        {**one, "codes": other["codes"]} for one, other in zip(pictures, pictures[1:] + pictures[:1], strict=True)
+    ]
+    measured = {"image": ("text_to_image", pictures), "text": ("text", data.heldout_texts)}
+    if with_captions:
+        measured |= {"caption": ("caption", pictures), "caption_of_another": ("caption", shifted)}
+    collator, losses = LiquidDataCollator(data.processor, unconditional_probability=0.0), {}
+    for name, (kind, chosen) in measured.items():
+        records = [{**record, "kind": kind, "index": index} for index, record in enumerate(chosen)]
+        loss, labels = 0.0, 0
+        for begin in range(0, len(records), BATCH):
+            batch = {key: values.to(model.device) for key, values in collator(records[begin : begin + BATCH]).items()}
+            number = int((batch["labels"] >= 0).sum())
+            loss, labels = loss + float(model(**batch).loss) * number, labels + number
+        losses[name] = loss / labels
+    return losses
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", default="emoji-data")
+    parser.add_argument("--output", default="scaling")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--sequences", type=int, default=3000, help="of a kind, in each cell of the ladder")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    main(parser.parse_args())
