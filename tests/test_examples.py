@@ -1,6 +1,7 @@
 """The recipes of examples/ run from end to end on data that is made up and small."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import emoji_data
 import numpy as np
 import pytest
+import scaling_data
 import torch
 import voken_emoji_data
 from PIL import Image
@@ -167,3 +169,44 @@ def test_voken_emoji_is_trained_in_all_its_parts_and_measured(run, tmp_path, mon
     results = json.loads((tmp_path / "voken-emoji" / "stage2" / "evaluation.json").read_text())
     assert [*results["scenes"]] == ["none", "text", "picture", "both"] and results["told"]["of"] == 3
     assert (tmp_path / "voken-emoji" / "stage2" / "evaluation.png").exists()
+
+
+def test_the_scaling_study_is_run_in_parts_judged_and_drawn(run, tmp_path, monkeypatch, capsys):
+    sizes = {"TEXT_TOKENS": 300, "HELDOUT_FAMILIES": 4, "HELDOUT_ADDRESSES": 2, "NUM_HELDOUT": 4}
+    for name, value in sizes.items():
+        monkeypatch.setattr(scaling_data, name, value)
+    data, folder = tmp_path / "emoji-data", tmp_path / "scaling"
+    icons = [{"name": f"thing{index} icon", "set": "ph", "colour": "red" if index % 2 else ""} for index in range(60)]
+    texts = data / "sotu" / "package" / "data"
+    texts.mkdir(parents=True)
+    for year in range(6):
+        (texts / f"{year}.txt").write_text(" ".join(f"day {day} of year{year}" for day in range(200)))
+    np.savez(
+        data / "icons.npz",
+        pixels=np.stack([np.asarray(picture(index)) for index in range(len(icons))]),
+        entries=np.array(json.dumps(icons)),
+    )
+    found = scaling_data.load_data(data)
+    names = [{one["text"].split()[-2] for one in part} for part in (found.pictures, found.heldout_pictures)]
+    assert len(found.heldout_pictures) == 4 and not names[0] & names[1]
+    years = [set(re.findall(r"year\d", str(part))) for part in (found.texts, found.heldout_texts)]
+    assert years[0] == {"year0", "year2", "year4"} and years[1] and not years[0] & years[1]
+
+    settings = ("--sizes", "XXS", "XS", "S", "--sequences", "32")
+    run("scaling_study/run.py", *settings, "--seeds", "1")
+    results = folder / "results.jsonl"
+    first = results.read_text().splitlines()
+    results.write_text("\n".join(first[:-1]) + "\n")
+    run("scaling_study/run.py", *settings, "--seeds", "2")  # the last one anew, and the second seed
+    both = [json.loads(line) for line in results.read_text().splitlines()]
+    assert json.loads(first[-1])["curve"] in [cell["curve"] for cell in both]
+    assert len(both) == len({str(cell["cell"]) for cell in both}) == len(first) + 3 * 4 + 4
+    tokens = {
+        cell["cell"]["arm"]: cell["curve"][-1]["tokens"] for cell in both if cell["cell"]["experiment"] == "ladder"
+    }
+    assert tokens["mixed"] == tokens["text"] + tokens["image"]
+    with pytest.raises(ValueError, match=r"--sequences \{32\}, not 8"):
+        run("scaling_study/run.py", *settings[:-1], "8")
+    run("scaling_study/plot.py", "scaling")
+    assert all((folder / f"scaling_{name}.png").exists() for name in ("laws", "tradeoff", "synergy"))
+    assert "nan" not in (table := capsys.readouterr().out.split("| finding |")[1]) and table.count("\n| 2 |") == 6

@@ -10,7 +10,7 @@ warm-up, so that each checkpoint is what a run of that length gives. Experiments
   of `mixed` has the same texts as one of `text` and the same pictures as one of `image`;
 - `synergy`: from the same start; `base` has texts, pictures to draw and pictures to describe; `generation`,
   `understanding` and `text` half as many records again: the same new pictures to draw or to describe, or new texts;
-- `rates`: pictures from new weights at other learning rates, a quarter as many.
+- `rates`: half as many pictures from new weights, at several learning rates.
 """
 
 from __future__ import annotations
@@ -36,10 +36,23 @@ from transformers_liquid.utils.files import whole
 
 
 SIZES = {"XXS": (32, 2), "XS": (48, 2), "S": (80, 3), "M": (128, 4), "L": (192, 5)}  # width, layers
-LARGE = ("synergy-M", "ladder-L")  # a seed later than the others
 HEAD_WIDTH, BATCH, WARMUP_STEPS = 16, 8, 20
 RATE = 0.3  # over the width
 CHECKPOINTS = (4, 2, 1)  # these parts of a run are measured
+BASE = [("text", 2, 1), ("text_to_image", 0, 1), ("caption", 1, 1)]
+# Streams, of each of which a step has a batch: kinds of records, the first one and how many, in halves of --sequences.
+ARMS = {
+    ("rates", "image"): [[("text_to_image", 0, 1)]],
+    ("ladder", "start"): [[("text", 0, 2)]],
+    ("ladder", "text"): [[("text", 2, 2)]],
+    ("ladder", "image"): [[("text_to_image", 0, 2)]],
+    ("ladder", "mixed"): [[("text", 2, 2)], [("text_to_image", 0, 2)]],
+    ("synergy", "base"): [BASE],
+    ("synergy", "text"): [[*BASE, ("text", 3, 1)]],
+    ("synergy", "generation"): [[*BASE, ("text_to_image", 2, 1)]],
+    ("synergy", "understanding"): [[*BASE, ("caption", 2, 1)]],
+}
+SYNERGY_SIZES = ("S", "M")
 
 
 @dataclass(frozen=True)
@@ -89,15 +102,14 @@ def main(args: argparse.Namespace) -> None:
 def plan(sizes: list[str], seeds: int) -> list[Cell]:
     """All cells, in the order of their worth."""
     rates = [Cell("rates", size, "image", 0, factor) for size in sizes[::2] for factor in (0.5, 1.0, 2.0)]
-    arms = [("ladder", size, arm) for size in sizes for arm in ("start", "text", "image", "mixed")]
-    arms += [
-        ("synergy", size, arm)
-        for size in ("S", "M")
-        if size in sizes
-        for arm in ("base", "text", "generation", "understanding")
+    cells = [
+        Cell(experiment, size, arm, seed)
+        for seed in range(seeds)
+        for size in sizes
+        for experiment, arm in ARMS
+        if experiment == "ladder" or (experiment == "synergy" and size in SYNERGY_SIZES)
     ]
-    cells = [Cell(*arm, seed) for seed in range(seeds) for arm in arms]
-    return rates + sorted(cells, key=lambda cell: cell.seed + str(cell).startswith(LARGE))
+    return rates + sorted(cells, key=lambda cell: cell.seed + str(cell).startswith(("synergy-M", "ladder-L")))
 
 
 def done(results: Path, sequences: int) -> set[Cell]:
@@ -110,28 +122,15 @@ def done(results: Path, sequences: int) -> set[Cell]:
 
 def steps_of(cell: Cell, data: Data, sequences: int) -> list[list[dict[str, Any]]]:
     """The records of each step; texts and pictures come in one order in all cells of a seed."""
-    part = sequences // 2
-    base = [("text", sequences, part), ("text_to_image", 0, part), ("caption", part, part)]
-    streams = {
-        "rates-image": [[("text_to_image", 0, sequences // 4)]],
-        "ladder-start": [[("text", 0, sequences)]],
-        "ladder-text": [[("text", sequences, sequences)]],
-        "ladder-image": [[("text_to_image", 0, sequences)]],
-        "ladder-mixed": [[("text", sequences, sequences)], [("text_to_image", 0, sequences)]],
-        "synergy-base": [base],
-        "synergy-text": [[*base, ("text", sequences + part, part)]],
-        "synergy-generation": [[*base, ("text_to_image", 2 * part, part)]],
-        "synergy-understanding": [[*base, ("caption", 2 * part, part)]],
-    }[f"{cell.experiment}-{cell.arm}"]
-    steps = []
-    for stream in streams:
+    part, steps = sequences // 2, []
+    for stream in ARMS[cell.experiment, cell.arm]:
         records = []
         for kind, begin, number in stream:
             source = data.texts if kind == "text" else data.pictures
-            order = np.random.default_rng(cell.seed).permutation(len(source))[begin : begin + number]
+            order = np.random.default_rng(cell.seed).permutation(len(source))[begin * part : (begin + number) * part]
             records += [{"kind": kind, "index": int(index), **source[index]} for index in order]
-        order = np.random.default_rng(cell.seed).permutation(len(records))
-        steps.append([[records[index] for index in step] for step in np.split(order, range(BATCH, len(order), BATCH))])
+        records = [records[index] for index in np.random.default_rng(cell.seed).permutation(len(records))]
+        steps.append([records[begin : begin + BATCH] for begin in range(0, len(records), BATCH)])
     return [list(chain(*parts)) for parts in zip(*steps, strict=True)]
 
 
@@ -163,12 +162,12 @@ def train(cell: Cell, data: Data, sequences: int, folder: Path, device: str) -> 
     if cell.arm == "start":
         with whole(folder / f"{cell}.pt") as path:
             torch.save(text_model.state_dict(), path)
-    embedding = text_model.get_input_embeddings().weight.numel()
+    body = [weight.numel() for name, weight in text_model.named_parameters() if "embed" not in name]
     return {
         "cell": asdict(cell),
         "learning_rate": rate,
         "sequences": sequences,
-        "parameters": sum(weight.numel() for weight in text_model.parameters()) - embedding,
+        "parameters": sum(body),
         "curve": curve,
         "seconds": time.perf_counter() - began[0],
         "cpu_seconds": time.process_time() - began[1],
@@ -177,17 +176,17 @@ def train(cell: Cell, data: Data, sequences: int, folder: Path, device: str) -> 
 
 
 @torch.no_grad()
-def measure(model: LiquidForCausalLM, data: Data, with_captions: bool) -> dict[str, float]:
+def measure(model: LiquidForCausalLM, data: Data, captions: bool) -> dict[str, float]:
     """Losses on held-out records in nats: of a code, of a token of a text; and of a token of a name after its picture
-    and after that of another name."""
+    and after that of another name (`misread`)."""
     model.eval()
-    pictures = data.heldout_pictures
-    shifted = [
+    pictures, texts = data.heldout_pictures, data.heldout_texts
+    others = [
         {**one, "codes": other["codes"]} for one, other in zip(pictures, pictures[1:] + pictures[:1], strict=True)
     ]
-    measured = {"image": ("text_to_image", pictures), "text": ("text", data.heldout_texts)}
-    if with_captions:
-        measured |= {"caption": ("caption", pictures), "caption_of_another": ("caption", shifted)}
+    measured = {"image": ("text_to_image", pictures), "text": ("text", texts)}
+    if captions:
+        measured |= {"caption": ("caption", pictures), "misread": ("caption", others)}
     collator, losses = LiquidDataCollator(data.processor, unconditional_probability=0.0), {}
     for name, (kind, chosen) in measured.items():
         records = [{**record, "kind": kind, "index": index} for index, record in enumerate(chosen)]

@@ -24,7 +24,7 @@ from transformers_liquid.utils.files import whole
 
 
 sys.path.extend(str(Path(__file__).parents[1] / recipe) for recipe in ("emoji", "smollm2_emoji"))
-from icons import load_icons
+from icons import COLOURS, load_icons
 from prepare import TEXT_PACKAGES, fetch
 from records import icon_colour
 from train_lm import build_processor, recoloured, train_tokenizer
@@ -52,7 +52,8 @@ def load_data(data_dir: str | Path) -> Data:
     codec = LiquidForCausalLM.from_pretrained(EMOJI_CHECKPOINT).model.vq_model.eval()
     seen, heldout = [], []
     for picture in load_pictures(Path(data_dir), codec):
-        family = picture["text"].split()[1 if picture["coloured"] else 0]
+        words = picture["text"].split()
+        family = words[words[0] in COLOURS and len(words) > 1]
         (heldout if zlib.crc32(family.encode()) % HELDOUT_FAMILIES == 0 else seen).append(picture)
     known = {picture["codes"].tobytes() for picture in heldout}
     seen = [picture for picture in seen if picture["codes"].tobytes() not in known]
@@ -75,15 +76,15 @@ def load_pictures(data_dir: Path, codec: LiquidVQModel) -> list[dict[str, Any]]:
     stored = data_dir / "icon-codes.npz"
     if not stored.exists():
         pixels, icons = load_icons(data_dir)
-        codes, captions, coloured = [], [], []
+        captions, codes = [], []
         for version, pictures in enumerate((pixels, recoloured(pixels, icons))):
             chosen = [index for index, icon in enumerate(icons) if icon["colour"] or version == 0]
+            captions += [f"{icon_colour(icons[index], version)} {icons[index]['name']}".strip() for index in chosen]
             batches = pictures[chosen].split(64)
             codes += [codec.encode_codes(batch.float() / 127.5 - 1).flatten(1).numpy() for batch in batches]
-            coloured += [bool(icons[index]["colour"]) for index in chosen]
-            captions += [f"{icon_colour(icons[index], version)} {icons[index]['name']}".strip() for index in chosen]
         with whole(stored) as path, path.open("wb") as file:
-            np.savez(file, codes=np.concatenate(codes).astype(np.int16), captions=captions, coloured=coloured)
+            np.savez(file, captions=captions, codes=np.concatenate(codes).astype(np.int16))
     with np.load(stored) as file:
-        columns = zip(file["captions"].tolist(), file["codes"], file["coloured"].tolist(), strict=True)
-        return [{"text": text, "codes": codes, "coloured": is_coloured} for text, codes, is_coloured in columns]
+        return [
+            {"text": text, "codes": codes} for text, codes in zip(file["captions"].tolist(), file["codes"], strict=True)
+        ]
