@@ -171,11 +171,11 @@ def test_voken_emoji_is_trained_in_all_its_parts_and_measured(run, tmp_path, mon
     assert (tmp_path / "voken-emoji" / "stage2" / "evaluation.png").exists()
 
 
-def test_the_scaling_study_is_run_in_parts_judged_and_drawn(run, tmp_path, monkeypatch, capsys):
+def test_the_scaling_study_is_run_in_parts(run, tmp_path, monkeypatch):
     sizes = {"TEXT_TOKENS": 300, "HELDOUT_FAMILIES": 4, "HELDOUT_ADDRESSES": 2, "NUM_HELDOUT": 4}
     for name, value in sizes.items():
         monkeypatch.setattr(scaling_data, name, value)
-    data, folder = tmp_path / "emoji-data", tmp_path / "scaling"
+    data, results = tmp_path / "emoji-data", tmp_path / "scaling" / "results.jsonl"
     icons = [{"name": f"thing{index} icon", "set": "ph", "colour": "red" if index % 2 else ""} for index in range(60)]
     texts = data / "sotu" / "package" / "data"
     texts.mkdir(parents=True)
@@ -192,21 +192,48 @@ def test_the_scaling_study_is_run_in_parts_judged_and_drawn(run, tmp_path, monke
     years = [set(re.findall(r"year\d", str(part))) for part in (found.texts, found.heldout_texts)]
     assert years[0] == {"year0", "year2", "year4"} and years[1] and not years[0] & years[1]
 
-    settings = ("--sizes", "XXS", "XS", "S", "--sequences", "32")
-    run("scaling_study/run.py", *settings, "--seeds", "1")
-    results = folder / "results.jsonl"
+    settings = ("--sizes", "S", "--seeds", "1", "--sequences", "32")
+    run("scaling_study/run.py", *settings)
     first = results.read_text().splitlines()
     results.write_text("\n".join(first[:-1]) + "\n")
-    run("scaling_study/run.py", *settings, "--seeds", "2")  # the last one anew, and the second seed
+    run("scaling_study/run.py", *settings)  # as if it had been killed in the last cell
     both = [json.loads(line) for line in results.read_text().splitlines()]
-    assert json.loads(first[-1])["curve"] in [cell["curve"] for cell in both]
-    assert len(both) == len({str(cell["cell"]) for cell in both}) == len(first) + 3 * 4 + 4
+    assert len(both) == len({str(cell["cell"]) for cell in both}) == 3 + 4 + 4
+    assert json.loads(first[-1])["curve"] == both[-1]["curve"]
     tokens = {
         cell["cell"]["arm"]: cell["curve"][-1]["tokens"] for cell in both if cell["cell"]["experiment"] == "ladder"
     }
     assert tokens["mixed"] == tokens["text"] + tokens["image"]
     with pytest.raises(ValueError, match=r"--sequences \{32\}, not 8"):
         run("scaling_study/run.py", *settings[:-1], "8")
-    run("scaling_study/plot.py", "scaling")
-    assert all((folder / f"scaling_{name}.png").exists() for name in ("laws", "tradeoff", "synergy"))
-    assert "nan" not in (table := capsys.readouterr().out.split("| finding |")[1]) and table.count("\n| 2 |") == 6
+
+
+def test_the_scaling_study_finds_the_law_and_the_costs_that_were_put_in(run, tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    arms = ("ladder", "text", 0.0), ("ladder", "image", 0.0), ("ladder", "mixed", 0.2)
+    arms += tuple(
+        ("synergy", arm, -gain) for arm, gain in zip(("base", "text", "generation", "understanding"), range(4))
+    )
+    lines = []
+    for index, parameters in enumerate((20_000, 50_000, 200_000, 700_000, 2_000_000)):
+        for experiment, arm, cost in arms:
+            for seed in range(3):
+                cost = 0.1 * (4 - index) if arm == "mixed" else cost
+                loss = 3 + 40 * parameters**-0.3 + cost + draw.normal(0, 0.005)
+                point = {"image": loss, "text": loss, "caption": loss, "misread": loss + 1}
+                cell = {"experiment": experiment, "size": str(index), "arm": arm, "seed": seed, "factor": 1.0}
+                lines.append(json.dumps({"cell": cell, "parameters": parameters, "curve": [point] * 3}))
+    (tmp_path / "results.jsonl").write_text("\n".join(lines))
+    run("scaling_study/plot.py", ".")
+    rows = [[part.strip() for part in line.split("|")[1:4]] for line in capsys.readouterr().out.splitlines()]
+    said = {what: [float(number) for number in re.findall(r"[-+]?\d+\.\d+", value)] for _, what, value in rows}
+    images = "pictures (nats a code)"
+    value, low, high = said[f"{images}, a of E + A N^-a"]
+    assert low <= 0.3 <= high and high - low < 0.1 and abs(value - 0.3) < 0.02
+    floor, power, logarithm = said[f"{images}, error at a size left out"]
+    assert floor < 0.02 < power < logarithm
+    value, low, high = said[f"{images}, change of the cost with ten times the size"]
+    assert low <= value <= high < 0
+    value, low, high = said["drawing (nats a code), 2,000,000: more understanding less more text"]
+    assert abs(value + 2) < 0.02 and low <= -2 <= high
+    assert all((tmp_path / f"scaling_{name}.png").exists() for name in ("laws", "tradeoff", "synergy"))
