@@ -211,9 +211,8 @@ def test_the_scaling_study_is_run_in_parts(run, tmp_path, monkeypatch):
 def test_the_scaling_study_finds_the_law_and_the_costs_that_were_put_in(run, tmp_path, capsys):
     draw = np.random.default_rng(0)
     arms = ("ladder", "text", 0.0), ("ladder", "image", 0.0), ("ladder", "mixed", 0.2)
-    arms += tuple(
-        ("synergy", arm, -gain) for arm, gain in zip(("base", "text", "generation", "understanding"), range(4))
-    )
+    arms += ("synergy", "base", 0.0), ("synergy", "text", -1.0), ("synergy", "generation", -2.0)
+    arms += (("synergy", "understanding", -3.0),)
     lines = []
     for index, parameters in enumerate((20_000, 50_000, 200_000, 700_000, 2_000_000)):
         for experiment, arm, cost in arms:

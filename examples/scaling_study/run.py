@@ -37,7 +37,7 @@ from transformers_liquid.utils.files import whole
 
 SIZES = {"XXS": (32, 2), "XS": (48, 2), "S": (80, 3), "M": (128, 4), "L": (192, 5)}  # width, layers
 HEAD_WIDTH, BATCH, WARMUP_STEPS = 16, 8, 20
-RATE = 0.3  # over the width
+RATE = 0.2  # over the width
 CHECKPOINTS = (4, 2, 1)  # these parts of a run are measured
 BASE = [("text", 2, 1), ("text_to_image", 0, 1), ("caption", 1, 1)]
 # Streams, of each of which a step has a batch: kinds of records, the first one and how many, in halves of --sequences.
@@ -101,7 +101,6 @@ def main(args: argparse.Namespace) -> None:
 
 def plan(sizes: list[str], seeds: int) -> list[Cell]:
     """All cells, in the order of their worth."""
-    rates = [Cell("rates", size, "image", 0, factor) for size in sizes[::2] for factor in (0.5, 1.0, 2.0)]
     cells = [
         Cell(experiment, size, arm, seed)
         for seed in range(seeds)
@@ -109,7 +108,8 @@ def plan(sizes: list[str], seeds: int) -> list[Cell]:
         for experiment, arm in ARMS
         if experiment == "ladder" or (experiment == "synergy" and size in SYNERGY_SIZES)
     ]
-    return rates + sorted(cells, key=lambda cell: cell.seed + str(cell).startswith(("synergy-M", "ladder-L")))
+    cells += [Cell("rates", size, "image", 0, factor) for size in sizes[::3] for factor in (0.5, 1.0, 2.0)]
+    return sorted(cells, key=lambda cell: cell.seed + str(cell).startswith(("rates", "synergy-M", "ladder-L")))
 
 
 def done(results: Path, sequences: int) -> set[Cell]:
@@ -205,6 +205,6 @@ if __name__ == "__main__":
     parser.add_argument("--output", default="scaling")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sequences", type=int, default=3000, help="of a kind, in each cell of the ladder")
+    parser.add_argument("--sequences", type=int, default=2000, help="of a kind, in each cell of the ladder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     main(parser.parse_args())
