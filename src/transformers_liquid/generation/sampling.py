@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,8 +30,23 @@ logger = logging.get_logger(__name__)
 # Base model types whose step did not compile in this process.
 _NOT_COMPILABLE: set[str] = set()
 
+# So many lengths of a static cache are read as a picture grows, each by a compiled step of its own, and none that is shorter
+# than the second number. (1, 0) reads the whole cache at every step.
+CACHE_LENGTHS, SHORTEST_CACHE = 4, 256
+
 # Positions whose noise is made at once. Fixed, since a generator of an accelerator gives other numbers in other blocks.
 NOISE_BLOCK = 32
+
+
+class GrowingStaticLayer(StaticLayer):
+    """A static layer whose `max_cache_len` can be less than it stores: a forward attends to no more.
+
+    What is behind has yet to be written and a mask would hide it: the result is the same, with less to read.
+    """
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super().update(*args, **kwargs)
+        return keys[:, :, : self.max_cache_len], values[:, :, : self.max_cache_len]
 
 
 @dataclass
@@ -69,6 +87,7 @@ class ImageSequences:
         self.criteria = StoppingCriteriaList(
             one for one in self.stopping_criteria if not isinstance(one, MaxLengthCriteria)
         )
+        self.read_length: int | None = None
 
     @property
     def cache(self) -> Any:
@@ -99,6 +118,10 @@ class ImageSequences:
         if prepare is not None:
             prepare(cache)
         is_users = getattr(cache, "_is_user_defined", False)
+        is_whole = is_users or settings.return_dict_in_generate or getattr(cache, "offloading", True)
+        if not is_whole and all(type(layer) is StaticLayer and not layer.is_initialized for layer in cache.layers):
+            # (Whoever gets a cache back goes on with the whole of it, and sliding windows compile twice for each length.)
+            cache.layers[:] = [GrowingStaticLayer(layer.max_cache_len) for layer in cache.layers]
         if is_users and cache.get_seq_length():
             # It holds the beginning of each prompt once. Unconditional sequences have no past: theirs is a copy of the
             # conditional one that their masks hide, but for the few tokens of their own, which all then read once more.
@@ -130,8 +153,17 @@ class ImageSequences:
         outputs.logits = outputs.logits[copies.to(outputs.logits.device)]
         return outputs
 
+    def grow_cache(self, length: int) -> None:
+        """Before a forward that fills a static cache up to `length`: it reads little more than that."""
+        for layer in getattr(self.cache, "layers", []):
+            if isinstance(layer, GrowingStaticLayer):
+                whole = layer.keys.shape[2]
+                piece = max(math.ceil(whole / CACHE_LENGTHS / 32) * 32, SHORTEST_CACHE)  # kernels like such multiples
+                layer.max_cache_len = self.read_length = min(math.ceil(length / piece) * piece, whole)
+
     def inputs(self) -> dict[str, Any]:
         """The arguments of the forward of one more code."""
+        self.grow_cache(self.ids.shape[1])
         length = 1 if self.kwargs["use_cache"] else None
         return self.model.prepare_inputs_for_generation(self.ids, next_sequence_length=length, **self.kwargs)
 
@@ -149,12 +181,12 @@ class ImageSequences:
         if not self.model._valid_auto_compile_criteria(self.kwargs, self.generation_config):
             return image_step
         config = self.generation_config.compile_config or self.model._default_compile_config()
-        compiled = torch.compile(image_step, **config.to_dict())
+        compiled = functools.cache(lambda length: torch.compile(_step_that_reads(length), **config.to_dict()))
 
         def compiled_or_plain_step(*args: Any) -> tuple[torch.Tensor, torch.Tensor, ModelOutput]:
             if base not in _NOT_COMPILABLE:
                 try:
-                    codes, scores, outputs = compiled(*args)
+                    codes, scores, outputs = compiled(self.read_length)(*args)
                     return codes.clone(), scores, outputs  # a CUDA graph writes each run's results to the same place
                 except torch._dynamo.exc.TorchDynamoException as error:
                     _NOT_COMPILABLE.add(base)
@@ -227,6 +259,16 @@ def image_step(
     """One forward and [`draw_codes`]; what is compiled into one graph."""
     outputs = model(**inputs, return_dict=True)
     return *draw_codes(outputs.logits, ids, guidance, logits_processor, noise), outputs
+
+
+@functools.cache
+def _step_that_reads(length: int | None) -> Callable[..., tuple[torch.Tensor, torch.Tensor, ModelOutput]]:
+    """[`image_step`], to the compiler another function for each length of the cache.
+
+    To torch a number that differs in a second call is a variable from then on, which gives slower code, and a function
+    that was compiled eight times is not compiled again.
+    """
+    return types.FunctionType(image_step.__code__.replace(co_name=f"image_step_{length}"), globals())
 
 
 def draw_codes(

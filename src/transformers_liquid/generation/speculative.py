@@ -150,10 +150,12 @@ class _AlignedCache:
         model = self.sequences.model
         self.num_fed = fed.shape[1]
         mask = torch.nn.functional.pad(self.mask, (0, self.num_fed - 1), value=1)
+        self.sequences.grow_cache(mask.shape[1])
         # Drafts beyond the picture may be beyond the model's positions; what they give is not used.
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         positions = (mask.cumsum(1) - 1).clamp(min=0, max=None if limit is None else limit - 1)
-        own = {"attention_mask": mask, "position_ids": positions[:, -self.num_fed :], "logits_to_keep": 0}
+        positions = positions[:, -self.num_fed :].contiguous()  # a slice's strides differ from step to step
+        own = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": 0}
         fed = fed.repeat(len(mask) // len(fed), 1)
         return model.prepare_inputs_for_generation(fed, **{**self.sequences.kwargs, **own})
 
