@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,9 +28,11 @@ logger = logging.get_logger(__name__)
 # Base model types whose step did not compile in this process.
 _NOT_COMPILABLE: set[str] = set()
 
-# So many lengths of a static cache are read as a picture grows, each by a compiled step of its own, and none that is shorter
-# than the second number. (1, 0) reads the whole cache at every step.
-CACHE_LENGTHS, SHORTEST_CACHE = 4, 256
+# Those whose step compiles for a whole static cache only.
+_NOT_GROWING: set[str] = set()
+
+# A static cache longer than two such pieces is read by whole pieces, as many as hold something. None: always all of it.
+CACHE_PIECE: int | None = 128
 
 # Positions whose noise is made at once. Fixed, since a generator of an accelerator gives other numbers in other blocks.
 NOISE_BLOCK = 32
@@ -41,8 +41,11 @@ NOISE_BLOCK = 32
 class GrowingStaticLayer(StaticLayer):
     """A static layer whose `max_cache_len` can be less than it stores: a forward attends to no more.
 
-    What is behind has yet to be written and a mask would hide it: the result is the same, with less to read.
+    What is behind has yet to be written and a mask would hide it: the result is the same, with less to read. It
+    stores more than is ever read, since to the compiler a part is another case than the whole.
     """
+
+    SPARE = 8
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = super().update(*args, **kwargs)
@@ -87,7 +90,7 @@ class ImageSequences:
         self.criteria = StoppingCriteriaList(
             one for one in self.stopping_criteria if not isinstance(one, MaxLengthCriteria)
         )
-        self.read_length: int | None = None
+        self.base = self.model.config.get_text_config().model_type
 
     @property
     def cache(self) -> Any:
@@ -118,10 +121,8 @@ class ImageSequences:
         if prepare is not None:
             prepare(cache)
         is_users = getattr(cache, "_is_user_defined", False)
-        is_whole = is_users or settings.return_dict_in_generate or getattr(cache, "offloading", True)
-        if not is_whole and all(type(layer) is StaticLayer and not layer.is_initialized for layer in cache.layers):
-            # (Whoever gets a cache back goes on with the whole of it, and sliding windows compile twice for each length.)
-            cache.layers[:] = [GrowingStaticLayer(layer.max_cache_len) for layer in cache.layers]
+        if not is_users and not settings.return_dict_in_generate:  # whoever gets a cache back goes on with the whole
+            self._make_growing(cache)
         if is_users and cache.get_seq_length():
             # It holds the beginning of each prompt once. Unconditional sequences have no past: theirs is a copy of the
             # conditional one that their masks hide, but for the few tokens of their own, which all then read once more.
@@ -153,13 +154,24 @@ class ImageSequences:
         outputs.logits = outputs.logits[copies.to(outputs.logits.device)]
         return outputs
 
+    def _make_growing(self, cache: Cache | None) -> None:
+        """Not sliding windows: beside them every length would be compiled anew."""
+        layers = getattr(cache, "layers", [])
+        if CACHE_PIECE is None or self.base in _NOT_GROWING or getattr(cache, "offloading", True):
+            return
+        if all(
+            type(one) is StaticLayer and not one.is_initialized and one.max_cache_len > 2 * CACHE_PIECE
+            for one in layers
+        ):
+            layers[:] = [GrowingStaticLayer(one.max_cache_len + GrowingStaticLayer.SPARE) for one in layers]
+
     def grow_cache(self, length: int) -> None:
-        """Before a forward that fills a static cache up to `length`: it reads little more than that."""
+        """Before a forward that fills a growing cache up to `length`: it reads little more than that."""
         for layer in getattr(self.cache, "layers", []):
             if isinstance(layer, GrowingStaticLayer):
-                whole = layer.keys.shape[2]
-                piece = max(math.ceil(whole / CACHE_LENGTHS / 32) * 32, SHORTEST_CACHE)  # kernels like such multiples
-                layer.max_cache_len = self.read_length = min(math.ceil(length / piece) * piece, whole)
+                most = layer.keys.shape[2] - layer.SPARE
+                read = math.ceil(length / CACHE_PIECE) * CACHE_PIECE
+                layer.max_cache_len = most if self.base in _NOT_GROWING else min(read, most)
 
     def inputs(self) -> dict[str, Any]:
         """The arguments of the forward of one more code."""
@@ -175,25 +187,30 @@ class ImageSequences:
 
     def step_function(self, may_compile: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor, ModelOutput]]:
         """[`image_step`], compiled where transformers would compile a forward."""
-        base = self.model.config.get_text_config().model_type
-        if self.processors_see_ids or not may_compile or base in _NOT_COMPILABLE:
+        if self.processors_see_ids or not may_compile or self.base in _NOT_COMPILABLE:
             return image_step
         if not self.model._valid_auto_compile_criteria(self.kwargs, self.generation_config):
             return image_step
         config = self.generation_config.compile_config or self.model._default_compile_config()
-        compiled = functools.cache(lambda length: torch.compile(_step_that_reads(length), **config.to_dict()))
+        compiled = torch.compile(image_step, **config.to_dict())
 
         def compiled_or_plain_step(*args: Any) -> tuple[torch.Tensor, torch.Tensor, ModelOutput]:
-            if base not in _NOT_COMPILABLE:
+            if self.base not in _NOT_COMPILABLE:
                 try:
-                    codes, scores, outputs = compiled(self.read_length)(*args)
+                    codes, scores, outputs = compiled(*args)
                     return codes.clone(), scores, outputs  # a CUDA graph writes each run's results to the same place
                 except torch._dynamo.exc.TorchDynamoException as error:
-                    _NOT_COMPILABLE.add(base)
-                    reason = str(error).strip().splitlines()[0]
+                    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                    if self.base not in _NOT_GROWING and isinstance(self.cache.layers[0], GrowingStaticLayer):
+                        _NOT_GROWING.add(self.base)
+                        logger.warning(
+                            f"A step of {self.base} that reads a part of the cache did not compile ({reason})."
+                        )
+                        return image_step(*args)
+                    _NOT_COMPILABLE.add(self.base)
                     logger.warning(
-                        f"The decoding step of {base} did not compile, pictures are drawn without "
-                        f"({type(error).__name__}: {reason}). Pass `disable_compile=True` to leave the attempt out."
+                        f"The decoding step of {self.base} did not compile, pictures are drawn without ({reason}). Pass "
+                        "`disable_compile=True` to leave the attempt out."
                     )
             return image_step(*args)
 
@@ -259,16 +276,6 @@ def image_step(
     """One forward and [`draw_codes`]; what is compiled into one graph."""
     outputs = model(**inputs, return_dict=True)
     return *draw_codes(outputs.logits, ids, guidance, logits_processor, noise), outputs
-
-
-@functools.cache
-def _step_that_reads(length: int | None) -> Callable[..., tuple[torch.Tensor, torch.Tensor, ModelOutput]]:
-    """[`image_step`], to the compiler another function for each length of the cache.
-
-    To torch a number that differs in a second call is a variable from then on, which gives slower code, and a function
-    that was compiled eight times is not compiled again.
-    """
-    return types.FunctionType(image_step.__code__.replace(co_name=f"image_step_{length}"), globals())
 
 
 def draw_codes(
