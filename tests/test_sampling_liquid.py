@@ -25,6 +25,7 @@ def compiling(backend="aot_eager") -> dict:
 def forget_what_did_not_compile():
     yield
     sampling_liquid._NOT_COMPILABLE.clear()
+    sampling_liquid._NOT_GROWING.clear()
     torch.compiler.reset()
 
 
@@ -106,6 +107,86 @@ def test_a_users_processor_or_recorded_output_is_not_compiled():
     output = draw(model, **SETTINGS, **compiling(never), **options, generator=generators(1, 2, 3))
     assert torch.equal(output.sequences, draw(model, **SETTINGS, generator=generators(1, 2, 3)))
     assert len(output.scores) == 8
+
+
+# --- a cache that grows ---
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(sampling_liquid, "CACHE_PIECE", 8)
+
+
+LONG = SETTINGS | {"height": 4, "width": 32}  # 32 codes behind a prompt of 7, so that 40 of 128 positions are used
+
+
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+@pytest.mark.parametrize("speculative", [{}, {"speculative": 3}])
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[1:2]])
+def test_a_cache_read_in_part_draws_what_the_whole_does(base, speculative, prompts, small_pieces, monkeypatch):
+    model, lengths = build(base), []
+    whole = draw(model, prompts, **LONG, generator=generators(*range(len(prompts))))
+    update = sampling_liquid.GrowingStaticLayer.update
+
+    def recording(self, *args):
+        keys, values = update(self, *args)
+        assert keys.shape == values.shape
+        # Nothing that was written is left out.
+        assert int(self.cumulative_length) <= keys.shape[2] and not self.keys[:, :, keys.shape[2] :].any()
+        lengths.append(keys.shape[2])
+        return keys, values
+
+    monkeypatch.setattr(sampling_liquid.GrowingStaticLayer, "update", recording)
+    options = {"cache_implementation": "static", "disable_compile": True, **speculative}
+    ids = draw(model, prompts, **LONG, **options, generator=generators(*range(len(prompts))))
+    assert torch.equal(ids, whole)
+    assert {16, 24, 32, 40} <= set(lengths) and max(lengths[-2:]) < 128
+    greedy = LONG | {"do_sample": False, "top_k": None, "top_p": None}
+    assert torch.equal(draw(model, prompts, **greedy, **options), draw(model, prompts, **greedy))
+
+
+@pytest.mark.parametrize("speculative", [{}, {"speculative": 3}])
+def test_a_compiled_step_that_reads_in_part_is_two_graphs_however_many_the_lengths(speculative, small_pieces):
+    model = build()
+    torch._dynamo.utils.counters.clear()
+    ids = draw(model, **LONG, **compiling(), **speculative, generator=generators(1, 2, 3))
+    assert torch.equal(ids, draw(model, **LONG, generator=generators(1, 2, 3)))
+    # Of the first length, and of any.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        ids = draw(model, **LONG, **compiling(), **speculative, generator=generators(4, 5, 6))
+    assert torch.equal(ids, draw(model, **LONG, generator=generators(4, 5, 6)))
+
+
+def test_where_a_part_of_the_cache_does_not_compile_the_whole_is_read(small_pieces):
+    model, compiled = build(), []
+
+    def of_whole_caches_only(graph, inputs):
+        if len(compiled) == 1:  # the second length
+            compiled.append(None)
+            raise RuntimeError("no such length")
+        compiled.append(graph)
+        return graph
+
+    ids = draw(model, **LONG, **compiling(of_whole_caches_only), generator=generators(1, 2, 3))
+    assert torch.equal(ids, draw(model, **LONG, generator=generators(1, 2, 3)))
+    assert sampling_liquid._NOT_GROWING == {"llama"} and not sampling_liquid._NOT_COMPILABLE
+    again = draw(model, **LONG, **compiling(of_whole_caches_only), generator=generators(1, 2, 3))
+    assert torch.equal(again, ids) and len(compiled) > 2
+
+
+def test_short_pictures_and_caches_that_are_handed_back_are_read_whole(monkeypatch):
+    def never(self, *args):
+        raise AssertionError("grows")
+
+    monkeypatch.setattr(sampling_liquid.GrowingStaticLayer, "update", never)
+    options = {"cache_implementation": "static", "disable_compile": True}
+    draw(build(), **LONG, **options, generator=generators(1, 2, 3))
+    monkeypatch.setattr(sampling_liquid, "CACHE_PIECE", 8)
+    output = draw(build(), **LONG, **options, generator=generators(1, 2, 3), return_dict_in_generate=True)
+    assert output.past_key_values.layers[0].keys.shape[2] == output.past_key_values.layers[0].max_cache_len
+    draw(build("gemma2"), **LONG, **options, generator=generators(1, 2, 3))  # windows of sliding attention
 
 
 # --- noise ---
