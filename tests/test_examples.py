@@ -169,6 +169,19 @@ def test_voken_emoji_is_trained_in_all_its_parts_and_measured(run, tmp_path, mon
     results = json.loads((tmp_path / "voken-emoji" / "stage2" / "evaluation.json").read_text())
     assert [*results["scenes"]] == ["none", "text", "picture", "both"] and results["told"]["of"] == 3
     assert (tmp_path / "voken-emoji" / "stage2" / "evaluation.png").exists()
+    for ablation in ("no_caption_loss", "no_image_loss", "fixed_queries", "decoder_only"):
+        run("voken_emoji/train.py", "--share", "0", "--ablation", ablation)
+    run("voken_emoji/evaluate.py", "--number", "1", "--steps", "1", "--model", "voken-emoji/stage1-fixed_queries")
+    base, queries, silent = (
+        load_file(f"voken-emoji/{name}/model/model.safetensors")
+        for name in ("base", "stage1-fixed_queries", "stage1-decoder_only")
+    )
+    query, out, decoder = (
+        f"feature_mapper.{name}"
+        for name in ("query", "encoder_decoder.encoder.layers.0.linear2.weight", "mlp.0.weight")
+    )
+    assert torch.equal(base[query], queries[query]) and not torch.equal(base[decoder], queries[decoder])
+    assert not silent[out].any() and not torch.equal(base[query], silent[query])
 
 
 def test_the_scaling_study_is_run_in_parts(run, tmp_path, monkeypatch):

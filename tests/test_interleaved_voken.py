@@ -258,6 +258,46 @@ def test_a_repository_of_the_hub_is_opened_by_its_name(tmp_path):
     assert AutoProcessor.from_pretrained("me/vokens", **where).voken_token_ids == VOKENS
 
 
+def test_what_draws_is_of_the_revision_that_was_asked_for(tmp_path):
+    pipe, repository = tiny_voken_pipeline(), tmp_path / "models--me--vokens"
+    (repository / "refs").mkdir(parents=True)
+    weights = []
+    for number, branch in enumerate(("main", "old")):
+        pipe.unet.conv_in.bias.data.fill_(number)
+        weights.append(pipe.unet.conv_in.bias.clone())
+        pipe.save_pretrained(repository / "snapshots" / (str(number) * 40))
+        (repository / "refs" / branch).write_text(str(number) * 40)
+    where = {"cache_dir": tmp_path, "local_files_only": True}
+    for revision, expected in zip((None, "old"), weights, strict=True):
+        model = AutoModelForMultimodalLM.from_pretrained("me/vokens", revision=revision, **where)
+        assert torch.equal(model.image_decoder.denoiser.conv_in.bias, expected)
+        model.save_pretrained(tmp_path / "alone")  # which names what draws, and of which revision
+        again = VokenForConditionalGeneration.from_pretrained(tmp_path / "alone", **where)
+        assert torch.equal(again.image_decoder.denoiser.conv_in.bias, expected)
+    # Of another repository, the model's revision is none.
+    (repository / "snapshots" / ("2" * 40)).mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "alone" / name).rename(repository / "snapshots" / ("2" * 40) / name)
+    (repository / "refs" / "model").write_text("2" * 40)
+    model = VokenForConditionalGeneration.from_pretrained("me/vokens", revision="model", **where)
+    assert torch.equal(model.image_decoder.denoiser.conv_in.bias, weights[1])
+
+
+def test_a_variant_is_loaded_whole_by_all_doors(tmp_path):
+    pipe = tiny_voken_pipeline()
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    for door in (DiffusionPipeline, InterleavedVokenPipeline):
+        again = door.from_pretrained(tmp_path, variant="fp16")
+        assert all(map(torch.equal, again.model.state_dict().values(), pipe.model.state_dict().values()))
+        with pytest.raises(ValueError, match="variant=bf16"):
+            door.from_pretrained(tmp_path, variant="bf16")
+        with pytest.raises(OSError, match="no file named"):
+            door.from_pretrained(tmp_path)
+    model = VokenForConditionalGeneration.from_pretrained(tmp_path, variant="fp16")
+    theirs = model.image_decoder.denoiser.state_dict()
+    assert all(torch.equal(one, theirs[name]) for name, one in pipe.unet.state_dict().items())
+
+
 def test_the_pipeline_any_to_any_writes_and_draws(tmp_path, monkeypatch):
     import transformers.pipelines.any_to_any as any_to_any
 

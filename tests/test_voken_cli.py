@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers.utils import hub_utils
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_cli import error_of, run
@@ -13,7 +14,7 @@ from test_distributed import launch
 from test_reference_voken import files  # noqa: F401 (a fixture)
 from tiny import tiny_tokenizer
 from tiny_vokens import VOKENS, _unet, tiny_base_processor, tiny_image_pipeline, tiny_voken_base, tiny_voken_pipeline
-from transformers import TrainerCallback
+from transformers import TrainerCallback, trainer
 
 from transformers_liquid.data.voken_records import load_voken_records
 from transformers_liquid.training import voken_train
@@ -96,9 +97,14 @@ def test_from_a_base_and_a_diffusion_model_to_stories(capsys):
     assert "which are those of pictures: no.png" in error_of("voken story once no.png --model two", capsys)
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(monkeypatch):
+@pytest.mark.parametrize("flip_probability", [0.0, 0.5])
+def test_a_stopped_run_goes_on_to_the_same_weights(flip_probability, monkeypatch):
     tiny_voken_pipeline().save_pretrained("vokens")
+    for name in COLORS:
+        (picture := Image.open(f"images/{name}.png")).paste((9, 99, 200), (0, 0, 5, 16))  # mirrored, it is another one
+        picture.save(f"images/{name}.png")
     options = {"model": "vokens", "datasets": ["pairs.tsv"], "max_steps": 4, "save_steps": 2}
+    options |= {"flip_probability": flip_probability, "seed": 1}
     assert train(output_dir="whole", **options) == 0
 
     class Stop(TrainerCallback):
@@ -119,6 +125,53 @@ def test_a_stopped_run_goes_on_to_the_same_weights(monkeypatch):
     assert not Path("stopped/model").exists() and train(output_dir="stopped", **options) == 0
     whole, stopped = (load_file(f"{name}/model/model.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(one, stopped[name]) for name, one in whole.items())
+
+
+def test_what_is_pushed_is_the_whole_pipeline_and_no_checkpoint(monkeypatch, capsys):
+    tiny_voken_pipeline().save_pretrained("vokens")
+    asked, pushed = [], {}
+
+    def create_repo(name, **settings):
+        asked.append((name, settings["token"], settings["private"]))
+        return type("Repository", (), {"repo_id": f"me/{name}".replace("me/me", "me")})
+
+    def upload_folder(repo_id, folder_path, token, **_):
+        asked.append((repo_id, token))
+        there = [path for path in Path(folder_path).rglob("*") if path.is_file()]
+        pushed.update({str(path.relative_to(folder_path)): path.read_bytes() for path in there})
+
+    monkeypatch.setattr(trainer, "hf_api", lambda: type("Api", (), {"create_repo": staticmethod(create_repo)}))
+    monkeypatch.setattr(hub_utils, "create_repo", create_repo)
+    monkeypatch.setattr(hub_utils, "upload_folder", upload_folder)
+    card = hub_utils.ModelCard("This model card has been automatically generated.")
+    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *_, **__: card)
+    options = {"model": "vokens", "datasets": ["pairs.tsv"], "output_dir": "one", "push_to_hub": True, "save_steps": 1}
+    assert train(**options, hub_strategy="every_save") == 2
+    assert "What is pushed is the whole pipeline, at the end" in capsys.readouterr().err and not asked
+    assert train(**options, hub_model_id="red-things", hub_token="secret", hub_private_repo=True) == 0
+    assert asked[0] == ("red-things", "secret", True)  # before training
+    assert asked[-1] == ("me/red-things", "secret")
+    assert "# red-things" in pushed["README.md"].decode()
+    assert not [name for name in pushed if "checkpoint" in name or "adapter" in name]
+    for name in ("model/model.safetensors", "unet/diffusion_pytorch_model.safetensors", "model_index.json"):
+        assert pushed[name] == Path("one", name).read_bytes()
+
+
+@pytest.mark.parametrize("stage, part", [(1, "query"), (1, "encoder_decoder.encoder"), (2, "encoder_decoder.encoder")])
+def test_a_part_of_the_mapper_can_be_left_as_it_is(stage, part, capsys):
+    tiny_voken_pipeline().save_pretrained("vokens")
+    options = {"model": "vokens", "datasets": ["pairs.tsv"], "save_strategy": "no", "stage": stage}
+    assert train(output_dir="no", frozen_mapper_parts=["encoder"], **options) == 2
+    assert "The mapper has no encoder that could be frozen" in capsys.readouterr().err
+    assert train(output_dir="out", frozen_mapper_parts=[part], **options) == 0
+    before, after = (load_file(f"{name}/model/model.safetensors") for name in ("vokens", "out"))
+    still = {
+        name for name, one in before.items() if torch.equal(one, after[name]) and name.startswith("feature_mapper.")
+    }
+    named = {name for name in before if f"{name}.".startswith(f"feature_mapper.{part}.")}
+    others = {name for name in still if stage == 1 or "encoder_decoder" in name} - named  # stage 2 leaves all else
+    assert named and named <= still and all(name.endswith("bias") for name in others)  # some have no gradient at all
+    assert any("encoder_decoder.decoder" in name for name in before.keys() - still)
 
 
 def test_a_base_without_q_proj_is_trained_where_its_user_says(capsys):

@@ -189,6 +189,21 @@ def test_all_of_a_picture_is_drawn_on_white_and_mirrored_as_it_is_read(processor
         torch.testing.assert_close(mirrored[name], plain[name].flip(-1))
 
 
+def test_mirroring_depends_on_seed_epoch_and_index_and_on_nothing_else(processor, decoder):
+    wide = picture(RED)
+    wide.paste(BLUE, (8, 0, 16, 16))
+    records = [{"kind": "text_to_image", "text": "red", "image": wide, "index": index} for index in range(20)]
+
+    def mirrored(records, epoch=0, **options):
+        collator = VokenDataCollator(processor, decoder, flip_probability=0.5, **options)
+        collator.set_epoch(epoch)
+        return [bool(one[2, 0, 0] == 1) for one in collator(records)["target_pixel_values"]]
+
+    first = mirrored(records)
+    assert 4 < sum(first) < 16 and mirrored(records[::-1]) == first[::-1] and mirrored(records[7:8]) == first[7:8]
+    assert mirrored(records, epoch=1) != first != mirrored(records, seed=1)
+
+
 def test_cached_latents_are_those_of_the_pictures(processor, decoder, tmp_path):
     for name, color in (("red.png", RED), ("green.png", GREEN)):
         picture(color).save(tmp_path / name)

@@ -7,7 +7,9 @@ The VAE is the codec of liquid-emoji without its quantizer. Run again to continu
 2. `base`: a LLaVA of 256 channels learns to read pictures and stories; then it gets vokens (`add_vokens`);
 3. `warm`: stage 1 with captions and texts alone, no diffusion model, which is what gets the mapper started;
 4. `stage1`, `stage2`: as MiniGPT-5, by `transformers-liquid voken train` with the .yaml beside this file.
-`--share 0.01` makes a hundredth of the steps of each, to see whether all runs.
+`--share 0.01` makes a hundredth of the steps of each, to see whether all runs. `--ablation NAME` trains stage 1 once more
+(`stage1-NAME`, for `evaluate.py --model`) without one of its parts, as in the paper's tables 5 and 7; the one without
+guidance is `evaluate.py --guidance_scale 1`.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from voken_emoji_data import write_data
 
 from transformers_liquid import (
     EMOJI_CHECKPOINT,
+    InterleavedVokenPipeline,
     LiquidForCausalLM,
     LiquidVQModel,
     VokenCondition,
@@ -55,6 +58,12 @@ from transformers_liquid.training.voken_train import main as train_stage
 
 LENGTH = 16  # tokens of a name, and vectors of a condition
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+ABLATIONS = {
+    "no_caption_loss": ["--caption_loss_weight=0"],
+    "no_image_loss": ["--image_loss_weight=0"],
+    "fixed_queries": ["--frozen_mapper_parts=query"],
+    "decoder_only": ["--frozen_mapper_parts=encoder_decoder.encoder"],
+}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -66,18 +75,40 @@ def main(args: argparse.Namespace) -> None:
         train_diffusion(folder, args)
     if not (folder / "base" / "model_index.json").exists():
         train_base(folder, args)
-    here = Path(__file__).parent
-    for name, before, config, more in (
-        ("warm", "base", "stage1", ["--image_loss_weight=0", "--caption_loss_weight=1"]),
-        ("stage1", "warm", "stage1", []),
+    here, base = Path(__file__).parent, "base"
+    if args.ablation == "decoder_only":
+        base = "base-decoder_only"
+        if not (folder / base / "model_index.json").exists():
+            pipe = InterleavedVokenPipeline.from_pretrained(folder / "base")
+            silence(pipe.model.feature_mapper.encoder_decoder.encoder)
+            pipe.save_pretrained(folder / base)
+    warm, end = ["--image_loss_weight=0", "--caption_loss_weight=1"], f"-{args.ablation}" if args.ablation else ""
+    stages = [
+        ("warm", base, "stage1", warm),
+        ("stage1", f"warm{end}", "stage1", []),
         ("stage2", "stage1", "stage2", []),
-    ):
+    ]
+    if args.ablation:
+        stages = stages[:2]
+    if args.ablation == "no_caption_loss":  # of which the warm start is made
+        stages = [("stage1", base, "stage1", [])]
+    for name, before, config, more in stages:
+        number, name = steps(args, name), f"{name}{end}"
         if (folder / name / "model_index.json").exists():
             continue
         files = ["names.jsonl"] if config == "stage1" else ["stories.jsonl"]
         options = [f"--model={folder / before}", f"--output_dir={folder / name}", f"--image_folder={folder / 'images'}"]
-        options += [f"--max_steps={steps(args, name)}", "--datasets", *(str(folder / file) for file in files)]
-        train_stage(["--config", str(here / f"{config}.yaml"), *options, *more, *args.option])
+        options += [f"--max_steps={number}", "--datasets", *(str(folder / file) for file in files)]
+        options += [*more, *ABLATIONS.get(args.ablation, []), *args.option]
+        train_stage(["--config", str(here / f"{config}.yaml"), *options])
+
+
+def silence(encoder: torch.nn.TransformerEncoder) -> None:
+    """Makes every layer of the encoder give what it gets: nothing is added to it."""
+    for layer in encoder.layers:
+        for last in (layer.self_attn.out_proj, layer.linear2):
+            torch.nn.init.zeros_(last.weight)
+            torch.nn.init.zeros_(last.bias)
 
 
 def steps(args: argparse.Namespace, part: str) -> int:
@@ -267,6 +298,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="emoji-data")
     parser.add_argument("--output_dir", default="voken-emoji")
+    parser.add_argument("--ablation", choices=ABLATIONS, help="of stage 1")
     parser.add_argument("--share", type=float, default=1.0, help="of all steps")
     parser.add_argument(
         "--option", nargs="*", default=[], help="for the stages, such as --option=--caption_loss_weight=0"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,8 @@ class VokenDataCollator:
         latents (mapping, *optional*): Latents `(C, h, w)` of pictures to draw by their paths, from [`cache_latents`].
         height, width (`int`, *optional*): Of pictures to draw, in pixels. Default to the decoder's.
         flip_probability (`float`, defaults to 0.0): How often all pictures of a record are mirrored, those read and those
-            drawn alike.
+            drawn alike. With an `"index"` (int) that depends on it, the seed and the epoch that `set_epoch` announces.
+        seed (`int`, defaults to 0): See there.
         max_length (`int`, *optional*): Longest sequence. Longer ones are refused, since a run cannot be cut.
 
     Returns:
@@ -85,9 +86,13 @@ class VokenDataCollator:
     height: int | None = None
     width: int | None = None
     flip_probability: float = 0.0
+    seed: int = 0
     max_length: int | None = None
+    # Shared memory, so that an epoch announced here reaches the workers that a data loader keeps.
+    _epoch: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self):
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         if self.voken_labels not in ("all", "first"):
             raise ValueError(f"voken_labels must be 'all' or 'first', got {self.voken_labels!r}.")
         if not self.story_tasks or not {*self.story_tasks} <= STORY_PROMPTS.keys():
@@ -110,7 +115,13 @@ class VokenDataCollator:
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         contexts, targets, captions = [], [], []
         for record in records:
-            flip = self.flip_probability > 0 and bool(torch.rand(()) < self.flip_probability)
+            flip = False
+            if self.flip_probability:
+                index = record.get("index")
+                random = (
+                    torch.rand if index is None else np.random.default_rng([self.seed, int(self._epoch), index]).random
+                )
+                flip = bool(random(()) < self.flip_probability)
             for turns, own in self.samples(record):
                 for turn in turns[:-1] if self.latents is not None else turns:  # those with latents are known by paths
                     for part in turn["content"]:
@@ -149,6 +160,10 @@ class VokenDataCollator:
         elif drawn and self.decoder is not None:
             batch["target_pixel_values"] = torch.stack([drawing_pixels(picture, self.size) for picture in drawn])
         return batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Gives records with an `"index"` the draws of another epoch."""
+        self._epoch.fill_(epoch)
 
     def samples(self, record: Mapping[str, Any]) -> list[tuple[list[dict[str, Any]], list[str]]]:
         """The conversations of a record, whose last turns are learned, each with the captions of what it draws.

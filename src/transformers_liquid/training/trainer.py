@@ -20,6 +20,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from ..data.collator import LiquidDataCollator
+from ..data.voken_collator import VokenDataCollator
 from ..models.liquid.image_processing_liquid import contact_sheet
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..ops.chunked_loss import IGNORE_INDEX
@@ -155,7 +156,7 @@ class LiquidTrainer(WholeTrainer):
                 raise ValueError("neftune_noise_alpha goes by the length of a record: train with packing=False.")
         no_draws = {"unconditional_probability": 0.0, "caption_probability": 0.0, "edit_dropout": 0.0}
         self.eval_data_collator = dataclasses.replace(data_collator, **no_draws)
-        self.add_callback(_EpochCallback(data_collator))
+        self.add_callback(EpochCallback(data_collator))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         train_collator, self.data_collator = self.data_collator, self.eval_data_collator
@@ -295,8 +296,10 @@ class PreviewCallback(TrainerCallback):
                 callback.tb_writer.add_image("previews", np.asarray(sheet), state.global_step, dataformats="HWC")
 
 
-class _EpochCallback(TrainerCallback):
-    def __init__(self, collator: LiquidDataCollator):
+class EpochCallback(TrainerCallback):
+    """Tells a collator which epoch it is, for draws that are the same when a run is resumed."""
+
+    def __init__(self, collator: LiquidDataCollator | VokenDataCollator):
         self.collator = collator
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:

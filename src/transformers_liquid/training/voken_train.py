@@ -57,6 +57,9 @@ class VokenArguments:
     story_tasks: list[str] = HfArg(default_factory=lambda: list(STORY_PROMPTS), help="Of image, multimodal, text.")
     voken_labels: Literal["all", "first"] = HfArg(default="all", help="Which vokens are learned.")
     flip_probability: float = HfArg(default=0.0, help="How often the pictures of a record are mirrored.")
+    frozen_mapper_parts: list[str] = HfArg(
+        default_factory=list, help="Of the mapper, what does not learn, such as query or encoder_decoder.encoder."
+    )
     max_length: int | None = HfArg(default=None, help="Longest sequence; longer ones are refused.")
     lora_r: int = HfArg(default=8, help="Rank of LoRA.")
     lora_alpha: int = HfArg(default=16, help="Scale of LoRA.")
@@ -74,6 +77,14 @@ class VokenTrainingArguments(LiquidTrainingArguments):
     lr_scheduler_type: str = HfArg(default="linear", help="cosine, constant, ...")
     warmup_steps: float = HfArg(default=1000, help="Steps to the peak.")
     total_batch_size: int = HfArg(default=48, help="Records in each step, of all processes and accumulated.")
+    hub_strategy: str = HfArg(default="end", help="Must stay end: what is pushed is the whole pipeline.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.push_to_hub and (self.hub_strategy != "end" or getattr(self, "hub_revision", None)):
+            raise ValueError(
+                "What is pushed is the whole pipeline, at the end: leave out hub_strategy and hub_revision."
+            )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -98,6 +109,8 @@ def main(argv: Sequence[str]) -> None:
                 model.config.update({name: getattr(own, name) for name in WEIGHTS})
                 pipe.register_modules(model=model)
                 pipe.save_pretrained(args.output_dir)
+                if args.push_to_hub:
+                    pipe.push_to_hub(trainer.hub_model_id, private=args.hub_private_repo, token=args.hub_token)
         except Exception:
             traceback.print_exc()  # the command line prints one line alone
             raise
@@ -124,6 +137,7 @@ def build_voken_trainer(
         for record in load_voken_records(path, processor.tokenizer, arguments.image_folder):
             is_story = record.get("kind") == "story"
             records += story_samples(record, arguments.story_tasks) if is_story else [record]
+    records = [record | {"index": index} for index, record in enumerate(records)]
     pipe = InterleavedVokenPipeline.from_pretrained(arguments.model, torch_dtype=getattr(torch, arguments.dtype))
     model = pipe.model
     for name in WEIGHTS:
@@ -134,6 +148,7 @@ def build_voken_trainer(
         processor,
         model.image_decoder if model.config.image_loss_weight else None,
         captions=arguments.stage == 1 and model.config.caption_loss_weight > 0,
+        seed=args.seed,
         **{
             name: getattr(arguments, name) for name in ("voken_labels", "story_tasks", "flip_probability", "max_length")
         },
@@ -143,8 +158,16 @@ def build_voken_trainer(
     lora = {name: getattr(arguments, name) for name in ("lora_alpha", "lora_dropout")} | {"r": arguments.lora_r}
     lora |= {"target_modules": arguments.target_modules} if arguments.target_modules else {}
     config = voken_stage1_config(model) if arguments.stage == 1 else voken_lora_config(model, **lora)
+    adapted = get_peft_model(model, config)
+    weights = [
+        (name.replace("modules_to_save.default.", ""), one) for name, one in model.feature_mapper.named_parameters()
+    ]
+    for part in arguments.frozen_mapper_parts:
+        frozen = [one.requires_grad_(False) for name, one in weights if f"{name}.".startswith(f"{part}.")]
+        if not frozen:
+            raise ValueError(f"The mapper has no {part} that could be frozen: see frozen_mapper_parts.")
     trainer = VokenTrainer(
-        model=get_peft_model(model, config),
+        model=adapted,
         args=args,
         data_collator=collator,
         train_dataset=records,

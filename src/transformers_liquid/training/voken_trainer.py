@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..data.voken_collator import VokenDataCollator
 from ..models.voken.image_decoder import COMPONENTS
 from ..models.voken.modeling_voken import VokenForConditionalGeneration
 from ..pipelines.interleaved_voken import InterleavedVokenPipeline
-from .trainer import PreviewCallback, WholeTrainer
+from .trainer import EpochCallback, PreviewCallback, WholeTrainer
 
 
 # What a loss is made of, each a mean: over labels, over pictures, over pictures with captions. The last one is no loss: a
@@ -53,6 +54,8 @@ class VokenTrainer(WholeTrainer):
             parts = [part for name, part in model.named_modules() if "lora_" not in name]  # has a dropout of its own
             self._frozen = [part for part in parts if not any(one.requires_grad for one in part.parameters())]
         self._totals: list[int] = []
+        if isinstance(self.data_collator, VokenDataCollator):
+            self.add_callback(EpochCallback(self.data_collator))
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """As in the Trainer; counts what the losses of the whole step are means over, on all processes."""

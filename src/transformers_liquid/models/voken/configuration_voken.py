@@ -44,6 +44,7 @@ class VokenConfig(PreTrainedConfig):
         snr_gamma (`float`, *optional*, defaults to 5.0): Min-SNR weighting (arXiv 2303.09556) of the loss of noise, which
             the reference has and the paper does not mention; `None` is the plain mean.
         image_decoder (`str`, *optional*): Name or path of the diffusers repository that the conditions are for.
+        image_decoder_revision (`str`, *optional*): Which of its revisions on the Hub. Defaults to the newest.
 
     Raises:
         ValueError: If ids are not distinct, outside of the vocabulary or the base's placeholder of pictures, or sizes are
@@ -82,6 +83,7 @@ class VokenConfig(PreTrainedConfig):
     unconditional_probability: float = 0.1
     snr_gamma: float | None = 5.0
     image_decoder: str | None = None
+    image_decoder_revision: str | None = None
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):

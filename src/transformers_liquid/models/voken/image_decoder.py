@@ -17,6 +17,8 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from ..liquid.reference import hub_arguments
+
 
 # The denoisers that are known, and the pipelines that draw with them.
 PIPELINES = {
@@ -118,9 +120,9 @@ class VokenImageDecoder:
 
         Args:
             name (`str`): Name or path of the repository.
-            kwargs: As in diffusers' `from_pretrained`, such as `torch_dtype`.
+            kwargs: As in diffusers' `from_pretrained`, such as `torch_dtype` and `revision`.
         """
-        index = diffusers.DiffusionPipeline.load_config(name)
+        index = diffusers.DiffusionPipeline.load_config(name, **hub_arguments(kwargs))
         unused = {part: None for part in ("model", "processor", "safety_checker") if part in index}
         return cls.from_components(**diffusers.DiffusionPipeline.from_pretrained(name, **unused, **kwargs).components)
 

@@ -148,7 +148,7 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         if (size := self.get_output_embeddings().in_features) != config.state_size:
             raise ValueError(f"The base's head reads states of {size}, but state_size={config.state_size}.")
         self.feature_mapper = VokenFeatureMapper(config)
-        self.__dict__["_image_decoder"] = None
+        self.__dict__ |= {"_image_decoder": None, "_where": {}}
         self.post_init()
 
     @classmethod
@@ -163,8 +163,10 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         load = functools.partial(super().from_pretrained, pretrained_model_name_or_path, *model_args)
         name = str(pretrained_model_name_or_path)
         model, info = load_whole(load, name, output_loading_info=wants_info, **found)
+        model.__dict__["_where"] = {key: kwargs.get(key) for key in ("cache_dir", "local_files_only", "token")}
         if found is not kwargs:
-            model.config.image_decoder = name
+            model.config.update({"image_decoder": name, "image_decoder_revision": kwargs.get("revision")})
+            model._where["variant"] = kwargs.get("variant")
         return (model, info) if wants_info else model
 
     @property
@@ -211,7 +213,8 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
                     "This model has no image decoder: `model.attach(VokenImageDecoder(pipe))`, or name its diffusers "
                     "repository in `config.image_decoder`."
                 )
-            decoder = VokenImageDecoder.from_pretrained(self.config.image_decoder)
+            where = {"revision": self.config.image_decoder_revision, **self._where}
+            decoder = VokenImageDecoder.from_pretrained(self.config.image_decoder, **where)
             decoder.pipe.to(self.device, None if self.dtype == torch.float32 else self.dtype)
             self.attach(decoder)
         return self._image_decoder

@@ -19,6 +19,8 @@ from ..liquid.reference import HUB_ARGUMENTS, hub_arguments
 from .repository import part_of
 
 
+# With a dot, since diffusers takes names apart at it where it looks for variants of weights.
+BASE_FOLDER = "base.processor"
 # For bases without a chat template: what the messages say, and nothing around it.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"
@@ -124,9 +126,9 @@ class VokenProcessor(ProcessorMixin):
         return {**message, "content": "".join(part["text"] for part in message["content"])}
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Saves the base's processor in `base/`, and beside it which ids are vokens."""
+        """Saves the base's processor in a folder, and beside it which ids are vokens."""
         folder = Path(save_directory)
-        self.base.save_pretrained(folder / "base")
+        self.base.save_pretrained(folder / BASE_FOLDER)
         config = {"processor_class": "VokenProcessor", "voken_token_ids": self.voken_token_ids}
         config |= {"chat_template": self.chat_template, "is_tokenizer": self.base is self.tokenizer}
         write_json(folder / PROCESSOR_NAME, config)
@@ -139,13 +141,14 @@ class VokenProcessor(ProcessorMixin):
         where = hub_arguments(part_of(pretrained_model_name_or_path, "processor", kwargs))
         folder, root = where.pop("subfolder", ""), pretrained_model_name_or_path
         if not os.path.isdir(root):  # transformers finds no tokenizer in a folder within a folder of the Hub
-            files = [f"{folder}/{name}".lstrip("/") for name in (PROCESSOR_NAME, "base/*")]
+            files = [f"{folder}/{name}".lstrip("/") for name in (PROCESSOR_NAME, "base*/*")]
             root = snapshot_download(root, allow_patterns=files, **where)
         folder = Path(root, folder)
         config = read_json(folder / PROCESSOR_NAME)
         check_keys(str(folder / PROCESSOR_NAME), config, ("voken_token_ids", "chat_template", "is_tokenizer"))
         kwargs = {name: one for name, one in kwargs.items() if name not in HUB_ARGUMENTS}
-        base = (AutoTokenizer if config["is_tokenizer"] else AutoProcessor).from_pretrained(folder / "base", **kwargs)
+        base = max(folder.glob("base*"), default=folder / BASE_FOLDER)  # once, it was `base`
+        base = (AutoTokenizer if config["is_tokenizer"] else AutoProcessor).from_pretrained(base, **kwargs)
         return cls(base, config["voken_token_ids"], config["chat_template"])
 
     # Outputs
