@@ -81,12 +81,6 @@ def test_a_text_is_learned_alone(processor):
     assert sequence == [*ids("\n"), *ids("red"), EOS] and labels == [NONE, *ids("red"), EOS]
 
 
-def test_of_vokens_the_first_alone_is_learned_if_asked_for(processor):
-    record = {"kind": "text_to_image", "text": "red", "image": picture(RED)}
-    _, labels, _ = of_one(VokenDataCollator(processor, voken_labels="first"), record)
-    assert labels == [NONE, NONE, NONE, VOKENS[0], *[NONE] * 7, EOS]
-
-
 def test_every_scene_of_a_story_is_drawn_told_and_both(processor, decoder):
     batch = VokenDataCollator(processor, decoder, captions=True)([STORY])
     before = [*ids("a cat."), *READ]
@@ -298,12 +292,10 @@ def test_a_run_is_never_cut(processor):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"voken_labels": "some"}, "voken_labels must be 'all' or 'first'"),
         ({"story_tasks": ()}, "story_tasks must be some of"),
         ({"story_tasks": ("image", "sound")}, "story_tasks must be some of image, multimodal, text"),
         ({"flip_probability": 1.5}, "flip_probability must be from 0 to 1"),
         ({"latents": {}, "flip_probability": 0.5}, "Cached latents are of one size and not mirrored"),
-        ({"height": 15}, "Height and width must be multiples of 2, got pictures of 15 x 16"),
     ],
 )
 def test_options_that_cannot_be_met_are_refused(options, message, processor, decoder):

@@ -23,6 +23,10 @@ Device = Annotated[str | None, Option(help="Such as cpu or cuda:1; an accelerato
 DType = Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option(help="Of the weights.")]
 Seed = Annotated[int | None, Option(min=0, max=2**32 - 1, help="The same seed gives the same result.")]
 MaxNewTokens = Annotated[int, Option(min=1, help="Longest answer.")]
+TrainingFile = Annotated[
+    Path | None, Option("--config", help="A YAML file with any of the options; the command line wins.")
+]
+HelpAll = Annotated[bool, Option("--help-all", help="Show every option with its default, the Trainer's too, and exit.")]
 NewFolder = Annotated[Path, Option(help="A new folder.")]
 Framing = Annotated[
     Literal["crop", "pad"],

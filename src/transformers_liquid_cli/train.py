@@ -1,17 +1,14 @@
 """`transformers-liquid train`"""
 
-from pathlib import Path
-from typing import Annotated
+from typer import Context
 
-from typer import Context, Option
+from . import options
 
 
 def train(
     context: Context,
-    config: Annotated[Path | None, Option(help="A YAML file with any of the options; the command line wins.")] = None,
-    help_all: Annotated[
-        bool, Option("--help-all", help="Show every option with its default, the Trainer's too, and exit.")
-    ] = False,
+    config: options.TrainingFile = None,
+    help_all: options.HelpAll = False,
 ) -> None:
     """Trains a model on text and image codes. The same command again continues a stopped run.
 

@@ -61,10 +61,8 @@ def add(
 @voken_app.command(context_settings=options.TRAINER_CONTEXT)
 def train(
     context: Context,
-    config: Annotated[Path | None, Option(help="A YAML file with any of the options; the command line wins.")] = None,
-    help_all: Annotated[
-        bool, Option("--help-all", help="Show every option with its default, the Trainer's too, and exit.")
-    ] = False,
+    config: options.TrainingFile = None,
+    help_all: options.HelpAll = False,
 ) -> None:
     """Trains a stage. The same command again continues a stopped run.
 

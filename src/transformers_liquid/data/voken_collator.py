@@ -57,12 +57,9 @@ class VokenDataCollator:
             it there are no target pictures, for training with captions alone (`image_loss_weight=0`).
         captions (`bool`, defaults to `False`): Whether to give captions, for the caption loss of stage 1: every picture to
             draw needs one. It is the text of a pair or a scene; a conversation has `captions`.
-        voken_labels (`"all"` or `"first"`, defaults to `"all"`): Whether all vokens are learned, as in MiniGPT-5, or the
-            first alone: in generation the others follow from it.
         story_tasks (sequence of `str`): What is learned of each scene, of `"image"`, `"multimodal"`, `"text"`. The last
             two begin with the second scene.
         latents (mapping, *optional*): Latents `(C, h, w)` of pictures to draw by their paths, from [`cache_latents`].
-        height, width (`int`, *optional*): Of pictures to draw, in pixels. Default to the decoder's.
         flip_probability (`float`, defaults to 0.0): How often all pictures of a record are mirrored, those read and those
             drawn alike. With an `"index"` (int) that depends on it, the seed and the epoch that `set_epoch` announces.
         seed (`int`, defaults to 0): See there.
@@ -80,11 +77,8 @@ class VokenDataCollator:
     processor: VokenProcessor
     decoder: VokenImageDecoder | None = None
     captions: bool = False
-    voken_labels: str = "all"
     story_tasks: Sequence[str] = tuple(STORY_PROMPTS)
     latents: Mapping[str, torch.Tensor] | None = None
-    height: int | None = None
-    width: int | None = None
     flip_probability: float = 0.0
     seed: int = 0
     max_length: int | None = None
@@ -93,17 +87,12 @@ class VokenDataCollator:
 
     def __post_init__(self):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        if self.voken_labels not in ("all", "first"):
-            raise ValueError(f"voken_labels must be 'all' or 'first', got {self.voken_labels!r}.")
         if not self.story_tasks or not {*self.story_tasks} <= STORY_PROMPTS.keys():
             raise ValueError(f"story_tasks must be some of {', '.join(STORY_PROMPTS)}, got {self.story_tasks!r}.")
         if not 0 <= self.flip_probability <= 1:
             raise ValueError(f"flip_probability must be from 0 to 1, got {self.flip_probability}.")
         if self.latents is not None and (self.decoder is None or self.flip_probability):
             raise ValueError("Cached latents are of one size and not mirrored: give the decoder, and no flips.")
-        if self.decoder is not None:
-            shape, factor = self.decoder.latent_shape(self.height, self.width), self.decoder.pipe.vae_scale_factor
-            self.latent_shape, self.size = shape, (shape[2] * factor, shape[1] * factor)
         # What ends a turn, as the template writes it.
         turns = _conversation([_text("\0")], [_text("\0")], [])["messages"]
         tokenizer = self.processor.tokenizer
@@ -138,10 +127,10 @@ class VokenDataCollator:
         masks, rows = batch.pop("attention_mask").bool(), []
         prompts = {name: batch.pop(name).long() for name, one in [*batch.items()] if one.shape == masks.shape}
         for index, (mask, target) in enumerate(zip(masks, targets, strict=True)):
-            ids, labels = self._target(target)
+            ids = self._target(target)
             row = {name: nn.functional.pad(one[index, mask], (0, len(ids))) for name, one in prompts.items()}
             row["input_ids"][-len(ids) :] = ids
-            row["labels"] = nn.functional.pad(labels, (int(mask.sum()), 0), value=IGNORE_INDEX)
+            row["labels"] = nn.functional.pad(ids, (int(mask.sum()), 0), value=IGNORE_INDEX)
             row["labels"][0] = IGNORE_INDEX  # nothing predicts it
             row["attention_mask"] = torch.ones_like(row["labels"])
             if self.max_length is not None and len(row["labels"]) > self.max_length:
@@ -158,7 +147,7 @@ class VokenDataCollator:
         if drawn and self.latents is not None:
             batch["target_latents"] = torch.stack([self._cached(picture) for picture in drawn])
         elif drawn and self.decoder is not None:
-            batch["target_pixel_values"] = torch.stack([drawing_pixels(picture, self.size) for picture in drawn])
+            batch["target_pixel_values"] = torch.stack([drawing_pixels(one, self.decoder.size) for one in drawn])
         return batch
 
     def set_epoch(self, epoch: int) -> None:
@@ -215,30 +204,28 @@ class VokenDataCollator:
             )
         return [(turns, list(captions) if number else [])]
 
-    def _target(self, parts: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and labels of what is learned."""
-        ids, labels = [], []
+    def _target(self, parts: list[dict[str, Any]]) -> torch.Tensor:
+        """Ids of what is learned."""
+        ids: list[int] = []
         vokens, tokenizer = self.processor.voken_token_ids, self.processor.tokenizer
         forbidden = {*vokens, *tokenizer.convert_tokens_to_ids([one for one in (self.processor.image_token,) if one])}
         for part in parts:
             if part["type"] == "image":
                 ids += vokens
-                labels += vokens if self.voken_labels == "all" else [vokens[0], *[IGNORE_INDEX] * (len(vokens) - 1)]
                 continue
             words = tokenizer(part["text"], add_special_tokens=False).input_ids
             if found := forbidden.intersection(words):
                 tokens = tokenizer.convert_ids_to_tokens(sorted(found))
                 raise ValueError(f"A text to learn has {', '.join(tokens)}, which stands for pictures: remove it.")
             ids += words
-            labels += words
-        return torch.tensor(ids + self.end_ids), torch.tensor(labels + self.end_ids)
+        return torch.tensor(ids + self.end_ids)
 
     def _cached(self, picture: Any) -> torch.Tensor:
-        latents = self.latents.get(str(picture))
-        if latents is None or latents.shape != self.latent_shape:
+        latents, expected = self.latents.get(str(picture)), self.decoder.latent_shape()
+        if latents is None or latents.shape != expected:
             raise ValueError(
-                f"Cached latents of {picture} have the shape {getattr(latents, 'shape', None)}, expected {self.latent_shape}: "
-                "make them with `cache_latents` for this decoder and size, of pictures that are given by their paths."
+                f"Cached latents of {picture} have the shape {getattr(latents, 'shape', None)}, expected {expected}: make "
+                "them with `cache_latents` for this decoder, of pictures that are given by their paths."
             )
         return latents
 
@@ -276,26 +263,19 @@ def story_samples(record: Mapping[str, Any], tasks: Sequence[str] = tuple(STORY_
 
 @torch.no_grad()
 def cache_latents(
-    pictures: Sequence[str | Path],
-    decoder: VokenImageDecoder,
-    height: int | None = None,
-    width: int | None = None,
-    batch_size: int = 16,
+    pictures: Sequence[str | Path], decoder: VokenImageDecoder, batch_size: int = 16
 ) -> dict[str, torch.Tensor]:
     """Latents of pictures to draw, by their paths, for [`VokenDataCollator`]: with them no picture is encoded in training.
 
     Args:
         pictures (sequence of paths): The pictures.
         decoder ([`VokenImageDecoder`]): Whose VAE encodes them.
-        height, width (`int`, *optional*): As in the collator.
         batch_size (`int`, defaults to 16): How many are encoded at once.
     """
-    factor, (_, *sides) = decoder.pipe.vae_scale_factor, decoder.latent_shape(height, width)
-    paths, size = list(dict.fromkeys(map(str, pictures))), (sides[1] * factor, sides[0] * factor)
-    latents = {}
+    paths, latents = list(dict.fromkeys(map(str, pictures))), {}
     for start in range(0, len(paths), batch_size):
         some = paths[start : start + batch_size]
-        pixels = torch.stack([drawing_pixels(to_rgb(path), size) for path in some])
+        pixels = torch.stack([drawing_pixels(to_rgb(path), decoder.size) for path in some])
         latents |= zip(some, decoder.encode(pixels).cpu(), strict=True)
     return latents
 

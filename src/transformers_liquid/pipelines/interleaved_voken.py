@@ -157,10 +157,9 @@ class InterleavedVokenPipeline(DiffusionPipeline):
         if (padded == vokens[0]).any():
             condition, rows = self.model.conditions(torch.cat([prompts, padded], 1), prompts.shape[1], **inputs)
             rows = rows.tolist()
-            generators = None
-            if seed is not None:
-                seeds = [picture_seed(seed + row, rows[:index].count(row)) for index, row in enumerate(rows)]
-                generators = [torch.Generator().manual_seed(one) for one in seeds]
+            seeded = [] if seed is None else enumerate(rows)
+            seeds = [picture_seed(seed + row, rows[:index].count(row)) for index, row in seeded]
+            generators = [torch.Generator().manual_seed(one) for one in seeds] or None
             for start in range(0, len(rows), batch_size or len(rows)):
                 part = slice(start, start + (batch_size or len(rows)))
                 some = VokenCondition(**{name: one[part] for name, one in condition.items()})
@@ -324,16 +323,8 @@ def _conversations(prompt: Any, images: Any) -> list[list[dict[str, Any]]]:
         images = [[]] * len(prompt) if images is None else images
         if not is_column(images) or len(images) != len(prompt):
             raise ValueError(f"images must be a list of pictures for each of the {len(prompt)} prompts.")
-        pairs = zip(prompt, images, strict=True)
-        return [
-            [
-                {
-                    "role": "user",
-                    "content": [*({"type": "image", "image": image} for image in flatten_images(own)), _part(one)],
-                }
-            ]
-            for one, own in pairs
-        ]
+        shown = [[{"type": "image", "image": image} for image in flatten_images(own)] for own in images]
+        return [[{"role": "user", "content": [*own, _part(one)]}] for own, one in zip(shown, prompt, strict=True)]
     conversations = [prompt] if isinstance(prompt[0], Mapping) else prompt
     if images is not None:
         raise ValueError("Pictures of messages belong in their content: {'type': 'image', 'image': picture}.")

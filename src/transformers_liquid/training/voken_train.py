@@ -55,7 +55,6 @@ class VokenArguments:
     image_loss_weight: float | None = HfArg(default=None, help="0 needs no diffusion model in a step.")
     caption_loss_weight: float | None = HfArg(default=None, help="In stage 1.")
     story_tasks: list[str] = HfArg(default_factory=lambda: list(STORY_PROMPTS), help="Of image, multimodal, text.")
-    voken_labels: Literal["all", "first"] = HfArg(default="all", help="Which vokens are learned.")
     flip_probability: float = HfArg(default=0.0, help="How often the pictures of a record are mirrored.")
     frozen_mapper_parts: list[str] = HfArg(
         default_factory=list, help="Of the mapper, what does not learn, such as query or encoder_decoder.encoder."
@@ -149,9 +148,7 @@ def build_voken_trainer(
         model.image_decoder if model.config.image_loss_weight else None,
         captions=arguments.stage == 1 and model.config.caption_loss_weight > 0,
         seed=args.seed,
-        **{
-            name: getattr(arguments, name) for name in ("voken_labels", "story_tasks", "flip_probability", "max_length")
-        },
+        **{name: getattr(arguments, name) for name in ("story_tasks", "flip_probability", "max_length")},
     )
     for record in records:
         collator.samples(record)

@@ -74,11 +74,8 @@ class VokenImageDecoder:
             raise ValueError(f"{type(pipe).__name__} draws from more than texts: pass a {PIPELINES[self.family]}.")
         for part in (self.denoiser, pipe.vae):
             # diffusers leaves weights that it does not find without data, as offloading leaves others.
-            loaded = {name: one for name, one in part.named_modules() if not hasattr(one, "_hf_hook")}
-            weights = {
-                f"{name}.{own}": one for name in loaded for own, one in loaded[name].named_parameters(recurse=False)
-            }
-            if missing := [name for name, one in weights.items() if one.is_meta]:
+            missing = [name for name, one in part.named_parameters() if one.is_meta]
+            if missing and not any(hasattr(one, "_hf_hook") for one in part.modules()):
                 raise ValueError(f"{type(part).__name__} lacks {len(missing)} weights: {', '.join(missing[:10])}.")
         channels = self.denoiser.config.in_channels, pipe.vae.config.latent_channels
         if channels[0] != channels[1]:
@@ -150,6 +147,12 @@ class VokenImageDecoder:
             return 300
         tokenizer = self.pipe.components.get("tokenizer")
         return 77 if tokenizer is None else tokenizer.model_max_length
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the pictures that the denoiser was made for."""
+        _, height, width = (side * self.pipe.vae_scale_factor for side in self.latent_shape())
+        return width, height
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """Shape of the latents of a picture of so many pixels, by default of the denoiser's own size.
