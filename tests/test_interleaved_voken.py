@@ -450,7 +450,19 @@ def test_sizes_come_from_the_pipeline():
         ((7,), "A prompt is a text"),
         (([],), "A prompt is a text"),
         ((["a", "b"], [RED]), "a list of pictures for each of the 2 prompts"),
-        (([{"content": "a"}],), "with 'role' and 'content'"),
+        (([{"content": "a"}],), "A message must have a 'role', such as user, and a 'content'"),
+        ((["a", None],), "A message must have a 'role'"),
+        (
+            ([{"role": "user", "content": None}],),
+            "The content of a message must be a string or a list of parts, got None",
+        ),
+        (
+            ([{"role": "user", "content": [{"text": "a"}]}],),
+            "A part of a message must be of type text or image, got {'text': 'a'}",
+        ),
+        (([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],), "must be of type text or image"),
+        (([{"role": "user", "content": [{"type": "image"}]}],), "An image is given as 'image', 'url', 'path'"),
+        (("a cat", None, {"guidance_scale": float("nan")}), "guidance_scale must be a number, got nan"),
         (([{"role": "user", "content": "a"}], [RED]), "belong in their content"),
     ],
 )
@@ -470,6 +482,34 @@ def test_pictures_and_their_places_are_as_many():
         processor(text=["<image>a", "<image>b"], images=[[RED, BLUE], []])
     with pytest.raises(ValueError, match="has no tokens for all vokens"):
         VokenProcessor(tiny_tokenizer(), [1, 9999])
+
+
+@pytest.mark.parametrize("setting", [{"seed": 1.5}, {"batch_size": 1.5}, {"num_images": 1.5}, {"guidance_scale": "7"}])
+def test_settings_of_another_type_are_refused_before_any_work(setting):
+    pipe = tiny_voken_pipeline()
+    pipe.model.get_input_embeddings().register_forward_pre_hook(lambda *_: pytest.fail("there was work"))
+    with pytest.raises(TypeError):
+        pipe("a cat", **{**FAST, **setting})
+
+
+def test_prompts_are_texts():
+    for text in (None, [], 7, [None]):
+        with pytest.raises(ValueError, match="Prompts are a text or a list of texts, got"):
+            tiny_voken_pipeline().processor(text=text)
+
+
+def test_parts_that_are_not_of_one_pipeline_are_refused(tmp_path):
+    pipe = tiny_voken_pipeline()
+    for name in ("vae", "scheduler"):
+        with pytest.raises(ValueError, match=f"A pipeline that draws has a {name}, which these parts lack"):
+            InterleavedVokenPipeline(**{**pipe.components, name: None})
+    with pytest.raises(ValueError, match="Model and processor are not of one pipeline"):
+        processor = VokenProcessor(pipe.processor.base, VOKENS[::-1])
+        InterleavedVokenPipeline(**{**pipe.components, "processor": processor})
+    pipe.register_modules(unet=None)
+    with pytest.raises(ValueError, match="a unet or a transformer, these parts have 0"):
+        pipe.save_pretrained(tmp_path)
+    assert not (tmp_path / "model_index.json").exists()
 
 
 def test_a_stream_tells_one_reply_and_a_story_is_a_list():

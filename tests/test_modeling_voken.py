@@ -234,6 +234,9 @@ def test_runs_that_are_not_whole_are_refused():
     ("change", "message"),
     [
         ({"input_ids": None, "inputs_embeds": torch.zeros(1, 11, 32)}, "Labels need input_ids"),
+        ({"labels": None}, "pictures to learn need labels"),
+        ({"labels": torch.tensor([[1, 40]])}, "Labels need input_ids of their shape"),
+        ({"labels": None, "target_pixel_values": None, "captions": ["a"]}, "pictures to learn need labels"),
         ({"captions": "a"}, "captions must be a text for each"),
         ({"target_pixel_values": torch.zeros(1, 4, 16, 16)}, r"must be floats \(N, 3, H, W\)"),
         ({"target_pixel_values": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}, r"must be floats \(N, 3, H, W\)"),
@@ -294,6 +297,7 @@ def test_an_image_decoder_of_another_width_is_refused():
         ({"pooled_condition_dim": 0}, "at least 1"),
         ({"mapper_intermediate_size": -4}, "at least 1"),
         ({"caption_loss_weight": -0.1}, "caption_loss_weight must be at least 0"),
+        ({"text_loss_weight": math.nan}, "text_loss_weight must be at least 0"),
         ({"unconditional_probability": 1.1}, "from 0 to 1"),
         ({"snr_gamma": 0.0}, "snr_gamma above 0"),
         ({"text_config": tiny_base_config("llava"), "voken_token_ids": [3, 4]}, "it is no voken"),

@@ -215,6 +215,20 @@ def test_a_repository_becomes_files_of_minigpt5_or_says_why_not(capsys):
     assert "need --projection" in error_of("voken convert config.json --output files --projection x.pth", capsys)
 
 
+def test_options_of_the_other_stage_are_refused(capsys):
+    command = "voken train --model vokens --datasets pairs.tsv --output-dir out --use-cpu --total-batch-size 8"
+    assert "lora_r has no effect in stage 1" in error_of(f"{command} --lora-r 4", capsys)
+    assert "caption_loss_weight has no effect in stage 2" in error_of(
+        f"{command} --stage 2 --caption-loss-weight 1", capsys
+    )
+
+
+def test_a_diffusion_repository_that_is_none_is_named(capsys):
+    Path("half").mkdir()
+    Path("half/model_index.json").write_text("{}")
+    assert "half is damaged, or not as its configuration says" in error_of("voken story a --model half", capsys)
+
+
 @pytest.mark.parametrize("command", ["train --datasets pairs.tsv --output-dir out", "story once"])
 def test_a_repository_that_is_not_there_is_named(command, capsys):
     assert "There is no 'nowhere' here, nor was it found on the Hub" in error_of(
@@ -267,6 +281,13 @@ def test_of_mmdialog_every_turn_is_learned_after_what_was_said():
     assert records[2]["images"] == ["images/red.png", "images/blue.png"]
 
 
+def test_a_line_of_json_and_a_file_of_windows_are_read():
+    Path("a.jsonl").write_text('{"kind": "text", "text": "one\u2028line"}\n', encoding="utf-8")
+    assert load_voken_records("a.jsonl", tiny_tokenizer())[0]["text"] == "one\u2028line"
+    Path("a.tsv").write_bytes(b"\xef\xbb\xbfcaption\timage_path\r\na\tred.png\r\n")
+    assert load_voken_records("a.tsv", tiny_tokenizer(), "images")[0]["image"] == "images/red.png"
+
+
 READ = '{"type": "image", "image": "x.png"}'
 
 
@@ -285,6 +306,16 @@ READ = '{"type": "image", "image": "x.png"}'
         ("a.jsonl", "7", "A line of a.jsonl lacks"),
         ("a.tsv", "caption\timage_path\na\n", "Line 2 of a.tsv lacks 1 keys that are needed: image_path"),
         ("a_cleaned.json", '{"one": [{"caption": "a"}]}', "A scene lacks 2 keys that are needed: image_id"),
+        ("a_cleaned.json", '{"one": null}', "A scene lacks 3 keys that are needed: caption"),
+        ("a.jsonl", '{"kind": "story", "texts": ["a"], "images": "red.png"}', "are paths, and images a list of these"),
+        (
+            "a.jsonl",
+            '{"kind": "text_to_image", "text": "a", "image": 5}',
+            "are paths, and images a list of these, got 5",
+        ),
+        ("a.jsonl", '{"kind": "story", "texts": ["a", ""], "images": ["red.png", "red.png"]}', "not empty, got ''"),
+        ("a.jsonl", '{"conversation": [{"turn": "hi"}]}', "A turn is a list of {'__TEXT__': ...}"),
+        ("a.jsonl", '{"conversation": null}', "A turn lacks 1 keys"),
     ],
 )
 def test_files_that_are_not_as_they_should_be_are_one_line(name, content, message, capsys):

@@ -254,12 +254,14 @@ def test_cached_latents_are_those_of_the_pictures(processor, decoder, tmp_path):
         ({"kind": "conversation", "messages": [{"role": "user", "content": "a"}]}, "the assistant's, got .*'user'"),
         (
             {"kind": "conversation", "messages": [{"role": "assistant"}]},
-            "A message lacks 1 keys that are needed: content",
+            "The content of a message must be a string or a list of parts, got None",
         ),
-        ({"kind": "conversation", "messages": "a"}, "A message lacks"),
+        ({"kind": "conversation", "messages": "a"}, "A message must have a 'role'"),
+        ({"kind": "conversation", "messages": [1]}, "A message must have a 'role'"),
+        (STORY | {"texts": ["a", " "]}, "The texts of a story are strings and not empty, got ' '"),
         (
             {"kind": "conversation", "messages": [{"role": "assistant", "content": [{"type": "video"}]}]},
-            "A part of a message is .* got {'type': 'video'}",
+            "A part of a message must be of type text or image, got {'type': 'video'}",
         ),
         ({"kind": "text_to_image", "text": "a", "image": picture(RED), "captions": "b"}, "needed is a text each"),
         ({"kind": "text_to_image", "text": "a", "image": picture(RED), "captions": ["b", "c"]}, "with 2 captions"),

@@ -40,7 +40,7 @@ def add(
     from transformers_liquid.models.liquid.reference import check_loading_info, naming
     from transformers_liquid.utils.files import whole_folder
 
-    from .models import silence_libraries
+    from .models import reading, silence_libraries
 
     silence_libraries()
     transformers.set_seed(seed)
@@ -50,7 +50,7 @@ def add(
         model, info = auto_class.from_pretrained(base, dtype=dtype, output_loading_info=True)
         check_loading_info(base, info | {"unexpected_keys": ()})  # such as heads for other tasks
         processor = AutoProcessor.from_pretrained(base)
-    with naming(image_model):
+    with naming(image_model), reading(image_model):
         image_pipeline = DiffusionPipeline.from_pretrained(image_model, torch_dtype=model.dtype)
     pipe = add_vokens(model, processor, image_pipeline, num_vokens, mapper_hidden_size=mapper_hidden_size)
     with whole_folder(output) as place:
@@ -114,15 +114,16 @@ def story(
     from transformers_liquid.models.liquid.reference import naming
     from transformers_liquid.utils.files import whole, write_text
 
-    from .models import find_device, silence_libraries
+    from .models import find_device, reading, silence_libraries
 
     silence_libraries()
     if missing := [one for one in prompt if PICTURE.fullmatch(one) and not os.path.isfile(one)]:
         raise ValueError(f"No file of these names, which are those of pictures: {', '.join(missing)}.")
     parts = [load_image(one) if os.path.isfile(one) else one for one in prompt]
-    with naming(model):
+    with naming(model), reading(model):
         kwargs = {} if dtype == "auto" else {"torch_dtype": getattr(torch, dtype)}
         pipe = InterleavedVokenPipeline.from_pretrained(model, **kwargs).to(find_device(device))
+    pipe.set_progress_bar_config(disable=None)  # on a terminal alone
     drawing = {"guidance_scale": guidance_scale, "num_inference_steps": steps, "num_images": num_images}
     out = pipe.story(parts, scenes=scenes, seed=seed, max_new_tokens=max_new_tokens, **drawing)
     written, number = " ".join(one for one in parts if isinstance(one, str)), 0
@@ -167,6 +168,7 @@ def convert(
         load_minigpt5,
         save_minigpt5,
     )
+    from transformers_liquid.models.liquid.reference import naming
     from transformers_liquid.models.voken.image_decoder import COMPONENTS
     from transformers_liquid.utils.files import whole_folder
 
@@ -174,7 +176,8 @@ def convert(
 
     silence_libraries()
     if not is_file:
-        loaded = VokenForConditionalGeneration.from_pretrained(model, dtype=dtype)
+        with naming(model):
+            loaded = VokenForConditionalGeneration.from_pretrained(model, dtype=dtype)
         with whole_folder(output) as place:
             save_minigpt5(loaded, place)
         print(f"{output}: what stage 1 trained of {model}, as a file of MiniGPT-5. Merged LoRA is not in it.")

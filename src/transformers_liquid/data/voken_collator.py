@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..models.liquid.image_processing_liquid import to_rgb
+from ..models.liquid.prompts import parts_of
 from ..models.voken.image_decoder import VokenImageDecoder
 from ..models.voken.processing_voken import VokenProcessor
 from ..models.voken.prompts import CAPTION_PROMPT, STORY_PROMPTS
 from ..ops.chunked_loss import IGNORE_INDEX
-from ..utils.files import check_keys
 from .records import required_field
 
 
@@ -176,16 +176,9 @@ class VokenDataCollator:
             }
             record = _conversation(*turns[kind], record.get("captions") or [record["text"]])
 
-        turns, images = [], list(record.get("images") or ())
-        for message in record["messages"]:
-            check_keys("A message", message, ("role", "content"))
-            content = message["content"]
-            parts = [_text(content)] if isinstance(content, str) else [dict(part) for part in content]
-            turns.append({"role": message["role"], "content": parts})
+        images = list(record.get("images") or ())
+        turns = [dict(message, content=parts_of(message)) for message in record["messages"]]
         parts = [part for turn in turns for part in turn["content"]]
-        for part in parts:
-            if part.get("type") != "image" and not (part.get("type") == "text" and isinstance(part.get("text"), str)):
-                raise ValueError(f"A part of a message is {{'type': 'text', 'text': ...}} or an image, got {part!r}.")
         places = [part for part in parts if part["type"] == "image" and not part.get("image")]
         if len(places) != len(images):
             raise ValueError(f"Messages have {len(places)} places for pictures, but there are {len(images)} images.")
@@ -245,6 +238,8 @@ def story_samples(record: Mapping[str, Any], tasks: Sequence[str] = tuple(STORY_
         raise ValueError(
             f"A story has lists: a picture for each text, got {len(texts)} texts and {len(images)} images."
         )
+    if bad := [text for text in texts if not (isinstance(text, str) and text.strip())]:
+        raise ValueError(f"The texts of a story are strings and not empty, got {bad[0]!r}.")
     samples, before = [], []
     for text, image in zip(texts, images, strict=True):
         for task in tasks:

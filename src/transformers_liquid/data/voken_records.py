@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +44,7 @@ def load_voken_records(
         places = read_json(path.with_name(path.name.replace("_cleaned", "_image_mapping")))
         records = [_vist(scenes, places) for scenes in read_json(path).values()]
     elif path.suffix == ".jsonl":
-        lines = [parse_json(line, path) for line in read_text(path).splitlines() if line.strip()]
+        lines = [parse_json(line, path) for line in read_text(path).split("\n") if line.strip()]
         records = []
         for line in lines:
             if isinstance(line, dict) and "conversation" in line:
@@ -54,16 +55,22 @@ def load_voken_records(
     else:
         raise ValueError(f"{path} must be a .tsv of CC3M, a _cleaned.json of VIST, or .jsonl (MMDialog, records).")
     missing = []
+
+    def find(image: Any) -> str:
+        if not isinstance(image, str):
+            raise ValueError(f"Pictures in {path} are paths, and images a list of these, got {image!r}.")
+        place = folder / image
+        missing.extend([] if place.is_file() else [str(place)])
+        return str(place)
+
     for record in records:
-        contents = [message.get("content") for message in record.get("messages", ()) if isinstance(message, dict)]
+        contents = [message.get("content") for message in record.get("messages") or () if isinstance(message, dict)]
         parts = [part for content in contents if isinstance(content, list) for part in content]
-        paths = [Path(folder, image) for image in record.get("images", ())]
-        record |= {"images": [*map(str, paths)]} if paths else {}
+        if images := record.get("images"):
+            record["images"] = [find(one) for one in (images if isinstance(images, list) else [[images]])]
         for one in (record, *parts):
             if isinstance(one, dict) and one.get("image"):
-                paths.append(folder / one["image"])
-                one["image"] = str(paths[-1])
-        missing += [str(path) for path in paths if not path.is_file()]
+                one["image"] = find(one["image"])
     if missing or not records:
         number = f"{len(missing)} of their pictures are not there"
         raise ValueError(f"{path} has {len(records)} records, and {number}: {missing[:3]}.")
@@ -71,30 +78,36 @@ def load_voken_records(
 
 
 def _cc3m(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        for index, row in enumerate(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)):
-            given = {name: value for name, value in row.items() if value}
-            check_keys(f"Line {index + 2} of {path}", given, required=("caption", "image_path"))
-            text = " ".join(re.sub(r"[.!\"()*#:;~]", " ", row["caption"].lower()).split())
-            yield {"kind": "text_to_image", "text": text, "image": row["image_path"]}
-            if index % 100 == 0:
-                order = ORDER_PROMPTS[index // 100 % len(ORDER_PROMPTS)].format(text)
-                yield {"kind": "text_to_image", "text": order, "image": row["image_path"], "captions": [text]}
+    rows = csv.DictReader(io.StringIO(read_text(path)), delimiter="\t", quoting=csv.QUOTE_NONE)
+    for index, row in enumerate(rows):
+        given = {name: value for name, value in row.items() if value}
+        check_keys(f"Line {index + 2} of {path}", given, required=("caption", "image_path"))
+        text = " ".join(re.sub(r"[.!\"()*#:;~]", " ", row["caption"].lower()).split())
+        yield {"kind": "text_to_image", "text": text, "image": row["image_path"]}
+        if index % 100 == 0:
+            order = ORDER_PROMPTS[index // 100 % len(ORDER_PROMPTS)].format(text)
+            yield {"kind": "text_to_image", "text": order, "image": row["image_path"], "captions": [text]}
 
 
 def _vist(scenes: list[dict[str, Any]], places: dict[str, str]) -> dict[str, Any]:
-    for scene in scenes:
+    for scene in scenes if isinstance(scenes, list) else [scenes]:
         check_keys("A scene", scene, ("caption", "image_id", "sequence_index"))
-    scenes = sorted(scenes, key=lambda scene: scene["sequence_index"])
-    check_keys("The mapping of pictures", places, required=[scene["image_id"] for scene in scenes])
-    images = [places[scene["image_id"]] for scene in scenes]
+    scenes = sorted(scenes, key=lambda scene: int(scene["sequence_index"]))
+    ids = [str(scene["image_id"]) for scene in scenes]  # as JSON has them in a mapping
+    check_keys("The mapping of pictures", places, required=ids)
+    images = [places[one] for one in ids]
     return {"kind": "story", "texts": [scene["caption"] for scene in scenes], "images": images}
 
 
 def _mmdialog(conversation: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
     turns: list[tuple[str, list[str]]] = []
-    for turn in conversation:
+    for turn in conversation if isinstance(conversation, list) else [conversation]:
         check_keys("A turn", turn, ("turn",))
+        for part in turn["turn"] if isinstance(turn["turn"], list) else [turn["turn"]]:
+            if not isinstance(part, dict) or not all(isinstance(one, str) for one in part.values()):
+                raise ValueError(
+                    f"A turn is a list of {{'__TEXT__': ...}} and {{'__MEDIA__': ...}}, got {part!r} in it."
+                )
         text = " ".join(part["__TEXT__"] for part in turn["turn"] if "__TEXT__" in part)
         if len(tokenizer(text, add_special_tokens=False).input_ids) > 50:
             break

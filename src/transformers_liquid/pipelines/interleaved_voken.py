@@ -20,6 +20,7 @@ from ..generation.sampling import picture_seed
 from ..models import voken
 from ..models.liquid.image_processing_liquid import flatten_images, is_column
 from ..models.liquid.model_card import write_card
+from ..models.liquid.prompts import images_in, parts_of
 from ..models.voken.generation_voken import eos_token_ids, finished, segments
 from ..models.voken.image_decoder import COMPONENTS, TEXT_ENCODERS, VokenCondition, VokenImageDecoder
 from ..models.voken.prompts import STORY_PROMPTS
@@ -126,7 +127,10 @@ class InterleavedVokenPipeline(DiffusionPipeline):
         drawing = {name: kwargs.pop(name) for name in kwargs.keys() & decoder.settings - {"generator"}}
         settings = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **drawing}
         drawing, seed = decoder.checked(settings), None if seed is None else operator.index(seed)
-        if (batch_size is not None and batch_size < 1) or kwargs.get("num_return_sequences") not in (None, 1):
+        if (batch_size is not None and operator.index(batch_size) < 1) or kwargs.get("num_return_sequences") not in (
+            None,
+            1,
+        ):
             raise ValueError("batch_size must be at least 1, and there is one reply to each prompt.")
         kwargs = {"generation_config": None, "max_new_tokens": max_new_tokens, **kwargs}
         kwargs |= {"return_dict_in_generate": False, "num_return_sequences": 1}
@@ -255,6 +259,7 @@ class InterleavedVokenPipeline(DiffusionPipeline):
                     f"{name} is a model with an adapter ({type(component).__name__}), which diffusers does not save: merge "
                     "it first (`merge_and_unload()`), or save the adapter beside the pipeline."
                 )
+        self._attach()  # raises if a part is missing
         super().save_pretrained(str(save_directory), **kwargs)
         self._write_root(save_directory)
 
@@ -273,6 +278,9 @@ class InterleavedVokenPipeline(DiffusionPipeline):
     def _attach(self) -> VokenImageDecoder:
         """The image decoder of what the components are now: users may put another scheduler in place."""
         decoder = VokenImageDecoder.from_components(**{name: getattr(self, name) for name in COMPONENTS})
+        ours, theirs = self.model.config.voken_token_ids, self.processor.voken_token_ids
+        if ours != theirs:
+            raise ValueError(f"Model and processor are not of one pipeline: their vokens are {ours} and {theirs}.")
         decoder.pipe.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         self.model.attach(decoder)
         return decoder
@@ -328,7 +336,5 @@ def _conversations(prompt: Any, images: Any) -> list[list[dict[str, Any]]]:
     conversations = [prompt] if isinstance(prompt[0], Mapping) else prompt
     if images is not None:
         raise ValueError("Pictures of messages belong in their content: {'type': 'image', 'image': picture}.")
-    for message in (message for one in conversations for message in one):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"A message is a dictionary with 'role' and 'content', got {message!r}.")
+    images_in([{"content": parts_of(message)} for one in conversations for message in one])
     return conversations

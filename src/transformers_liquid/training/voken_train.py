@@ -36,6 +36,8 @@ from .voken_trainer import VokenPreviewCallback, VokenTrainer
 
 # Options of a run that are not what is saved with the model.
 WEIGHTS = ("text_loss_weight", "image_loss_weight", "caption_loss_weight")
+# What one of the stages alone knows.
+OF_STAGE = {1: ("caption_loss_weight",), 2: ("lora_r", "lora_alpha", "lora_dropout", "target_modules")}
 
 
 @dataclass
@@ -126,6 +128,9 @@ def build_voken_trainer(
     from peft import get_peft_model
 
     set_seed(args.seed)
+    for name in OF_STAGE[3 - arguments.stage]:
+        if getattr(arguments, name) not in (0, getattr(VokenArguments, name)):
+            raise ValueError(f"{name} has no effect in stage {arguments.stage}: leave it out.")
     if not args.resume_from_checkpoint:
         check_setup(
             dataclasses.asdict(arguments) | {"contents": [content_of(path) for path in arguments.datasets]}, args
@@ -139,10 +144,9 @@ def build_voken_trainer(
     records = [record | {"index": index} for index, record in enumerate(records)]
     pipe = InterleavedVokenPipeline.from_pretrained(arguments.model, torch_dtype=getattr(torch, arguments.dtype))
     model = pipe.model
-    for name in WEIGHTS:
-        if getattr(arguments, name) is not None:
-            setattr(model.config, name, getattr(arguments, name))
-    VokenConfig.from_dict(model.config.to_dict())  # checks them
+    weights = {name: one for name in WEIGHTS if (one := getattr(arguments, name)) is not None}
+    VokenConfig.from_dict(model.config.to_dict() | weights)  # checks them
+    model.config.update(weights)
     collator = VokenDataCollator(
         processor,
         model.image_decoder if model.config.image_loss_weight else None,
@@ -152,16 +156,15 @@ def build_voken_trainer(
     )
     for record in records:
         collator.samples(record)
-    lora = {name: getattr(arguments, name) for name in ("lora_alpha", "lora_dropout")} | {"r": arguments.lora_r}
+    lora = {"r": arguments.lora_r, "lora_alpha": arguments.lora_alpha, "lora_dropout": arguments.lora_dropout}
     lora |= {"target_modules": arguments.target_modules} if arguments.target_modules else {}
     config = voken_stage1_config(model) if arguments.stage == 1 else voken_lora_config(model, **lora)
     adapted = get_peft_model(model, config)
-    weights = [
-        (name.replace("modules_to_save.default.", ""), one) for name, one in model.feature_mapper.named_parameters()
-    ]
     for part in arguments.frozen_mapper_parts:
-        frozen = [one.requires_grad_(False) for name, one in weights if f"{name}.".startswith(f"{part}.")]
-        if not frozen:
+        named = [
+            (name.replace("modules_to_save.default.", ""), one) for name, one in model.feature_mapper.named_parameters()
+        ]
+        if not [one.requires_grad_(False) for name, one in named if f"{name}.".startswith(f"{part}.")]:
             raise ValueError(f"The mapper has no {part} that could be frozen: see frozen_mapper_parts.")
     trainer = VokenTrainer(
         model=adapted,

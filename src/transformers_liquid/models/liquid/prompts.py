@@ -70,6 +70,23 @@ def images_in(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
     return images
 
 
+def parts_of(message: Any) -> list[dict[str, Any]]:
+    """The texts and pictures of a message; raises a `ValueError` unless it has a role, which is a word, and these alone."""
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if not isinstance(role, str) or not re.fullmatch(r"\w+", role):
+        raise ValueError(f"A message must have a 'role', such as user, and a 'content', got {message!r}.")
+    content = message.get("content")
+    if not isinstance(content, str) and not is_column(content):
+        raise ValueError(f"The content of a message must be a string or a list of parts, got {content!r}.")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") not in ("text", "image"):
+            raise ValueError(f"A part of a message must be of type text or image, got {part!r}.")
+        if part["type"] == "text" and not isinstance(part.get("text"), str):
+            raise ValueError(f"A text must be a string, got {part.get('text')!r}.")
+    return [dict(part) for part in parts]
+
+
 class LiquidPrompts:
     """What [`LiquidProcessor`] knows of prompts: of its tokenizer, its four image tokens and its layout."""
 
@@ -357,18 +374,10 @@ class LiquidPrompts:
         if not len(messages):
             raise ValueError("A conversation needs at least one message, got none.")
         for message in messages:
-            # The quotes are those of a string.
-            if not isinstance(message, Mapping) or not re.fullmatch(r"'\w+'", repr(message.get("role"))):
-                raise ValueError(f"A message must have a 'role', such as user, and a 'content', got {message!r}.")
-            content = message.get("content")
-            if not isinstance(content, str) and not is_column(content):
-                raise ValueError(f"The content of a message must be a string or a list of parts, got {content!r}.")
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                if not isinstance(part, Mapping) or part.get("type") not in ("text", "image"):
-                    raise ValueError(f"A part of a message must be of type text or image, got {part!r}.")
+            for part in parts_of(message):
                 if part["type"] == "text":
-                    text = part.get("text")
-                    self.check_plain(text.replace(IMAGE_MARK, "") if isinstance(content, str) else text)
+                    has_marks = isinstance(message["content"], str)
+                    self.check_plain(part["text"].replace(IMAGE_MARK, "") if has_marks else part["text"])
 
     def check_plain(self, text: str) -> None:
         """A text is text alone: no piece of an image, which is not there, and neither bos nor eos."""

@@ -104,7 +104,7 @@ class VokenConfig(PreTrainedConfig):
         sizes += ["mapper_hidden_size", "mapper_num_heads", "mapper_intermediate_size"]
         lowest = dict.fromkeys(sizes, 1) | {f"{kind}_loss_weight": 0 for kind in ("text", "image", "caption")}
         for name, low in lowest.items():
-            if (value := getattr(self, name)) is not None and value < low:
+            if (value := getattr(self, name)) is not None and not value >= low:
                 raise ValueError(f"{name} must be at least {low}, got {value}.")
         if not 0 <= self.unconditional_probability <= 1 or (self.snr_gamma is not None and self.snr_gamma <= 0):
             given = self.unconditional_probability, self.snr_gamma

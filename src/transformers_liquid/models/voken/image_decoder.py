@@ -7,6 +7,7 @@ from embeddings alone, without their text encoders, and its schedulers say what 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -348,6 +349,8 @@ class VokenImageDecoder:
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {settings['output_type']!r}.")
         if (steps := settings.get("num_inference_steps", 1)) < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {steps}.")
+        if not math.isfinite(scale := settings.get("guidance_scale", 1.0)):
+            raise ValueError(f"guidance_scale must be a number, got {scale}.")
         _, *size = self.latent_shape(settings.get("height"), settings.get("width"))
         height, width = (side * self.pipe.vae_scale_factor for side in size)
         return {**settings, "height": height, "width": width}
@@ -365,4 +368,6 @@ def _known(components: dict[str, Any]) -> tuple[nn.Module, str]:
     family += "".join(f" ({kind})" for kind in kinds if kind)
     if family not in PIPELINES:
         raise ValueError(f"{family} is no denoiser that vokens can condition. Known are: {', '.join(PIPELINES)}.")
+    if missing := [name for name in ("vae", "scheduler") if components.get(name) is None]:
+        raise ValueError(f"A pipeline that draws has a {' and a '.join(missing)}, which these parts lack.")
     return found[0], family

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -148,7 +149,7 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         if (size := self.get_output_embeddings().in_features) != config.state_size:
             raise ValueError(f"The base's head reads states of {size}, but state_size={config.state_size}.")
         self.feature_mapper = VokenFeatureMapper(config)
-        self.__dict__ |= {"_image_decoder": None, "_where": {}}
+        self.__dict__.update(_image_decoder=None, _where={})
         self.post_init()
 
     @classmethod
@@ -255,12 +256,12 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
             ValueError: If pictures, captions and runs to draw differ in number, or a run is not whole.
         """
         inputs = {"attention_mask": attention_mask, "pixel_values": pixel_values, **kwargs}
-        if labels is None:
-            return self._output(self._read(input_ids, **inputs)[0])
-        if input_ids is None:
-            raise ValueError("Labels need input_ids, by which vokens are found.")
-        rows, before = self._find_runs(input_ids, labels == self.config.voken_token_ids[0], attention_mask)
         targets = target_pixel_values if target_latents is None else target_latents
+        if labels is None and targets is None and captions is None:
+            return self._output(self._read(input_ids, **inputs)[0])
+        if labels is None or input_ids is None or input_ids.shape != labels.shape:
+            raise ValueError("Labels need input_ids of their shape, and pictures to learn need labels: they say where.")
+        rows, before = self._find_runs(input_ids, labels == self.config.voken_token_ids[0], attention_mask)
         if not (labels[:, 1:] != -100).any() or not (target_pixel_values is None or target_latents is None):
             raise ValueError("Give labels other than -100, and target_pixel_values or target_latents, not both.")
         needed = {"target pictures": targets} if self.config.image_loss_weight else {}
@@ -380,7 +381,7 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
             run = torch.tensor(vokens, device=input_ids.device).expand(len(input_ids), -1)
             condition, _ = self.conditions(torch.cat([input_ids, run], 1), input_ids.shape[1], **kwargs)
             return decoder.draw(condition, self.unconditional(), output_type="pt", **drawing)
-        room, number = config.max_new_tokens or 0, num_images or 0
+        room, number = config.max_new_tokens or 0, operator.index(num_images or 0)
         if num_images is not None and not 0 < (needed := number * len(vokens)) <= room:
             raise ValueError(f"num_images={number} must be at least 1; it takes {needed} of max_new_tokens={room}.")
         runs = VokenRunLogitsProcessor(vokens, number, eos_token_ids(config), input_ids.shape[1], room)

@@ -15,6 +15,7 @@ from transformers.utils import PROCESSOR_NAME
 
 from ...utils.files import check_keys, read_json, write_json
 from ..liquid.image_processing_liquid import flatten_images, is_column, to_rgb
+from ..liquid.prompts import parts_of
 from ..liquid.reference import HUB_ARGUMENTS, hub_arguments
 from .repository import part_of
 
@@ -83,7 +84,9 @@ class VokenProcessor(ProcessorMixin):
         Raises:
             ValueError: If there are more or fewer pictures than placeholders, the base reads none, or a text has vokens.
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [*text] if is_column(text) else [text]
+        if not texts or not all(isinstance(one, str) for one in texts):
+            raise ValueError(f"Prompts are a text or a list of texts, got {text!r}.")
         images = [] if images is None else images
         is_nested = is_column(images) and any(map(is_column, images))
         of_each = [[to_rgb(one) for one in flatten_images(own)] for own in (images if is_nested else [images])]
@@ -119,11 +122,12 @@ class VokenProcessor(ProcessorMixin):
     def _known(self, message: Any) -> Any:
         if isinstance(message, (list, tuple)):
             return [self._known(one) for one in message]
+        parts = parts_of(message)
         if self.image_token is not None or isinstance(message["content"], str):
             return message
-        if any(part["type"] != "text" for part in message["content"]):
+        if any(part["type"] != "text" for part in parts):
             raise ValueError("A message has a picture, which needs a base that reads pictures.")
-        return {**message, "content": "".join(part["text"] for part in message["content"])}
+        return {**message, "content": "".join(part["text"] for part in parts)}
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Saves the base's processor in a folder, and beside it which ids are vokens."""
