@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from torch.nn.utils.rnn import pad_sequence
 from transformers.generation.streamers import BaseStreamer
 
 from ..generation.sampling import picture_seed
@@ -127,17 +128,15 @@ class InterleavedVokenPipeline(DiffusionPipeline):
         drawing = {name: kwargs.pop(name) for name in kwargs.keys() & decoder.settings - {"generator"}}
         settings = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **drawing}
         drawing, seed = decoder.checked(settings), None if seed is None else operator.index(seed)
-        if (batch_size is not None and operator.index(batch_size) < 1) or kwargs.get("num_return_sequences") not in (
-            None,
-            1,
-        ):
-            raise ValueError("batch_size must be at least 1, and there is one reply to each prompt.")
-        kwargs = {"generation_config": None, "max_new_tokens": max_new_tokens, **kwargs}
-        kwargs |= {"return_dict_in_generate": False, "num_return_sequences": 1}
+        if batch_size is not None and operator.index(batch_size) < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if kwargs.get("num_return_sequences") not in (None, 1):
+            raise ValueError("There is one reply to each prompt: leave out num_return_sequences.")
+        defaults = {"generation_config": None, "max_new_tokens": max_new_tokens, "tokenizer": self.processor.tokenizer}
+        kwargs = {**defaults, **kwargs, "return_dict_in_generate": False, "num_return_sequences": 1}
         config, _ = self.model._prepare_generation_config(**kwargs)
-        inputs = self.processor.apply_chat_template(
-            _conversations(prompt, images), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+        chats = _conversations(prompt, images)
+        inputs = self.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
         if not inputs["attention_mask"].any(1).all():
             raise ValueError("A prompt is empty: a reply needs at least one token to begin from.")
         if hasattr(self.model, "_hf_hook"):  # of enable_model_cpu_offload, which waits for `forward`
@@ -148,15 +147,14 @@ class InterleavedVokenPipeline(DiffusionPipeline):
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            kwargs = {"tokenizer": self.processor.tokenizer, **kwargs}
             ids = self.model.generate(**inputs, num_images=num_images, **kwargs)
         prompts, vokens = inputs.pop("input_ids"), self.model.config.voken_token_ids
         ends = eos_token_ids(config), config.pad_token_id
         replies = [finished(row, vokens, *ends) for row in ids[:, prompts.shape[1] :].tolist()]
 
         # 2. All pictures, in reading order
-        padded = [torch.tensor(reply, dtype=torch.long) for reply in replies]
-        padded = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True).to(prompts.device)
+        padded = pad_sequence([torch.tensor(reply, dtype=torch.long) for reply in replies], batch_first=True)
+        padded = padded.to(prompts.device)
         drawn: list[Any] = []
         if (padded == vokens[0]).any():
             condition, rows = self.model.conditions(torch.cat([prompts, padded], 1), prompts.shape[1], **inputs)
