@@ -79,6 +79,7 @@ def folder(codec, vokens, tmp_path, monkeypatch):
     question = '{"question_id": 1, "image": "red.png", "text": "Is there a dog in the image?", "label": "no"}\n'
     for part in ("random", "popular", "adversarial"):
         (tmp_path / "benchmarks" / "pope" / f"coco_pope_{part}.json").write_text(question)
+    (tmp_path / "benchmarks" / "pairs").symlink_to(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
     return tmp_path

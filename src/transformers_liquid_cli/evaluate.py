@@ -8,59 +8,72 @@ from typer import Argument, Option
 from . import options
 
 
-@options.shared(options.Running)
+@options.shared(options.Drawn, options.Running)
 def evaluate(
-    benchmarks: Annotated[list[str] | None, Argument(help="vqav2, gqa, textvqa, pope, mme.")] = None,
+    benchmarks: Annotated[
+        list[str] | None, Argument(help="vqav2, gqa, textvqa, pope, mme, loss, folder, mjhq, genai-bench, wise.")
+    ] = None,
     data: Annotated[Path | None, Option(help="The folder with the benchmarks' files, as they are published.")] = None,
     output: Annotated[
         Path | None, Option(help="The folder of the run. The same command goes on where it stopped.")
     ] = None,
-    limit: Annotated[int | None, Option(min=1, help="Only questions about that many pictures of each.")] = None,
-    batch_size: Annotated[int, Option(min=1, help="Questions at once.")] = 1,
+    limit: Annotated[int | None, Option(min=1, help="Only what is about that many pictures of each.")] = None,
+    batch_size: Annotated[int, Option(min=1, help="Questions, or pictures drawn, at once.")] = 1,
     max_new_tokens: options.MaxNewTokens = 128,
+    features: Annotated[
+        str | None, Option(help="For folder, mjhq: inception, a file of it, or an image model.")
+    ] = None,
+    judge: Annotated[
+        str | None, Option(help="genai-bench: a model, or self; wise: openai:MODEL; or scores:FILE.")
+    ] = None,
     as_paper: Annotated[bool, Option("--as-paper", help="By the paper's settings; shows its numbers too.")] = False,
     compare: Annotated[
         tuple[Path, Path] | None, Option(help="results.json of two runs: differences on the same questions.")
     ] = None,
     **given: Any,
 ) -> None:
-    """Asks the questions of benchmarks, and says what the answers are worth, with intervals.
+    """Asks the questions of benchmarks, or draws for them, and says what that is worth, with intervals.
 
     \b
     Example:
       transformers-liquid evaluate vqav2 pope --data benchmarks --output results --limit 100
     """
-    if compare is not None:
-        if benchmarks or data or output:
-            raise ValueError("--compare reads two runs that are there: leave out benchmarks, --data and --output.")
-        from transformers_liquid.evaluation.run import compare as compare_runs
-        from transformers_liquid.evaluation.run import table
-
-        print(table(compare_runs(*compare)))
-        return
-    if not benchmarks or data is None or output is None:
+    if compare is not None and (benchmarks or data or output):
+        raise ValueError("--compare reads two runs that are there: leave out benchmarks, --data and --output.")
+    if compare is None and (not benchmarks or data is None or output is None):
         raise ValueError("Give benchmarks, --data and --output; or --compare and results.json of two runs.")
-    if given["seed"] is not None:
-        raise ValueError("Answers are greedy, nothing is drawn by chance: leave out --seed.")
-    if as_paper and (given["dtype"], limit, batch_size, max_new_tokens) != ("auto", None, 1, 128):
-        raise ValueError(
-            "--as-paper is float16, all questions, one at a time, up to 128 tokens: leave out --dtype, --limit, "
-            "--batch-size and --max-new-tokens."
-        )
-    options.check_writable(output, folder=True)
-    from transformers_liquid.evaluation.benchmarks import BENCHMARKS, read_samples
-    from transformers_liquid.evaluation.run import evaluate as evaluate_model
-    from transformers_liquid.evaluation.run import table
+    from transformers_liquid.evaluation import run
+    from transformers_liquid.evaluation.benchmarks import check_benchmarks, read_samples
+    from transformers_liquid.generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 
     from .models import load
-    from .pictures import identity
+    from .pictures import Drawing
 
-    if unknown := [name for name in benchmarks if name not in BENCHMARKS]:
-        raise ValueError(f"No benchmark is called {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}.")
+    if compare is not None:
+        print(run.table(run.compare(*compare)))
+        return
     benchmarks = list(dict.fromkeys(benchmarks))
+    set_here = {name for name, value in given.items() if value not in (None, False)} - {"model", "device", "dtype"}
+    kinds = check_benchmarks(benchmarks, {"judge": judge, "features": features})
+    if set_here and not kinds & {"judge", "features"}:
+        raise ValueError(f"Answers are greedy, nothing is drawn: leave out {', '.join(sorted(set_here))}.")
+    is_plain = (given["dtype"], limit, max_new_tokens, set_here - {"seed"}) == ("auto", None, 128, set())
+    if as_paper and not (is_plain and (batch_size == 1 or "answers" not in kinds)):
+        raise ValueError(
+            "--as-paper is float16, everything, questions one at a time, up to 128 tokens, the paper's settings: leave out "
+            "--dtype, --limit, --batch-size, --max-new-tokens, and how to draw."
+        )
+    options.check_greedy(given)
+    options.check_writable(output, folder=True)
     for name in benchmarks:
         read_samples(name, data, limit)  # before the model, which takes long
     pipe = load(given["model"], given["device"], "float16" if as_paper else given["dtype"])
-    results = evaluate_model(pipe, benchmarks, data, output, identity(pipe), limit, batch_size, max_new_tokens)
-    print(table({name: results[name]["measures"] for name in benchmarks}, paper=as_paper))
+    drawing = Drawing(pipe, given | (DEFAULT_IMAGE_GENERATION_CONFIG if as_paper else {}))
+    settings = drawing.shared | drawing.settings | {"seed": given["seed"] or 0}
+    how = (limit, batch_size, max_new_tokens, settings, judge, features)
+    results = run.evaluate(pipe, benchmarks, data, output, drawing.identity, *how)
+    print(run.table({key: of["measures"] for key, of in results.items()}, paper=as_paper))
+    for key, of in results.items():
+        if without := of.get("without_score"):
+            print(f"{key}: {len(without)} pictures have no score, such as {without[0]}.")
     print(output / "results.json")

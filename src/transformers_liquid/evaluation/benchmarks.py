@@ -1,17 +1,21 @@
-"""Benchmarks of questions about pictures: their files as published, and the numbers they are known by."""
+"""Benchmarks: their files as published, and the numbers they are known by."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from ..utils.files import parse_json, read_json, read_text
 from .answers import eval_ai, gqa_right, mme_says, pope_says_yes, vqa_v2
+from .pictures import GROUPS
 
 
 # What LLaVA-1.5 asks for in all of them, and the Liquid paper with its files.
@@ -19,25 +23,29 @@ SHORT = "\nAnswer the question using a single word or phrase."
 PERCEPTION = ["existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"]
 COGNITION = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
 POPE_PARTS = ("random", "popular", "adversarial")
+# Of WISE, with the last `prompt_id` of each.
+WISE_PARTS = {"cultural": 400, "time": 567, "space": 700, "biology": 800, "physics": 900, "chemistry": 1000}
+WISE_WEIGHTS = {"consistency": 0.7, "realism": 0.2, "aesthetic_quality": 0.1}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A question about a picture.
+    """A question about a picture, or a text and a picture of it.
 
     Args:
         id (`str`): Its name, once in a benchmark.
-        image (`Path`): The picture: questions that share it are a cluster.
-        question (`str`): With what is said of how to answer.
-        true: What is right: a word, or the answers of ten people.
+        image (`Path`, *optional*): The picture: questions that share it are a cluster. Of what is drawn the true one, or
+            none.
+        question (`str`): With what is said of how to answer; or the text.
+        true: What is right: a word, or the answers of ten people. Of what is drawn, what a judge is told about it.
         groups (`Mapping`): Parts of the benchmark that it is in, by what they are parts by.
     """
 
     id: str
-    image: Path
+    image: Path | None
     question: str
-    true: Any
-    groups: Mapping[str, str] = field(default_factory=dict)
+    true: Any = None
+    groups: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Measure(NamedTuple):
@@ -59,27 +67,6 @@ class Measure(NamedTuple):
 Rows = Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """How a benchmark is read, and what it measures.
-
-    Args:
-        files: Files and folders that must be there, under the folder of data.
-        origin: Where they are published.
-        samples: Reads them.
-        score: What an answer to a sample is worth, by name.
-        measures: Of rows, scored samples with their `picture`, `groups` and `scores`.
-        paper: The numbers of the Liquid paper (arXiv 2412.04332, table 6), by measure.
-    """
-
-    files: tuple[str, ...]
-    origin: str
-    samples: Callable[[Path], list[Sample]]
-    score: Callable[[Sample, str], dict[str, float]]
-    measures: Callable[[Rows], dict[str, Measure]]
-    paper: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-
-
 def _per_picture(rows: Rows, columns: Callable[[Mapping[str, Any]], Sequence[float]]) -> np.ndarray:
     totals: dict[str, np.ndarray] = {}
     for row in rows:
@@ -88,26 +75,45 @@ def _per_picture(rows: Rows, columns: Callable[[Mapping[str, Any]], Sequence[flo
 
 
 def mean_measures(rows: Rows) -> dict[str, Measure]:
-    """The mean of every score; and of each, by group, `score/by/group`."""
+    """The mean of every score over the samples that have it; and of each, by group, `score/by/group`."""
     parts: dict[str, list] = {"": list(rows)}
     for row in rows:
         for by, group in row["groups"].items():
             parts.setdefault(f"/{by}/{group}", []).append(row)
-    return {
-        name + part: Measure(_per_picture(of, lambda row, name=name: (row["scores"][name], 1)), len(of))
-        for part, of in parts.items()
-        for name in rows[0]["scores"]
-    }
+    measures = {}
+    for part, of in parts.items():
+        for name in dict.fromkeys(name for row in rows for name in row["scores"]):
+            if own := [row for row in of if name in row["scores"]]:
+                counts = _per_picture(own, lambda row, name=name: (row["scores"][name], 1))
+                measures[name + part] = Measure(counts, len(own))
+    return measures
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            yield parse_json(line, f"Line {number} of {path}")
+@dataclass(frozen=True)
+class Benchmark:
+    """How a benchmark is read, and what it measures.
+
+    Args:
+        files: Files and folders that must be there, under the folder of data.
+        samples: Reads them.
+        score: What an answer to a sample is worth, by name.
+        measures: Of rows, scored samples with their `picture`, `groups` and `scores`; not of features.
+        kind: What is measured: answers, losses, drawn pictures by a judge, or by their distance to true ones.
+        judged: The names of what a judge gives a picture.
+    """
+
+    files: tuple[str, ...]
+    samples: Callable[[Path], list[Sample]]
+    score: Callable[[Sample, str], dict[str, float]] | None = None
+    measures: Callable[[Rows], dict[str, Measure]] = mean_measures
+    kind: Literal["answers", "loss", "judge", "features"] = "answers"
+    judged: tuple[str, ...] = ()
 
 
-def _coco(data: Path, image_id: int) -> Path:
-    return data / "val2014" / f"COCO_val2014_{image_id:012}.jpg"
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """What a file of JSON lines holds."""
+    lines = enumerate(read_text(path).split("\n"), start=1)
+    return [parse_json(line, f"Line {number} of {path}") for number, line in lines if line.strip()]
 
 
 def _vqav2(data: Path) -> list[Sample]:
@@ -118,35 +124,29 @@ def _vqav2(data: Path) -> list[Sample]:
             raise ValueError(f"{data / _VQAV2[1]} has no answers to question {one['question_id']}.")
         truth = known[one["question_id"]]
         groups = {name: truth[name] for name in ("answer_type", "question_type")}
-        given = _ten(one["question_id"], [answer["answer"] for answer in truth["answers"]])
-        image = _coco(data, one["image_id"])
+        given = [answer["answer"] for answer in truth["answers"]]
+        image = data / "val2014" / f"COCO_val2014_{one['image_id']:012}.jpg"
         samples.append(Sample(str(one["question_id"]), image, one["question"] + SHORT, given, groups))
     return samples
 
 
-def _ten(question: Any, given: list[str]) -> list[str]:
-    if len(given) != 10:
-        raise ValueError(f"Question {question} must have the answers of ten people, got {len(given)}.")
-    return given
+def _vqa_score(sample: Sample, answer: str) -> dict[str, float]:
+    return {"vqa_v2": vqa_v2(answer, sample.true), "eval_ai": eval_ai(answer, sample.true)}
 
 
 def _gqa(data: Path) -> list[Sample]:
-    return [
-        Sample(
-            name,
-            data / "gqa" / "images" / f"{one['imageId']}.jpg",
-            one["question"] + SHORT,
-            one["answer"],
-            {by: one["types"][by] for by in ("structural", "semantic")},
-        )
-        for name, one in read_json(data / _GQA[0]).items()
-    ]
+    samples = []
+    for name, one in read_json(data / _GQA[0]).items():
+        image = data / "gqa" / "images" / f"{one['imageId']}.jpg"
+        groups = {by: one["types"][by] for by in ("structural", "semantic")}
+        samples.append(Sample(name, image, one["question"] + SHORT, one["answer"], groups))
+    return samples
 
 
 def _textvqa(data: Path) -> list[Sample]:
     # The `question_id` of this file is that of the picture, and comes again with each of its questions.
     asked = {
-        (one["question_id"], one["text"].split("\n")[0].lower()): one["text"] for one in _lines(data / _TEXTVQA[1])
+        (one["question_id"], one["text"].split("\n")[0].lower()): one["text"] for one in read_rows(data / _TEXTVQA[1])
     }
     samples = []
     for one in read_json(data / _TEXTVQA[0])["data"]:
@@ -154,15 +154,14 @@ def _textvqa(data: Path) -> list[Sample]:
         if key not in asked:
             raise ValueError(f"{data / _TEXTVQA[1]} does not ask {one['question']!r} about {one['image_id']}.")
         image = data / "textvqa" / "train_images" / f"{one['image_id']}.jpg"
-        given = _ten(one["question_id"], one["answers"])
-        samples.append(Sample(str(one["question_id"]), image, asked[key], given))
+        samples.append(Sample(str(one["question_id"]), image, asked[key], one["answers"]))
     return samples
 
 
 def _pope(data: Path) -> list[Sample]:
     samples = []
     for part, name in zip(POPE_PARTS, _POPE, strict=True):
-        for one in _lines(data / name):
+        for one in read_rows(data / name):
             if one["label"] not in ("yes", "no"):
                 raise ValueError(f"{data / name}: a label must be yes or no, got {one['label']!r}.")
             place = f"{part}/{one['question_id']}"
@@ -179,10 +178,6 @@ def _pope_score(sample: Sample, answer: str) -> dict[str, float]:
 def _pope_measures(rows: Rows) -> dict[str, Measure]:
     """Of each part, `f1/part/random`; and the mean of the three F1, which papers call POPE."""
 
-    def ratio(columns: np.ndarray, above: Sequence[float], below: Sequence[float]) -> np.ndarray:
-        with np.errstate(invalid="ignore", divide="ignore"):  # never a yes: no precision
-            return 100 * (columns @ np.array(above)) / (columns @ np.array(below))
-
     kinds = {  # of true and false positives, false and true negatives
         "f1": ((2, 0, 0, 0), (2, 1, 1, 0)),
         "accuracy": ((1, 0, 0, 1), (1, 1, 1, 1)),
@@ -190,23 +185,24 @@ def _pope_measures(rows: Rows) -> dict[str, Measure]:
         "recall": ((1, 0, 0, 0), (1, 0, 1, 0)),
         "yes_ratio": ((1, 1, 0, 0), (1, 1, 1, 1)),
     }
-    parts = [part for part in POPE_PARTS if any(row["groups"]["part"] == part for row in rows)]
+
+    def mean(kind: str, totals: np.ndarray) -> np.ndarray:
+        """Over all parts that the totals are of."""
+        above, below = np.array(kinds[kind])
+        totals = totals.reshape(*totals.shape[:-1], -1, 4)
+        with np.errstate(invalid="ignore", divide="ignore"):  # never a yes: no precision
+            return 100 * (totals @ above / (totals @ below)).mean(-1)
 
     def columns(row: Mapping[str, Any]) -> list[float]:
-        return [
-            row["scores"][name] * (row["groups"]["part"] == part) for part in parts for name in ("tp", "fp", "fn", "tn")
-        ]
+        own = [row["scores"][name] for name in ("tp", "fp", "fn", "tn")]
+        return [score * (row["groups"]["part"] == part) for part in parts for score in own]
 
-    def mean(totals: np.ndarray) -> np.ndarray:
-        return np.mean([ratio(totals[..., 4 * one : 4 * one + 4], *kinds["f1"]) for one in range(len(parts))], axis=0)
-
+    parts = [part for part in POPE_PARTS if any(row["groups"]["part"] == part for row in rows)]
     counts = _per_picture(rows, columns)
-    measures = {"f1": Measure(counts, len(rows), mean)}
+    measures = {"f1": Measure(counts, len(rows), partial(mean, "f1"))}
     for index, part in enumerate(parts):
         own = counts[:, 4 * index : 4 * index + 4]
-        for name, (above, below) in kinds.items():
-            value = lambda totals, above=above, below=below: ratio(totals, above, below)  # noqa: E731
-            measures[f"{name}/part/{part}"] = Measure(own, int(own.sum()), value)
+        measures |= {f"{kind}/part/{part}": Measure(own, int(own.sum()), partial(mean, kind)) for kind in kinds}
     return measures
 
 
@@ -260,6 +256,69 @@ def _mme_measures(rows: Rows) -> dict[str, Measure]:
     return measures
 
 
+def _pairs(data: Path) -> list[Sample]:
+    """The pictures of a folder and their texts, as `datasets` reads such folders."""
+    lines = read_rows(data / _PAIRS[0])
+    return [Sample(one["file_name"], data / "pairs" / one["file_name"], one["text"]) for one in lines]
+
+
+def _loss_measures(rows: Rows) -> dict[str, Measure]:
+    """Nats for a label, and how many labels are the most probable id: of the pictures drawn, and of their captions."""
+    measures = {}
+    for name, total in product(("loss", "accuracy"), ("image_labels", "text_labels")):
+        name = total.replace("labels", name)
+        counts = _per_picture(rows, lambda row, names=(name, total): [row["scores"][one] for one in names])
+        value = None if "accuracy" in name else lambda totals: totals[..., 0] / totals[..., 1]
+        measures[name] = Measure(counts, len(rows), value)
+    return measures
+
+
+def _mjhq(data: Path) -> list[Sample]:
+    samples = []
+    for name, one in read_json(data / _MJHQ[0]).items():
+        image = data / "mjhq" / "mjhq30k_imgs" / one["category"] / f"{name}.jpg"
+        samples.append(Sample(name, image, one["prompt"], groups={"category": one["category"]}))
+    return samples
+
+
+def _genai_bench(data: Path) -> list[Sample]:
+    prompts, skills = read_text(data / _GENAI[0]).rstrip("\n").split("\n"), read_json(data / _GENAI[1])
+    if unknown := {number for numbers in skills.values() for number in numbers} - {*range(1, len(prompts) + 1)}:
+        raise ValueError(f"{data / _GENAI[1]} speaks of lines that {_GENAI[0]} does not have, such as {min(unknown)}.")
+    return [
+        Sample(f"{number:05}", None, prompt, groups={"skill": [name for name, of in skills.items() if number in of]})
+        for number, prompt in enumerate(prompts, start=1)
+    ]
+
+
+def _genai_measures(rows: Rows) -> dict[str, Measure]:
+    """The mean of all, and of the prompts of each skill, of which one has several; `basic` and `advanced` are two."""
+    scores = [dict.fromkeys(("overall", *row["groups"]["skill"]), row["scores"]["score"]) for row in rows]
+    return mean_measures([row | {"scores": of, "groups": {}} for row, of in zip(rows, scores, strict=True)])
+
+
+def _wise(data: Path) -> list[Sample]:
+    samples = []
+    for name in _WISE:
+        for one in parse_json(read_text(data / name), data / name):
+            part = [*WISE_PARTS][bisect_left([*WISE_PARTS.values()], one["prompt_id"])]
+            groups = {"category": part, "subcategory": one["Subcategory"]}
+            samples.append(Sample(str(one["prompt_id"]), None, one["Prompt"], one["Explanation"], groups))
+    return samples
+
+
+def _wise_measures(rows: Rows) -> dict[str, Measure]:
+    """WiScore and what it is made of, in per cent of the best; of the pictures that have scores."""
+    scored = [row | {"scores": {name: value / 2 for name, value in row["scores"].items()}} for row in rows]
+    for of in (row["scores"] for row in scored if row["scores"]):
+        of["wiscore"] = sum(weight * of[name] for name, weight in WISE_WEIGHTS.items())
+    return mean_measures(scored)
+
+
+_PAIRS = ("pairs/metadata.jsonl",)
+_MJHQ = ("mjhq/meta_data.json",)
+_GENAI = ("genai-bench/prompts.txt", "genai-bench/genai_skills.json")
+_WISE = tuple(f"wise/{name}.json" for name in ("cultural_common_sense", "spatio-temporal_reasoning", "natural_science"))
 _VQAV2 = ("vqav2/v2_OpenEnded_mscoco_val2014_questions.json", "vqav2/v2_mscoco_val2014_annotations.json")
 _GQA = ("gqa/testdev_balanced_questions.json",)
 _TEXTVQA = ("textvqa/TextVQA_0.5.1_val.json", "textvqa/llava_textvqa_val_v051_ocr.jsonl")
@@ -267,51 +326,61 @@ _POPE = tuple(f"pope/coco_pope_{part}.json" for part in POPE_PARTS)
 _MME = tuple(f"mme/{part}" for part in (*PERCEPTION, *COGNITION))
 
 BENCHMARKS = {
-    "vqav2": Benchmark(
-        _VQAV2,
-        "https://visualqa.org/download.html, pictures of COCO val2014 in val2014/",
-        _vqav2,
-        lambda sample, answer: {"vqa_v2": vqa_v2(answer, sample.true), "eval_ai": eval_ai(answer, sample.true)},
-        mean_measures,
-        {"vqa_v2": (68.0, 71.3)},
-    ),
-    "gqa": Benchmark(
-        _GQA,
-        "https://cs.stanford.edu/people/dorarad/gqa/download.html, pictures in gqa/images/",
-        _gqa,
-        lambda sample, answer: {"accuracy": float(gqa_right(answer, sample.true))},
-        mean_measures,
-        {"accuracy": (56.1, 58.4)},
-    ),
-    "textvqa": Benchmark(
-        _TEXTVQA,
-        "https://textvqa.org/dataset, pictures in textvqa/train_images/; the questions with OCR tokens are of LLaVA's eval.zip",
-        _textvqa,
-        lambda sample, answer: {"eval_ai": eval_ai(answer, sample.true)},
-        mean_measures,
-        {"eval_ai": (40.4, 42.4)},
-    ),
-    "pope": Benchmark(
-        _POPE,
-        "https://github.com/AoiDragon/POPE/tree/main/output/coco, pictures of COCO val2014 in val2014/",
-        _pope,
-        _pope_score,
-        _pope_measures,
-        {"f1": (81.1,)},
-    ),
+    "vqav2": Benchmark(_VQAV2, _vqav2, _vqa_score),
+    "gqa": Benchmark(_GQA, _gqa, lambda sample, answer: {"accuracy": float(gqa_right(answer, sample.true))}),
+    "textvqa": Benchmark(_TEXTVQA, _textvqa, lambda sample, answer: {"eval_ai": eval_ai(answer, sample.true)}),
+    "pope": Benchmark(_POPE, _pope, _pope_score, _pope_measures),
     "mme": Benchmark(
-        _MME,
-        "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation",
-        _mme,
-        lambda sample, answer: {"right": float(mme_says(answer) == sample.true)},
-        _mme_measures,
-        {"perception": (1107.2, 1119.3)},
+        _MME, _mme, lambda sample, answer: {"right": float(mme_says(answer) == sample.true)}, _mme_measures
     ),
+    "loss": Benchmark(_PAIRS, _pairs, measures=_loss_measures, kind="loss"),
+    "folder": Benchmark(_PAIRS, _pairs, kind="features"),
+    "mjhq": Benchmark(_MJHQ, _mjhq, kind="features"),
+    "genai-bench": Benchmark(_GENAI, _genai_bench, measures=_genai_measures, kind="judge", judged=("score",)),
+    "wise": Benchmark(_WISE, _wise, measures=_wise_measures, kind="judge", judged=tuple(WISE_WEIGHTS)),
+}
+
+# Where files are from.
+_OF_PAIRS = "file_name and text of each picture in the folder, of your own"
+ORIGINS = {
+    "vqav2": "published at https://visualqa.org/download.html, pictures of COCO val2014 in val2014/",
+    "gqa": "published at https://cs.stanford.edu/people/dorarad/gqa/download.html, pictures in gqa/images/",
+    "textvqa": "published at https://textvqa.org/dataset, pictures in textvqa/train_images/; the questions with OCR tokens are of LLaVA's eval.zip",
+    "pope": "published at https://github.com/AoiDragon/POPE/tree/main/output/coco, pictures of COCO val2014 in val2014/",
+    "mme": "published at https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation",
+    "loss": _OF_PAIRS,
+    "folder": _OF_PAIRS,
+    "mjhq": "published at https://huggingface.co/datasets/playgroundai/MJHQ-30K, pictures in mjhq/mjhq30k_imgs/",
+    "genai-bench": "published at https://huggingface.co/datasets/zhiqiulin/GenAI-Bench-527",
+    "wise": "published at https://github.com/PKU-YuanGroup/WISE/tree/main/data",
+}
+
+# The numbers of the Liquid paper (arXiv 2412.04332, tables 3, 4 and 6), in per cent but for MME and FID; by its judges.
+PAPER: dict[str, dict[str, tuple[float, ...]]] = {
+    "vqav2": {"vqa_v2": (68.0, 71.3)},
+    "gqa": {"accuracy": (56.1, 58.4)},
+    "textvqa": {"eval_ai": (40.4, 42.4)},
+    "pope": {"f1": (81.1,)},
+    "mme": {"perception": (1107.2, 1119.3)},
+    "mjhq/inception": {"fid": (5.47,)},
+    "wise/openai-gpt-4o-2024-05-13": {"wiscore": (41.0,)},
 }
 
 
+def check_benchmarks(names: Sequence[str], measured_by: Mapping[str, str | None]) -> set[str]:
+    """The kinds of benchmarks; raises unless all are known, and have the `judge` or the `features` that they need."""
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        raise ValueError(f"No benchmark is called {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}.")
+    kinds = {BENCHMARKS[name].kind for name in names}
+    for kind, by in measured_by.items():
+        if (kind in kinds) != (by is not None):
+            who = ", ".join(name for name, of in BENCHMARKS.items() if of.kind == kind)
+            raise ValueError(f"{who} need --{kind}, and nothing else does.")
+    return kinds
+
+
 def read_samples(name: str, data: Path, limit: int | None = None) -> list[Sample]:
-    """The questions of a benchmark, after all that can be wrong with its files was looked for.
+    """The samples of a benchmark, after all that can be wrong with its files was looked for.
 
     Args:
         name (`str`): One of `BENCHMARKS`.
@@ -323,17 +392,25 @@ def read_samples(name: str, data: Path, limit: int | None = None) -> list[Sample
     """
     benchmark = BENCHMARKS[name]
     if missing := [one for one in benchmark.files if not (data / one).exists()]:
-        raise ValueError(f"{name} needs {', '.join(missing)} in {data}. They are published at {benchmark.origin}.")
+        raise ValueError(f"{name} needs {', '.join(missing)} in {data}. That is {ORIGINS[name]}.")
     try:
         samples = benchmark.samples(data)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{name}: files of {data} are not in the published format ({error!r}).") from error
     if twice := [one for one, times in Counter(sample.id for sample in samples).items() if times > 1]:
-        raise ValueError(f"{name}: {len(twice)} questions of {data} come twice, such as {twice[0]}.")
+        raise ValueError(f"{name}: {len(twice)} ids of {data} come twice, such as {twice[0]}.")
+    for sample in samples:
+        if isinstance(sample.true, list) and len(sample.true) != 10:
+            raise ValueError(f"Question {sample.id} must have the answers of ten people, got {len(sample.true)}.")
     if not samples:
-        raise ValueError(f"{name}: files of {data} hold no question.")
-    images = list(dict.fromkeys(sample.image for sample in samples))[:limit]
-    if missing := [str(image) for image in images if not image.is_file()]:
-        raise ValueError(f"{name}: {len(missing)} pictures are missing, such as {missing[0]}: see {benchmark.origin}.")
+        raise ValueError(f"{name}: files of {data} hold no question, or nothing to draw.")
+    # What has no picture yet counts by itself.
+    images = list(dict.fromkeys(sample.image or sample.id for sample in samples))[:limit]
+    if missing := [str(image) for image in images if isinstance(image, Path) and not image.is_file()]:
+        raise ValueError(f"{name}: {len(missing)} pictures are missing, such as {missing[0]}: see {ORIGINS[name]}.")
+    if benchmark.kind == "features" and len(images) < 2 * GROUPS:
+        raise ValueError(
+            f"{name} has {len(images)} pictures here: a distance with its error needs {2 * GROUPS} or more."
+        )
     chosen = {*images}
-    return [sample for sample in samples if sample.image in chosen]
+    return [sample for sample in samples if (sample.image or sample.id) in chosen]

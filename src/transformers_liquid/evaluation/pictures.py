@@ -1,12 +1,82 @@
-"""Distances between many pictures drawn and many true ones, from their features (N, d) and (M, d), with errors."""
+"""Features of pictures, and distances between many drawn and many true ones from them, (N, d) and (M, d), with errors."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
 
 from .voken_measures import frechet_distance
+
+
+# The network of FID by its authors' weights, as TorchScript: of NVIDIA's stylegan2-ada-pytorch, which clean-fid takes too.
+INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+INCEPTION_SIZE, INCEPTION_FEATURES = 299, 2048
+GROUPS = 20
+
+Extractor = Callable[[Sequence[Image.Image]], torch.Tensor]
+
+
+def load_extractor(name: str, device: torch.device) -> Extractor:
+    """What makes features `(B, d)` of pictures.
+
+    Args:
+        name (`str`): `"inception"`, which is downloaded once; a file of it, `*.pt`; or an image model of transformers, a
+            folder or a name on the Hub: its projected or pooled output.
+        device (`torch.device`): Where it runs.
+
+    Raises:
+        ConnectionError: If Inception cannot be fetched.
+        ValueError: If the file is no Inception, or, when called, if there are other features than expected.
+    """
+    if name == "inception":
+        path = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_URL.rpartition("/")[2])
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(INCEPTION_URL, str(path))
+            except OSError as error:
+                raise ConnectionError(f"Cannot fetch {INCEPTION_URL} ({error}): put that file at {path}.") from error
+        name = str(path)
+    if name.endswith(".pt"):
+        return _inception(name, device)
+    processor, model = AutoImageProcessor.from_pretrained(name), AutoModel.from_pretrained(name).eval().to(device)
+
+    def extract(images: Sequence[Image.Image]) -> torch.Tensor:
+        inputs = processor(images=list(images), return_tensors="pt").to(device)
+        pooled = getattr(getattr(model, "get_image_features", model)(**inputs), "pooler_output", None)
+        if pooled is None:
+            raise ValueError(f"{name} gives no features of whole pictures (pooler_output): choose another extractor.")
+        return pooled.flatten(1)
+
+    return extract
+
+
+def _inception(path: str, device: torch.device) -> Extractor:
+    """As clean-fid 0.1.35 has it: each channel resized in floating point, bicubic, and not rounded."""
+    try:
+        layers = torch.jit.load(path, map_location=device).eval().layers
+    except (RuntimeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no Inception with `layers` in TorchScript: {error}") from error
+
+    def resized(channel: np.ndarray) -> Image.Image:
+        return Image.fromarray(channel).resize((INCEPTION_SIZE, INCEPTION_SIZE), Image.Resampling.BICUBIC)
+
+    def extract(images: Sequence[Image.Image]) -> torch.Tensor:
+        arrays = [np.asarray(image, dtype=np.float32).transpose(2, 0, 1) for image in images]
+        channels = [[*map(resized, array)] for array in arrays]
+        pixels = torch.from_numpy(np.array(channels)).clamp(0, 255).to(device)
+        features = layers((pixels - 128) / 128).flatten(1)
+        if features.shape[1] != INCEPTION_FEATURES:
+            raise ValueError(f"{path} gives {features.shape[1]} features, Inception {INCEPTION_FEATURES}.")
+        return features
+
+    return extract
 
 
 class FrechetEstimate(NamedTuple):
@@ -17,7 +87,7 @@ class FrechetEstimate(NamedTuple):
     corrected: float
 
 
-def frechet_estimate(drawn: torch.Tensor, true: torch.Tensor, groups: int = 20) -> FrechetEstimate:
+def frechet_estimate(drawn: torch.Tensor, true: torch.Tensor, groups: int = GROUPS) -> FrechetEstimate:
     """The Fréchet distance and, by a jackknife that leaves out a group of drawn pictures at a time, how sure it is.
 
     A bootstrap would not do: pictures that are drawn twice raise the distance itself, so that its interval misses it.
@@ -47,14 +117,14 @@ def kernel_distance(drawn: torch.Tensor, true: torch.Tensor) -> float:
     _check(drawn, true)
     drawn, true = drawn.double(), true.double()
 
-    def kernel(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return (one @ other.T / one.shape[1] + 1) ** 3
+    def total(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return sum(((some @ other.T / one.shape[1] + 1) ** 3).sum() for some in one.split(1024))
 
     def within(of: torch.Tensor) -> torch.Tensor:
-        pairs = kernel(of, of)
-        return (pairs.sum() - pairs.trace()) / (len(of) * (len(of) - 1))
+        of_itself = (of.square().sum(1) / of.shape[1] + 1) ** 3
+        return (total(of, of) - of_itself.sum()) / (len(of) * (len(of) - 1))
 
-    return (within(drawn) + within(true) - 2 * kernel(drawn, true).mean()).item()
+    return (within(drawn) + within(true) - 2 * total(drawn, true) / (len(drawn) * len(true))).item()
 
 
 def _check(drawn: torch.Tensor, true: torch.Tensor) -> None:

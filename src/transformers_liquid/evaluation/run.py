@@ -1,7 +1,7 @@
-"""From questions to numbers in three stages: answers, their scores, and results with intervals.
+"""From samples to numbers in three stages: answers or pictures, their scores, and results with intervals.
 
-Each stage is a file, whole or not there but for the answers, which grow by batches: after a kill the same call goes on to
-the same bytes. What a run depends on is written down first, and another run does not mix with it.
+What a stage writes is whole or not there, or grows by batches: after a kill the same call goes on to the same bytes. What a
+run depends on is written down first, and another run does not mix with it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from ..models.liquid.image_processing_liquid import load_image
@@ -32,11 +36,15 @@ from ..utils.files import (
     whole,
     write_json,
 )
-from .benchmarks import BENCHMARKS, Measure, Sample, read_samples
+from .benchmarks import BENCHMARKS, PAPER, Measure, Sample, check_benchmarks, read_rows, read_samples
 from .intervals import bootstrap_interval, clustered_mean
+from .judges import Judge, load_judge, measure_losses
+from .pictures import Extractor, frechet_distance, frechet_estimate, kernel_distance, load_extractor
 
 
 RUN_NAME, ANSWERS_NAME, SCORES_NAME, RESULTS_NAME = "run.json", "answers.jsonl", "scores.jsonl", "results.json"
+PICTURES_NAME, FEATURES_NAME = "pictures", "features.safetensors"
+EXTRACTED_AT_ONCE = 16
 
 
 def evaluate(
@@ -48,56 +56,99 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 1,
     max_new_tokens: int = 128,
+    drawing: Mapping[str, Any] | None = None,
+    judge: str | None = None,
+    features: str | None = None,
 ) -> dict[str, Any]:
-    """Asks a model the questions of benchmarks, greedily, and writes what its answers are worth.
+    """Asks a model the questions of benchmarks, greedily, or has it draw, and writes what that is worth.
 
     Args:
         pipe ([`LiquidImageGenerationPipeline`]): The model and its processor.
         names (sequence of `str`): Of `BENCHMARKS`.
         data (path): Holds the files as published: see [`read_samples`].
-        output (path): The folder of the run. It gets `NAME/` with all answers and scores, and `results.json`.
+        output (path): The folder of the run. It gets `NAME/` with all answers, pictures and scores, and `results.json`.
         identity (`str`): What models share that answer the same, such as a digest of the weights.
-        limit (`int`, *optional*): Only the questions about the first so many pictures of each benchmark.
-        batch_size (`int`, defaults to 1): Questions in one forward.
+        limit (`int`, *optional*): Only what is about the first so many pictures of each benchmark.
+        batch_size (`int`, defaults to 1): Questions in one forward, or pictures drawn side by side.
         max_new_tokens (`int`, defaults to 128): Of an answer.
+        drawing (`Mapping`, *optional*): What the pipeline is told with prompts. The first is drawn from `seed`, the
+            others from those that follow.
+        judge (`str`, *optional*): Who gives scores to drawn pictures: see [`load_judge`].
+        features (`str`, *optional*): Whose features are compared: see [`load_extractor`].
 
     Returns:
-        `dict`: What `results.json` holds: by benchmark `run`, and `measures` with `value`, `interval`, `n`.
+        `dict`: What `results.json` holds: by benchmark, of drawn pictures `NAME/JUDGE` or `NAME/FEATURES`, `run`,
+        `measures` with `value`, `interval`, `n`, and the ids `without_score` if the judge left out some.
 
     Raises:
-        ValueError: On bad data, or a folder of another run, before any answer.
+        ValueError: On bad data, or a folder of another run, before any answer or picture.
     """
-    output, data = Path(output), Path(data)
+    output, data, drawing = Path(output), Path(data), {"seed": 0, **(drawing or {})}
+    measured_by, workers = {"judge": judge, "features": features}, 1
+    check_benchmarks(names, measured_by)
     samples = {name: read_samples(name, data, limit) for name in names}
-    runs = {}
+    shared = {"model": identity, "dtype": str(pipe.dtype).removeprefix("torch.")}
+    shared |= {"limit": limit, "batch_size": batch_size}
+    shared["versions"] = {one: version(one) for one in ("torch", "transformers", "transformers-liquid")}
+    runs, tools = {}, {}
     for name in names:
-        (output / name).mkdir(parents=True, exist_ok=True)
-        runs[name] = {
-            "benchmark": name,
-            "model": identity,
-            "dtype": str(pipe.dtype).removeprefix("torch."),
-            "limit": limit,
-            "batch_size": batch_size,
-            "max_new_tokens": max_new_tokens,
-            "data": {file: _digest(data / file) for file in BENCHMARKS[name].files},
-            "versions": {one: version(one) for one in ("torch", "transformers", "transformers-liquid")},
-        }
+        benchmark = BENCHMARKS[name]
+        by = measured_by.get(benchmark.kind)
+        key = name if by is None else f"{name}/" + re.sub(r"[^\w.]+", "-", by).strip("-.")
+        runs[key] = {"benchmark": name, **shared, "data": {file: _digest(data / file) for file in benchmark.files}}
+        runs[key] |= {"max_new_tokens": max_new_tokens} if by is None else {"drawing": drawing}
+        if benchmark.kind == "judge":
+            tools[key] = load_judge(by, pipe, samples[name], benchmark.judged)
+            workers = batch_size if by.startswith("openai:") else 1
+        elif benchmark.kind == "features":
+            tools[key] = load_extractor(by, pipe.device)
+    output.mkdir(parents=True, exist_ok=True)
     with alone_in(output):
-        for left in output.rglob(f".*{UNFINISHED}"):  # by a process that was killed
-            left.unlink()
-        for name, run in runs.items():
-            begin(output / name, run)
-        for name in names:
-            answers = answer(pipe, samples[name], output / name / ANSWERS_NAME, batch_size, max_new_tokens)
-            score(name, samples[name], answers, data, output / name / SCORES_NAME)
+        runs, results = begin_all(output, runs, measured_by), {}
+        for key, run in runs.items():
+            name, folder, of = run["benchmark"], output / key, samples[run["benchmark"]]
+            if key in tools:
+                pictures = draw(pipe, of, output / name / PICTURES_NAME, batch_size, **drawing)
+            if "features" in run:
+                compared = extract(tools[key], pictures, [sample.image for sample in of], folder / FEATURES_NAME)
+                found = {"measures": distances(of, **compared)}
+            else:
+                path = folder / SCORES_NAME
+                if "judge" in run:
+                    judge_all(tools[key], of, pictures, path, batch_size, workers)
+                elif BENCHMARKS[name].kind == "loss":
+                    judge_all(partial(measure_losses, pipe), of, [sample.image for sample in of], path, batch_size)
+                else:
+                    answers = answer(pipe, of, folder / ANSWERS_NAME, batch_size, max_new_tokens)
+                    score(name, of, answers, data, path)
+                found = summary(name, read_rows(path))
+            results[key] = {"run": run, **found}
         path = output / RESULTS_NAME
-        results = read_json(path) if path.is_file() else {}
-        for name in names:
-            rows = read_rows(output / name / SCORES_NAME)
-            measures = {one: aggregate(of) for one, of in BENCHMARKS[name].measures(rows).items()}
-            results[name] = {"run": runs[name], "measures": measures}
-        write_json(path, results)
+        write_json(path, (read_json(path) if path.is_file() else {}) | results)
     return results
+
+
+def begin_all(output: Path, runs: dict[str, dict], measured_by: dict[str, str | None]) -> dict[str, dict[str, Any]]:
+    """Clears what a killed process left, and begins all runs: those that draw, and within them those that measure."""
+    for left in output.rglob(f".*{UNFINISHED}"):
+        left.unlink()
+    begun = {}
+    for key, run in runs.items():
+        begin(output / run["benchmark"], run)
+        begun[key], kind = run, BENCHMARKS[run["benchmark"]].kind
+        if kind in measured_by:
+            begun[key] = run | {kind: measured_by[kind]}
+            if (file := Path(measured_by[kind].removeprefix("scores:"))).is_file():
+                begun[key]["data"] = run["data"] | {str(file): _digest(file)}
+            begin(output / key, begun[key])
+    return begun
+
+
+def summary(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The measures of scored samples, and which of these have no score."""
+    measures = {one: aggregate(measure) for one, measure in BENCHMARKS[name].measures(rows).items()}
+    without = [row["id"] for row in rows if not row["scores"]]
+    return {"measures": measures} | ({"without_score": without} if without else {})
 
 
 def _digest(path: Path) -> str:
@@ -111,6 +162,7 @@ def _digest(path: Path) -> str:
 
 def begin(folder: Path, run: Mapping[str, Any]) -> None:
     """Writes down what a run depends on; raises if the folder holds another one."""
+    folder.mkdir(parents=True, exist_ok=True)
     file = folder / RUN_NAME
     if not file.is_file():
         if any(folder.iterdir()):
@@ -129,46 +181,123 @@ def answer(
     Raises:
         ValueError: If the file is damaged, or answers other questions, or a question leaves no room for an answer.
     """
-    processor, lines = pipe.processor, []
-    if path.is_file():
-        lines = read_text(path).split("\n")[:-1]  # what follows the last line break was torn by a kill
-    if len(lines) < len(samples):
-        lines = lines[: len(lines) // batch_size * batch_size]  # batches are answered as a whole
-    done = [parse_json(line, f"Line {number} of {path}") for number, line in enumerate(lines, start=1)]
-    for number, one in enumerate(done, start=1):
-        check_keys(f"Line {number} of {path}", one, ("id", "answer"))
-    if [one["id"] for one in done] != [sample.id for sample in samples[: len(done)]]:
-        raise ValueError(f"{path} answers other questions than those asked: choose a new folder.")
-    if len(done) == len(samples):
-        return [one["answer"] for one in done]
+    processor, done = pipe.processor, _read_done(path, samples, batch_size, "answer")
     limit = getattr(pipe.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for sample in samples[len(done) :]:
         if (length := len(processor.question_ids(sample.question))) >= limit:
-            raise ValueError(
-                f"Question {sample.id} has {length} tokens, the model {limit} positions: there is no room for an answer."
-            )
+            raise ValueError(f"Question {sample.id} has {length} tokens of {limit}: there is no room for an answer.")
+
+    def write(chosen: slice) -> list[dict[str, Any]]:
+        asked = samples[chosen]
+        ids, mask = processor.pad_left([processor.question_ids(one.question) for one in asked])
+        pictures = processor.image_processor([load_image(str(one.image)) for one in asked], framing="pad")
+        inputs = {"input_ids": torch.as_tensor(ids), "attention_mask": torch.as_tensor(mask), **pictures}
+        length = inputs["input_ids"].shape[1]
+        inputs, room = pipe.ensure_tensor_on_device(**inputs), min(max_new_tokens, limit - length)
+        out = pipe.model.generate(**inputs, do_sample=False, max_new_tokens=room)
+        texts = processor.batch_decode(out[:, length:], skip_special_tokens=True)
+        return [{"id": one.id, "answer": text.strip()} for one, text in zip(asked, texts, strict=True)]
+
+    return [one["answer"] for one in _extend(path, done, samples, batch_size, write)]
+
+
+def _read_done(path: Path, samples: Sequence[Sample], batch_size: int, key: str) -> list[dict[str, Any]]:
+    """What an earlier call wrote of whole batches, a line for each sample, with its `id` and `key`."""
+    lines = read_text(path).split("\n")[:-1] if path.is_file() else []  # what follows the last line break is torn
+    if len(lines) < len(samples):
+        lines = lines[: len(lines) // batch_size * batch_size]
+    done = [parse_json(line, f"Line {number} of {path}") for number, line in enumerate(lines, start=1)]
+    for number, one in enumerate(done, start=1):
+        check_keys(f"Line {number} of {path}", one, ("id", key))
+    if [one["id"] for one in done] != [sample.id for sample in samples[: len(done)]]:
+        raise ValueError(f"{path} answers other questions than those asked: choose a new folder.")
+    return done
+
+
+def _extend(
+    path: Path, done: list[dict[str, Any]], samples: Sequence[Sample], batch_size: int, write: Callable[[slice], Any]
+) -> list[dict[str, Any]]:
+    """Appends what `write` makes of the samples that are left, batch by batch; returns all."""
+    if len(done) == len(samples):
+        return done
     with whole(path) as unfinished:
-        unfinished.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    starts = range(len(done), len(samples), batch_size)
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in done), encoding="utf-8")
     with path.open("a", encoding="utf-8") as file:
-        for start in tqdm(starts, disable=None, desc=path.parent.name):
-            asked = samples[start : start + batch_size]
-            ids, mask = processor.pad_left([processor.question_ids(one.question) for one in asked])
-            pictures = processor.image_processor([load_image(str(one.image)) for one in asked], framing="pad")
-            inputs = {"input_ids": torch.as_tensor(ids), "attention_mask": torch.as_tensor(mask), **pictures}
-            length = inputs["input_ids"].shape[1]
-            out = pipe.model.generate(
-                **pipe.ensure_tensor_on_device(**inputs),
-                do_sample=False,
-                max_new_tokens=min(max_new_tokens, limit - length),
-            )
-            texts = processor.batch_decode(out[:, length:], skip_special_tokens=True)
-            new = [{"id": one.id, "answer": text.strip()} for one, text in zip(asked, texts, strict=True)]
+        for start in tqdm(range(len(done), len(samples), batch_size), disable=None, desc=path.parent.name):
+            new = write(slice(start, start + batch_size))
             file.writelines(json.dumps(one) + "\n" for one in new)
             file.flush()
             os.fsync(file.fileno())
             done += new
-    return [one["answer"] for one in done]
+    return done
+
+
+def draw(
+    pipe: LiquidImageGenerationPipeline, samples: Sequence[Sample], folder: Path, batch_size: int, **settings: Any
+) -> list[Path]:
+    """Draws the texts of samples into a folder, each from a seed of its own; batches that are there stay as they are.
+
+    Raises:
+        ValueError: If a text or a setting is none to draw with, before the first picture.
+    """
+    folder.mkdir(exist_ok=True)
+    paths, seed = [folder / f"{number:06}.png" for number in range(1, len(samples) + 1)], settings.pop("seed")
+    prompts = [sample.question for sample in samples]
+    batches = range(0, len(paths), batch_size)
+    left = [start for start in batches if not all(path.is_file() for path in paths[start : start + batch_size])]
+    settings |= {"batch_size": batch_size, "progress_bar": False}
+    if left:
+        pipe.stream(prompts, seed=seed, **settings)  # says what is wrong with any of them
+    for start in tqdm(left, disable=None, desc=folder.parent.name):
+        for index, image in pipe.stream(prompts[start : start + batch_size], seed=seed + start, **settings):
+            with whole(paths[start + index]) as unfinished:
+                image.save(unfinished, format="PNG")
+    return paths
+
+
+def judge_all(
+    judge: Judge, samples: Sequence[Sample], pictures: Sequence[Path], path: Path, batch_size: int, workers: int = 1
+) -> None:
+    """Writes what a judge gives each picture; what an earlier call wrote stays. A server has several `workers`."""
+
+    def write(chosen: slice) -> list[dict[str, Any]]:
+        together = [samples[chosen], pictures[chosen]]
+        given = [*map(judge, *together)] if workers == 1 else [*ThreadPoolExecutor(workers).map(judge, *together)]
+        return [
+            {"id": sample.id, "picture": picture.name, "groups": sample.groups, "scores": scores}
+            for sample, picture, scores in zip(*together, given, strict=True)
+        ]
+
+    _extend(path, _read_done(path, samples, batch_size, "scores"), samples, batch_size, write)
+
+
+@torch.no_grad()
+def extract(extractor: Extractor, drawn: Sequence[Path], true: Sequence[Path], path: Path) -> dict[str, torch.Tensor]:
+    """The features `(N, d)` of `drawn` and `true` pictures, or those that an earlier call wrote."""
+    if not path.is_file():
+        features = {}
+        for name, images in {"drawn": drawn, "true": true}.items():
+            batches = [images[start : start + EXTRACTED_AT_ONCE] for start in range(0, len(images), EXTRACTED_AT_ONCE)]
+            made = [extractor([*map(load_image, batch)]) for batch in tqdm(batches, disable=None, desc=name)]
+            features[name] = torch.cat(made).float().cpu()
+        with whole(path) as unfinished:
+            save_file(features, unfinished)
+    return load_file(path)
+
+
+def distances(samples: Sequence[Sample], drawn: torch.Tensor, true: torch.Tensor) -> dict[str, dict[str, Any]]:
+    """Fréchet and kernel distances of features `(N, d)`, and of those in each group of samples."""
+    value, error, corrected = frechet_estimate(drawn, true)
+    interval = [value + side * 1.96 * error for side in (-1, 1)]
+    found = {"fid": (value, interval), "fid_corrected": (corrected, None)}
+    found["kid_x1000"] = 1000 * kernel_distance(drawn, true), None
+    measures = {name: {"value": one, "interval": of, "n": len(samples)} for name, (one, of) in found.items()}
+    parts = [sample.groups.get("category") for sample in samples]
+    for part in sorted({*parts} - {None}):
+        of = [index for index, own in enumerate(parts) if own == part]
+        value = frechet_distance(drawn[of], true[of]) if len(of) > 1 else None
+        measures[f"fid/category/{part}"] = {"value": value, "interval": None, "n": len(of)}
+    return measures
 
 
 def score(name: str, samples: Sequence[Sample], answers: Sequence[str], data: Path, path: Path) -> None:
@@ -179,11 +308,6 @@ def score(name: str, samples: Sequence[Sample], answers: Sequence[str], data: Pa
             row = {"id": sample.id, "picture": picture, "groups": sample.groups}
             row["scores"] = {key: float(value) for key, value in BENCHMARKS[name].score(sample, text).items()}
             file.write(json.dumps(row) + "\n")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    lines = read_text(path).splitlines()
-    return [parse_json(line, f"Line {number} of {path}") for number, line in enumerate(lines, start=1)]
 
 
 def aggregate(measure: Measure) -> dict[str, Any]:
@@ -212,15 +336,20 @@ def compare(first: str | os.PathLike, second: str | os.PathLike) -> dict[str, di
         ValueError: If they have no benchmark in common, or not the same questions.
     """
     first, second = Path(first), Path(second)
-    common = [name for name in read_json(first) if name in read_json(second)]
+    common = [
+        name
+        for name in read_json(first)
+        if name in read_json(second) and BENCHMARKS[name.split("/")[0]].kind != "features"
+    ]
     if not common:
-        raise ValueError(f"{first} and {second} have no benchmark in common.")
+        raise ValueError(f"{first} and {second} have no benchmark in common that is a number for each sample.")
     differences_of: dict[str, dict[str, dict[str, Any]]] = {}
     for name in common:
         rows = [read_rows(path.parent / name / SCORES_NAME) for path in (first, second)]
         if len({tuple((row["id"], row["picture"]) for row in of) for of in rows}) > 1:
             raise ValueError(f"{name} of {first} and of {second} are about other questions: nothing to compare.")
-        of_first, of_second = (BENCHMARKS[name].measures(of) for of in rows)
+        both = [pair for pair in zip(*rows, strict=True) if all(row["scores"] for row in pair)]
+        of_first, of_second = (BENCHMARKS[name.split("/")[0]].measures(of) for of in zip(*both, strict=True))
         differences_of[name] = {one: aggregate(_difference(of_first[one], of_second[one])) for one in of_first}
     return differences_of
 
@@ -247,7 +376,7 @@ def table(results: Mapping[str, Mapping[str, Any]], paper: bool = False) -> str:
             if "/" not in measure:
                 value = "none" if of["value"] is None else f"{of['value']:.2f}"
                 interval = "none" if of["interval"] is None else "{:.2f} .. {:.2f}".format(*of["interval"])
-                printed = " / ".join(map(str, BENCHMARKS[name].paper.get(measure, ("-",))))
+                printed = " / ".join(map(str, PAPER.get(name, {}).get(measure, ("-",))))
                 lines.append([name, measure, value, interval, str(of["n"]), *[printed] * paper])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
