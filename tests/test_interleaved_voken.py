@@ -283,6 +283,12 @@ def test_what_draws_is_of_the_revision_that_was_asked_for(tmp_path):
     assert torch.equal(model.image_decoder.denoiser.conv_in.bias, weights[1])
 
 
+def test_the_folder_of_the_bases_processor_may_have_its_former_name(tmp_path):
+    tiny_voken_pipeline("llava").save_pretrained(tmp_path)
+    (tmp_path / "processor" / "base.processor").rename(tmp_path / "processor" / "base")
+    assert VokenProcessor.from_pretrained(tmp_path).image_token == "<image>"
+
+
 def test_a_variant_is_loaded_whole_by_all_doors(tmp_path):
     pipe = tiny_voken_pipeline()
     pipe.save_pretrained(tmp_path, variant="fp16")

@@ -15,6 +15,10 @@ from ..models.voken.prompts import ORDER_PROMPTS
 from ..utils.files import check_keys, parse_json, read_json, read_text
 
 
+# What a part of a turn of MMDialog may be.
+MMDIALOG = ("__TEXT__", "__MEDIA__")
+
+
 def load_voken_records(
     path: str | Path, tokenizer: PreTrainedTokenizerBase, image_folder: str | Path | None = None
 ) -> list[dict[str, Any]]:
@@ -104,7 +108,7 @@ def _mmdialog(conversation: list[dict[str, Any]], tokenizer: PreTrainedTokenizer
     for turn in conversation if isinstance(conversation, list) else [conversation]:
         check_keys("A turn", turn, ("turn",))
         for part in turn["turn"] if isinstance(turn["turn"], list) else [turn["turn"]]:
-            if not isinstance(part, dict) or not all(isinstance(one, str) for one in part.values()):
+            if not isinstance(part, dict) or not all(isinstance(part.get(name, ""), str) for name in MMDIALOG):
                 raise ValueError(
                     f"A turn is a list of {{'__TEXT__': ...}} and {{'__MEDIA__': ...}}, got {part!r} in it."
                 )
