@@ -265,6 +265,14 @@ def save_png(image: Image.Image, path: Path, record: Any) -> None:
         image.save(unfinished, format="PNG", pnginfo=metadata)
 
 
+def save_beside(story: Path, number: int, image: Image.Image) -> Path:
+    """Writes a picture of a story beside it, whole or not at all."""
+    path = story.with_name(f"{story.stem}-{number}.png")
+    with whole(path) as unfinished:
+        image.save(unfinished, format="PNG")
+    return path
+
+
 def read_metadata(path: str | Path) -> dict[str, Any] | list[dict[str, Any]]:
     """How a picture of `generate` was drawn.
 

@@ -27,10 +27,10 @@ def story(
     import transformers
 
     from transformers_liquid import LiquidConversation
-    from transformers_liquid.utils.files import whole, write_text
+    from transformers_liquid.utils.files import write_text
 
     from .models import load
-    from .pictures import Drawing
+    from .pictures import Drawing, save_beside
 
     pipe, seed = load(given["model"], given["device"], given["dtype"]), given["seed"]
     settings = Drawing(pipe, given).by_turns() | {"max_images": max_images, "max_new_tokens": max_new_tokens}
@@ -44,9 +44,7 @@ def story(
             written += event["text"]
             print(event["text"], end="", flush=True)
         elif event["type"] == "image":
-            path = output.with_name(f"{output.stem}-{event['index']}.png")
-            with whole(path) as unfinished:
-                event["image"].save(unfinished, format="PNG")
+            path = save_beside(output, event["index"], event["image"])
             written += f"\n\n![]({path.name})\n\n"
             print(f"\n{path}")
     write_text(output, written.strip() + "\n")

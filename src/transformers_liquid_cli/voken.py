@@ -112,9 +112,10 @@ def story(
     from transformers_liquid import InterleavedVokenPipeline
     from transformers_liquid.models.liquid.image_processing_liquid import load_image
     from transformers_liquid.models.liquid.reference import naming
-    from transformers_liquid.utils.files import whole, write_text
+    from transformers_liquid.utils.files import write_text
 
     from .models import find_device, reading, silence_libraries
+    from .pictures import save_beside
 
     silence_libraries()
     if missing := [one for one in prompt if PICTURE.fullmatch(one) and not os.path.isfile(one)]:
@@ -129,10 +130,7 @@ def story(
     written, number = " ".join(one for one in parts if isinstance(one, str)), 0
     for piece in (piece for scene in out.segments for piece in scene):
         if not isinstance(piece, str):
-            path = output.with_name(f"{output.stem}-{number}.png")
-            with whole(path) as unfinished:
-                piece.save(unfinished, format="PNG")
-            number, piece = number + 1, f"\n\n![]({path.name})\n\n"
+            number, piece = number + 1, f"\n\n![]({save_beside(output, number, piece).name})\n\n"
         written += piece
     write_text(output, written.strip() + "\n")
     print(f"{written.strip()}\n\n{output}")
