@@ -625,6 +625,12 @@ def test_runs_of_one_judge_are_compared_where_both_have_scores(tmp_path, capsys)
     assert lines["wise/openai-m", "wiscore"] == ["35.00", "35.00", "..", "35.00", "2"]
 
 
+def test_language_tasks_say_what_they_need_to_be_installed(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(command("not/there", data, tmp_path, "language")) == 2
+    assert 'pip install -e ".[eval]"' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -633,7 +639,7 @@ def test_runs_of_one_judge_are_compared_where_both_have_scores(tmp_path, capsys)
         (["loss", "--judge", "self"], "nothing else does"),
         (["loss", "--seed", "1"], "leave out seed"),
         (["loss", "--guidance-scale", "2"], "leave out guidance_scale"),
-        (["mjhq", "--features", "inception", "--as-paper", "--top-k", "3"], "the paper's settings"),
+        (["mjhq", "--features", "inception", "--as-paper", "--top-k", "3"], "leave out what differs"),
     ],
 )
 def test_options_for_other_benchmarks_are_told(argv, says, data, tmp_path, capsys):

@@ -11,7 +11,8 @@ from . import options
 @options.shared(options.Drawn, options.Running)
 def evaluate(
     benchmarks: Annotated[
-        list[str] | None, Argument(help="vqav2, gqa, textvqa, pope, mme, loss, folder, mjhq, genai-bench, wise.")
+        list[str] | None,
+        Argument(help="vqav2, gqa, textvqa, pope, mme, loss, folder, mjhq, genai-bench, wise, language or its tasks."),
     ] = None,
     data: Annotated[Path | None, Option(help="The folder with the benchmarks' files, as they are published.")] = None,
     output: Annotated[
@@ -43,7 +44,7 @@ def evaluate(
     if compare is None and (not benchmarks or data is None or output is None):
         raise ValueError("Give benchmarks, --data and --output; or --compare and results.json of two runs.")
     from transformers_liquid.evaluation import run
-    from transformers_liquid.evaluation.benchmarks import check_benchmarks, read_samples
+    from transformers_liquid.evaluation.benchmarks import TASKS, check_benchmarks, read_samples
     from transformers_liquid.generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 
     from .models import load
@@ -52,7 +53,7 @@ def evaluate(
     if compare is not None:
         print(run.table(run.compare(*compare)))
         return
-    benchmarks = list(dict.fromkeys(benchmarks))
+    benchmarks = list(dict.fromkeys(one for name in benchmarks for one in (TASKS if name == "language" else [name])))
     set_here = {name for name, value in given.items() if value not in (None, False)} - {"model", "device", "dtype"}
     kinds = check_benchmarks(benchmarks, {"judge": judge, "features": features})
     if set_here and not kinds & {"judge", "features"}:
@@ -60,8 +61,7 @@ def evaluate(
     is_plain = (given["dtype"], limit, max_new_tokens, set_here - {"seed"}) == ("auto", None, 128, set())
     if as_paper and not (is_plain and (batch_size == 1 or "answers" not in kinds)):
         raise ValueError(
-            "--as-paper is float16, everything, questions one at a time, up to 128 tokens, the paper's settings: leave out "
-            "--dtype, --limit, --batch-size, --max-new-tokens, and how to draw."
+            "--as-paper is all in float16, questions one by one, answers of 128 tokens: leave out what differs."
         )
     options.check_greedy(given)
     options.check_writable(output, folder=True)

@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..utils.files import parse_json, read_json, read_text
+from ..utils.files import parse_json, read_json, read_text, read_yaml
+from ..utils.optional import require
 from .answers import eval_ai, gqa_right, mme_says, pope_says_yes, vqa_v2
 from .pictures import GROUPS
 
@@ -26,6 +27,10 @@ POPE_PARTS = ("random", "popular", "adversarial")
 # Of WISE, with the last `prompt_id` of each.
 WISE_PARTS = {"cultural": 400, "time": 567, "space": 700, "biology": 800, "physics": 900, "chemistry": 1000}
 WISE_WEIGHTS = {"consistency": 0.7, "realism": 0.2, "aesthetic_quality": 0.1}
+
+
+_FACTS = read_yaml(Path(__file__).with_name("benchmarks.yaml"))
+FILES, ORIGINS, TASKS, PAPER = (_FACTS[name] for name in ("files", "origins", "tasks", "paper"))
 
 
 @dataclass(frozen=True)
@@ -94,34 +99,33 @@ class Benchmark:
     """How a benchmark is read, and what it measures.
 
     Args:
-        files: Files and folders that must be there, under the folder of data.
-        samples: Reads them.
+        samples: Reads its files.
         score: What an answer to a sample is worth, by name.
         measures: Of rows, scored samples with their `picture`, `groups` and `scores`; not of features.
-        kind: What is measured: answers, losses, drawn pictures by a judge, or by their distance to true ones.
+        kind: What is measured: answers, losses, drawn pictures by a judge, or by their distance to true ones; or
+            what lm-evaluation-harness does.
         judged: The names of what a judge gives a picture.
     """
 
-    files: tuple[str, ...]
     samples: Callable[[Path], list[Sample]]
     score: Callable[[Sample, str], dict[str, float]] | None = None
     measures: Callable[[Rows], dict[str, Measure]] = mean_measures
-    kind: Literal["answers", "loss", "judge", "features"] = "answers"
+    kind: Literal["answers", "loss", "judge", "features", "language"] = "answers"
     judged: tuple[str, ...] = ()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """What a file of JSON lines holds."""
-    lines = enumerate(read_text(path).split("\n"), start=1)
+def read_rows(path: Path, grows: bool = False) -> list[dict[str, Any]]:
+    """What a file of JSON lines holds; of one that `grows`, what a kill has torn behind the last line break is left out."""
+    lines = enumerate(read_text(path).split("\n")[: -1 if grows else None], start=1)
     return [parse_json(line, f"Line {number} of {path}") for number, line in lines if line.strip()]
 
 
 def _vqav2(data: Path) -> list[Sample]:
-    known = {one["question_id"]: one for one in read_json(data / _VQAV2[1])["annotations"]}
+    known = {one["question_id"]: one for one in read_json(data / FILES["vqav2"][1])["annotations"]}
     samples = []
-    for one in read_json(data / _VQAV2[0])["questions"]:
+    for one in read_json(data / FILES["vqav2"][0])["questions"]:
         if one["question_id"] not in known:
-            raise ValueError(f"{data / _VQAV2[1]} has no answers to question {one['question_id']}.")
+            raise ValueError(f"{data / FILES['vqav2'][1]} has no answers to question {one['question_id']}.")
         truth = known[one["question_id"]]
         groups = {name: truth[name] for name in ("answer_type", "question_type")}
         given = [answer["answer"] for answer in truth["answers"]]
@@ -136,7 +140,7 @@ def _vqa_score(sample: Sample, answer: str) -> dict[str, float]:
 
 def _gqa(data: Path) -> list[Sample]:
     samples = []
-    for name, one in read_json(data / _GQA[0]).items():
+    for name, one in read_json(data / FILES["gqa"][0]).items():
         image = data / "gqa" / "images" / f"{one['imageId']}.jpg"
         groups = {by: one["types"][by] for by in ("structural", "semantic")}
         samples.append(Sample(name, image, one["question"] + SHORT, one["answer"], groups))
@@ -146,13 +150,14 @@ def _gqa(data: Path) -> list[Sample]:
 def _textvqa(data: Path) -> list[Sample]:
     # The `question_id` of this file is that of the picture, and comes again with each of its questions.
     asked = {
-        (one["question_id"], one["text"].split("\n")[0].lower()): one["text"] for one in read_rows(data / _TEXTVQA[1])
+        (one["question_id"], one["text"].split("\n")[0].lower()): one["text"]
+        for one in read_rows(data / FILES["textvqa"][1])
     }
     samples = []
-    for one in read_json(data / _TEXTVQA[0])["data"]:
+    for one in read_json(data / FILES["textvqa"][0])["data"]:
         key = one["image_id"], one["question"].lower()
         if key not in asked:
-            raise ValueError(f"{data / _TEXTVQA[1]} does not ask {one['question']!r} about {one['image_id']}.")
+            raise ValueError(f"{data / FILES['textvqa'][1]} does not ask {one['question']!r} about {one['image_id']}.")
         image = data / "textvqa" / "train_images" / f"{one['image_id']}.jpg"
         samples.append(Sample(str(one["question_id"]), image, asked[key], one["answers"]))
     return samples
@@ -160,7 +165,7 @@ def _textvqa(data: Path) -> list[Sample]:
 
 def _pope(data: Path) -> list[Sample]:
     samples = []
-    for part, name in zip(POPE_PARTS, _POPE, strict=True):
+    for part, name in zip(POPE_PARTS, FILES["pope"], strict=True):
         for one in read_rows(data / name):
             if one["label"] not in ("yes", "no"):
                 raise ValueError(f"{data / name}: a label must be yes or no, got {one['label']!r}.")
@@ -258,7 +263,7 @@ def _mme_measures(rows: Rows) -> dict[str, Measure]:
 
 def _pairs(data: Path) -> list[Sample]:
     """The pictures of a folder and their texts, as `datasets` reads such folders."""
-    lines = read_rows(data / _PAIRS[0])
+    lines = read_rows(data / FILES["folder"][0])
     return [Sample(one["file_name"], data / "pairs" / one["file_name"], one["text"]) for one in lines]
 
 
@@ -275,16 +280,21 @@ def _loss_measures(rows: Rows) -> dict[str, Measure]:
 
 def _mjhq(data: Path) -> list[Sample]:
     samples = []
-    for name, one in read_json(data / _MJHQ[0]).items():
+    for name, one in read_json(data / FILES["mjhq"][0]).items():
         image = data / "mjhq" / "mjhq30k_imgs" / one["category"] / f"{name}.jpg"
         samples.append(Sample(name, image, one["prompt"], groups={"category": one["category"]}))
     return samples
 
 
 def _genai_bench(data: Path) -> list[Sample]:
-    prompts, skills = read_text(data / _GENAI[0]).rstrip("\n").split("\n"), read_json(data / _GENAI[1])
+    prompts, skills = (
+        read_text(data / FILES["genai-bench"][0]).rstrip("\n").split("\n"),
+        read_json(data / FILES["genai-bench"][1]),
+    )
     if unknown := {number for numbers in skills.values() for number in numbers} - {*range(1, len(prompts) + 1)}:
-        raise ValueError(f"{data / _GENAI[1]} speaks of lines that {_GENAI[0]} does not have, such as {min(unknown)}.")
+        raise ValueError(
+            f"{data / FILES['genai-bench'][1]} speaks of lines that {FILES['genai-bench'][0]} does not have, such as {min(unknown)}."
+        )
     return [
         Sample(f"{number:05}", None, prompt, groups={"skill": [name for name, of in skills.items() if number in of]})
         for number, prompt in enumerate(prompts, start=1)
@@ -299,7 +309,7 @@ def _genai_measures(rows: Rows) -> dict[str, Measure]:
 
 def _wise(data: Path) -> list[Sample]:
     samples = []
-    for name in _WISE:
+    for name in FILES["wise"]:
         for one in parse_json(read_text(data / name), data / name):
             part = [*WISE_PARTS][bisect_left([*WISE_PARTS.values()], one["prompt_id"])]
             groups = {"category": part, "subcategory": one["Subcategory"]}
@@ -315,55 +325,18 @@ def _wise_measures(rows: Rows) -> dict[str, Measure]:
     return mean_measures(scored)
 
 
-_PAIRS = ("pairs/metadata.jsonl",)
-_MJHQ = ("mjhq/meta_data.json",)
-_GENAI = ("genai-bench/prompts.txt", "genai-bench/genai_skills.json")
-_WISE = tuple(f"wise/{name}.json" for name in ("cultural_common_sense", "spatio-temporal_reasoning", "natural_science"))
-_VQAV2 = ("vqav2/v2_OpenEnded_mscoco_val2014_questions.json", "vqav2/v2_mscoco_val2014_annotations.json")
-_GQA = ("gqa/testdev_balanced_questions.json",)
-_TEXTVQA = ("textvqa/TextVQA_0.5.1_val.json", "textvqa/llava_textvqa_val_v051_ocr.jsonl")
-_POPE = tuple(f"pope/coco_pope_{part}.json" for part in POPE_PARTS)
-_MME = tuple(f"mme/{part}" for part in (*PERCEPTION, *COGNITION))
-
 BENCHMARKS = {
-    "vqav2": Benchmark(_VQAV2, _vqav2, _vqa_score),
-    "gqa": Benchmark(_GQA, _gqa, lambda sample, answer: {"accuracy": float(gqa_right(answer, sample.true))}),
-    "textvqa": Benchmark(_TEXTVQA, _textvqa, lambda sample, answer: {"eval_ai": eval_ai(answer, sample.true)}),
-    "pope": Benchmark(_POPE, _pope, _pope_score, _pope_measures),
-    "mme": Benchmark(
-        _MME, _mme, lambda sample, answer: {"right": float(mme_says(answer) == sample.true)}, _mme_measures
-    ),
-    "loss": Benchmark(_PAIRS, _pairs, measures=_loss_measures, kind="loss"),
-    "folder": Benchmark(_PAIRS, _pairs, kind="features"),
-    "mjhq": Benchmark(_MJHQ, _mjhq, kind="features"),
-    "genai-bench": Benchmark(_GENAI, _genai_bench, measures=_genai_measures, kind="judge", judged=("score",)),
-    "wise": Benchmark(_WISE, _wise, measures=_wise_measures, kind="judge", judged=tuple(WISE_WEIGHTS)),
-}
-
-# Where files are from.
-_OF_PAIRS = "file_name and text of each picture in the folder, of your own"
-ORIGINS = {
-    "vqav2": "published at https://visualqa.org/download.html, pictures of COCO val2014 in val2014/",
-    "gqa": "published at https://cs.stanford.edu/people/dorarad/gqa/download.html, pictures in gqa/images/",
-    "textvqa": "published at https://textvqa.org/dataset, pictures in textvqa/train_images/; the questions with OCR tokens are of LLaVA's eval.zip",
-    "pope": "published at https://github.com/AoiDragon/POPE/tree/main/output/coco, pictures of COCO val2014 in val2014/",
-    "mme": "published at https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation",
-    "loss": _OF_PAIRS,
-    "folder": _OF_PAIRS,
-    "mjhq": "published at https://huggingface.co/datasets/playgroundai/MJHQ-30K, pictures in mjhq/mjhq30k_imgs/",
-    "genai-bench": "published at https://huggingface.co/datasets/zhiqiulin/GenAI-Bench-527",
-    "wise": "published at https://github.com/PKU-YuanGroup/WISE/tree/main/data",
-}
-
-# The numbers of the Liquid paper (arXiv 2412.04332, tables 3, 4 and 6), in per cent but for MME and FID; by its judges.
-PAPER: dict[str, dict[str, tuple[float, ...]]] = {
-    "vqav2": {"vqa_v2": (68.0, 71.3)},
-    "gqa": {"accuracy": (56.1, 58.4)},
-    "textvqa": {"eval_ai": (40.4, 42.4)},
-    "pope": {"f1": (81.1,)},
-    "mme": {"perception": (1107.2, 1119.3)},
-    "mjhq/inception": {"fid": (5.47,)},
-    "wise/openai-gpt-4o-2024-05-13": {"wiscore": (41.0,)},
+    "vqav2": Benchmark(_vqav2, _vqa_score),
+    "gqa": Benchmark(_gqa, lambda sample, answer: {"accuracy": float(gqa_right(answer, sample.true))}),
+    "textvqa": Benchmark(_textvqa, lambda sample, answer: {"eval_ai": eval_ai(answer, sample.true)}),
+    "pope": Benchmark(_pope, _pope_score, _pope_measures),
+    "mme": Benchmark(_mme, lambda sample, answer: {"right": float(mme_says(answer) == sample.true)}, _mme_measures),
+    "loss": Benchmark(_pairs, measures=_loss_measures, kind="loss"),
+    "folder": Benchmark(_pairs, kind="features"),
+    "mjhq": Benchmark(_mjhq, kind="features"),
+    "genai-bench": Benchmark(_genai_bench, measures=_genai_measures, kind="judge", judged=("score",)),
+    "wise": Benchmark(_wise, measures=_wise_measures, kind="judge", judged=tuple(WISE_WEIGHTS)),
+    **{name: Benchmark(lambda data: [], kind="language") for name in TASKS},
 }
 
 
@@ -376,6 +349,8 @@ def check_benchmarks(names: Sequence[str], measured_by: Mapping[str, str | None]
         if (kind in kinds) != (by is not None):
             who = ", ".join(name for name, of in BENCHMARKS.items() if of.kind == kind)
             raise ValueError(f"{who} need --{kind}, and nothing else does.")
+    if "language" in kinds:
+        require("lm_eval", "A language task", extra="eval")
     return kinds
 
 
@@ -391,7 +366,7 @@ def read_samples(name: str, data: Path, limit: int | None = None) -> list[Sample
         ValueError: If a file or a picture is missing, not in the published format, or has an id twice.
     """
     benchmark = BENCHMARKS[name]
-    if missing := [one for one in benchmark.files if not (data / one).exists()]:
+    if missing := [one for one in FILES[name] if not (data / one).exists()]:
         raise ValueError(f"{name} needs {', '.join(missing)} in {data}. That is {ORIGINS[name]}.")
     try:
         samples = benchmark.samples(data)
@@ -402,7 +377,7 @@ def read_samples(name: str, data: Path, limit: int | None = None) -> list[Sample
     for sample in samples:
         if isinstance(sample.true, list) and len(sample.true) != 10:
             raise ValueError(f"Question {sample.id} must have the answers of ten people, got {len(sample.true)}.")
-    if not samples:
+    if not samples and benchmark.kind != "language":
         raise ValueError(f"{name}: files of {data} hold no question, or nothing to draw.")
     # What has no picture yet counts by itself.
     images = list(dict.fromkeys(sample.image or sample.id for sample in samples))[:limit]

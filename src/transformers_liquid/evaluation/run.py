@@ -25,26 +25,17 @@ from tqdm import tqdm
 
 from ..models.liquid.image_processing_liquid import load_image
 from ..pipelines.text_to_image import LiquidImageGenerationPipeline
-from ..utils.files import (
-    UNFINISHED,
-    alone_in,
-    check_keys,
-    differences,
-    parse_json,
-    read_json,
-    read_text,
-    whole,
-    write_json,
-)
-from .benchmarks import BENCHMARKS, PAPER, Measure, Sample, check_benchmarks, read_rows, read_samples
+from ..utils.files import UNFINISHED, alone_in, check_keys, differences, read_json, whole, write_json
+from .benchmarks import BENCHMARKS, FILES, PAPER, Measure, Sample, check_benchmarks, read_rows, read_samples
 from .intervals import bootstrap_interval, clustered_mean
 from .judges import Judge, load_judge, measure_losses
+from .language import measure_language
 from .pictures import Extractor, frechet_distance, frechet_estimate, kernel_distance, load_extractor
 
 
 RUN_NAME, ANSWERS_NAME, SCORES_NAME, RESULTS_NAME = "run.json", "answers.jsonl", "scores.jsonl", "results.json"
 PICTURES_NAME, FEATURES_NAME = "pictures", "features.safetensors"
-EXTRACTED_AT_ONCE = 16
+EXTRACTED_AT_ONCE, TEXTS = 16, (".txt", ".json", ".jsonl", ".parquet")
 
 
 def evaluate(
@@ -95,7 +86,7 @@ def evaluate(
         benchmark = BENCHMARKS[name]
         by = measured_by.get(benchmark.kind)
         key = name if by is None else f"{name}/" + re.sub(r"[^\w.]+", "-", by).strip("-.")
-        runs[key] = {"benchmark": name, **shared, "data": {file: _digest(data / file) for file in benchmark.files}}
+        runs[key] = {"benchmark": name, **shared, "data": {file: _digest(data / file) for file in FILES[name]}}
         runs[key] |= {"max_new_tokens": max_new_tokens} if by is None else {"drawing": drawing}
         if benchmark.kind == "judge":
             tools[key] = load_judge(by, pipe, samples[name], benchmark.judged)
@@ -112,6 +103,8 @@ def evaluate(
             if "features" in run:
                 compared = extract(tools[key], pictures, [sample.image for sample in of], folder / FEATURES_NAME)
                 found = {"measures": distances(of, **compared)}
+            elif BENCHMARKS[name].kind == "language":
+                found = {"measures": measure_language(pipe, name, data, folder, limit, batch_size)}
             else:
                 path = folder / SCORES_NAME
                 if "judge" in run:
@@ -152,9 +145,9 @@ def summary(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str:
-    """sha256 of a file, or of all texts in a folder with their names."""
+    """sha256 of a file, or of all texts and tables in a folder with their names."""
     digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.rglob("*.txt")):
+    for file in [path] if path.is_file() else [one for one in sorted(path.rglob("*")) if one.suffix in TEXTS]:
         digest.update(file.relative_to(path).as_posix().encode() + b"\0")
         digest.update(file.read_bytes())
     return digest.hexdigest()
@@ -203,10 +196,9 @@ def answer(
 
 def _read_done(path: Path, samples: Sequence[Sample], batch_size: int, key: str) -> list[dict[str, Any]]:
     """What an earlier call wrote of whole batches, a line for each sample, with its `id` and `key`."""
-    lines = read_text(path).split("\n")[:-1] if path.is_file() else []  # what follows the last line break is torn
-    if len(lines) < len(samples):
-        lines = lines[: len(lines) // batch_size * batch_size]
-    done = [parse_json(line, f"Line {number} of {path}") for number, line in enumerate(lines, start=1)]
+    done = read_rows(path, grows=True) if path.is_file() else []
+    if len(done) < len(samples):
+        done = done[: len(done) // batch_size * batch_size]
     for number, one in enumerate(done, start=1):
         check_keys(f"Line {number} of {path}", one, ("id", key))
     if [one["id"] for one in done] != [sample.id for sample in samples[: len(done)]]:
