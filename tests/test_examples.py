@@ -212,10 +212,8 @@ def test_the_scaling_study_is_run_in_parts(run, tmp_path, monkeypatch):
     run("scaling_study/run.py", *settings)  # as if it had been killed in the last cell
     both = [json.loads(line) for line in results.read_text().splitlines()]
     assert len(both) == len({str(cell["cell"]) for cell in both}) == 3 + 4 + 4
-    assert json.loads(first[-1])["curve"] == both[-1]["curve"]
-    tokens = {
-        cell["cell"]["arm"]: cell["curve"][-1]["tokens"] for cell in both if cell["cell"]["experiment"] == "ladder"
-    }
+    assert json.loads(first[-1])["losses"] == both[-1]["losses"]
+    tokens = {cell["cell"]["arm"]: cell["tokens"] for cell in both if cell["cell"]["experiment"] == "ladder"}
     assert tokens["mixed"] == tokens["text"] + tokens["image"]
     with pytest.raises(ValueError, match=r"--sequences \{32\}, not 8"):
         run("scaling_study/run.py", *settings[:-1], "8")
@@ -232,19 +230,19 @@ def test_the_scaling_study_finds_the_law_and_the_costs_that_were_put_in(run, tmp
             for seed in range(3):
                 cost = 0.1 * (4 - index) if arm == "mixed" else cost
                 loss = 3 + 40 * parameters**-0.3 + cost + draw.normal(0, 0.005)
-                point = {"image": loss, "text": loss, "caption": loss, "misread": loss + 1}
+                losses = {"image": loss, "text": loss, "caption": loss, "misread": loss + 1}
                 cell = {"experiment": experiment, "size": str(index), "arm": arm, "seed": seed, "factor": 1.0}
-                lines.append(json.dumps({"cell": cell, "parameters": parameters, "curve": [point] * 3}))
+                lines.append(json.dumps({"cell": cell, "parameters": parameters, "losses": losses}))
     (tmp_path / "results.jsonl").write_text("\n".join(lines))
     run("scaling_study/plot.py", ".")
     rows = [[part.strip() for part in line.split("|")[1:4]] for line in capsys.readouterr().out.splitlines()]
     said = {what: [float(number) for number in re.findall(r"[-+]?\d+\.\d+", value)] for _, what, value in rows}
     images = "pictures (nats a code)"
-    value, low, high = said[f"{images}, a of E + A N^-a"]
+    value, low, high = said[f"{images}, alone: a of E + A N^-a"]
     assert low <= 0.3 <= high and high - low < 0.1 and abs(value - 0.3) < 0.02
-    floor, power, logarithm = said[f"{images}, error at a size left out"]
+    floor, power, logarithm = said[f"{images}, alone: error at a size left out"]
     assert floor < 0.02 < power < logarithm
-    value, low, high = said[f"{images}, change of the cost with ten times the size"]
+    value, low, high = said[f"{images}: change of the cost with ten times the size"]
     assert low <= value <= high < 0
     value, low, high = said["drawing (nats a code), 2,000,000: more understanding less more text"]
     assert abs(value + 2) < 0.02 and low <= -2 <= high

@@ -39,18 +39,18 @@ def load(folder: str | Path) -> dict[tuple, dict[str, Any]]:
     """Results by experiment, size, arm and seed, from the smallest model to the largest."""
     lines = Path(folder, "results.jsonl").read_text(encoding="utf-8").splitlines()
     cells = sorted(map(json.loads, lines), key=lambda result: result["parameters"])
-    for measured in (point for cell in cells for point in cell["curve"] if "misread" in point):
-        measured["reading"] = measured["misread"] - measured["caption"]
+    for cell in cells:
+        cell["losses"]["reading"] = cell["losses"]["misread"] - cell["losses"]["caption"]
     return {tuple(cell["cell"].values())[:4]: cell for cell in cells if cell["cell"]["experiment"] != "rates"}
 
 
-def seeds_of(cells: dict, experiment: str, arm: str, loss: str, less: str | None = None, point: int = -1) -> dict:
+def seeds_of(cells: dict, experiment: str, arm: str, loss: str, less: str | None = None) -> dict:
     """By parameters, an array over seeds of a loss, less that of another arm if one is given."""
     found = {}
     for (kind, size, name, seed), cell in cells.items():
         other = cells.get((experiment, size, less, seed))
         if (kind, name) == (experiment, arm) and (other or not less):
-            value = cell["curve"][point][loss] - (other["curve"][point][loss] if other else 0.0)
+            value = cell["losses"][loss] - (other["losses"][loss] if other else 0.0)
             found.setdefault(cell["parameters"], []).append(value)
     return {parameters: np.array(values) for parameters, values in found.items()}
 
@@ -109,24 +109,26 @@ def main(args: argparse.Namespace) -> None:
         name: plt.subplots(1, 2 + (name == "synergy"), figsize=(10, 4), layout="constrained") for name in FIGURES
     }
     for law, tradeoff, (loss, label) in zip(figures["laws"][1], figures["tradeoff"][1], SIDES.items(), strict=True):
-        for point, part in enumerate(("a quarter of the steps", "half", "all")):
-            groups = seeds_of(cells, "ladder", loss, loss, point=point)
-            means, draws = draw(law, groups, groups.values(), part)
-        sizes = np.array([*groups], dtype=float)
-        rows.append(f"1 | {label}, largest less smallest | {said(means[-1] - means[0], draws[:, -1] - draws[:, 0])}")
-        low, high = np.nanpercentile(power_law(sizes, draws)[:, 2], (2.5, 97.5))
-        rows.append(
-            f"1 | {label}, a of E + A N^-a | {power_law(sizes, means[None])[0, 2]:.2f} [{low:.2f}, {high:.2f}] | |"
-        )
-        missed = ", ".join(f"{name}: {error:.3f}" for name, error in errors_left_out(sizes, means).items())
-        rows.append(f"1 | {label}, error at a size left out | {missed} |")
-
+        for arm, name in ((loss, f"{label}, alone"), ("mixed", f"{label}, mixed")):
+            groups = seeds_of(cells, "ladder", arm, loss)
+            sizes = np.array([*groups], dtype=float)
+            means, draws = draw(law, groups, groups.values(), arm)
+            (floor, factor, exponent), exponents = power_law(sizes, means[None])[0], power_law(sizes, draws)[:, 2]
+            curve = np.geomspace(sizes[0], sizes[-1])
+            law.plot(
+                curve, floor + factor * curve**-exponent, ":", label=f"{floor:.2f} + {factor:.3g} N^-{exponent:.2f}"
+            )
+            rows.append(f"1 | {name}: largest less smallest | {said(means[-1] - means[0], draws[:, -1] - draws[:, 0])}")
+            low, high = np.nanpercentile(exponents, (2.5, 97.5))
+            rows.append(f"1 | {name}: a of E + A N^-a | {exponent:.2f} [{low:.2f}, {high:.2f}] |")
+            missed = ", ".join(f"{form} {error:.3f}" for form, error in errors_left_out(sizes, means).items())
+            rows.append(f"1 | {name}: error at a size left out | {missed} |")
         groups = seeds_of(cells, "ladder", "mixed", loss, less=loss)
         means, draws = draw(tradeoff, groups, groups.values(), "mixed less one kind")
         for place, name in ((0, "smallest"), (-1, "largest")):
-            rows.append(f"2 | {label}, cost of mixing, {name} | {said(means[place], draws[:, place])}")
+            rows.append(f"2 | {label}: cost of mixing, {name} | {said(means[place], draws[:, place])}")
         slopes = [np.polyfit(np.log10([*groups]), losses.T, 1)[0] for losses in (means, draws)]
-        rows.append(f"2 | {label}, change of the cost with ten times the size | {said(*slopes)}")
+        rows.append(f"2 | {label}: change of the cost with ten times the size | {said(*slopes)}")
         for axis in (law, tradeoff):
             axis.set(xscale="log", xlabel="parameters without embeddings", ylabel=label)
     for axis, (loss, (label, arm)) in zip(figures["synergy"][1], TASKS.items(), strict=True):

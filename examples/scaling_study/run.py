@@ -4,10 +4,9 @@
     python examples/scaling_study/run.py --data_dir emoji-data --output scaling
 
 Each cell, one model, appends a line to OUTPUT/results.jsonl when it is done. Stopped and started again, the script goes
-on with the first cell that is not done; started twice, both share the work. The learning rate is constant after a
-warm-up, so that each checkpoint is what a run of that length gives. Experiments:
-- `ladder`: for each size a model is trained on texts alone (`start`); from it begin `text`, `image` and `mixed`. A step
-  of `mixed` has the same texts as one of `text` and the same pictures as one of `image`;
+on with the first cell that is not done; started twice, both share the work. The learning rate falls to zero. Experiments:
+- `ladder`: for each size a model is trained on texts alone (`start`); from it, with new rows for the codes, begin `text`,
+  `image` and `mixed`. A step of `mixed` has the same texts as one of `text` and the same pictures as one of `image`;
 - `synergy`: from the same start; `base` has texts, pictures to draw and pictures to describe; `generation`,
   `understanding` and `text` half as many records again: the same new pictures to draw or to describe, or new texts;
 - `rates`: half as many pictures from new weights, at several learning rates.
@@ -28,7 +27,7 @@ import torch
 from filelock import FileLock, Timeout
 from scaling_data import Data, load_data
 from train_lm import build_model
-from transformers import set_seed
+from transformers import get_linear_schedule_with_warmup, set_seed
 
 from transformers_liquid.data.collator import LiquidDataCollator
 from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM
@@ -37,8 +36,7 @@ from transformers_liquid.utils.files import whole
 
 SIZES = {"XXS": (32, 2), "XS": (48, 2), "S": (80, 3), "M": (128, 4), "L": (192, 5)}  # width, layers
 HEAD_WIDTH, BATCH, WARMUP_STEPS = 16, 8, 20
-RATE = 0.2  # over the width
-CHECKPOINTS = (4, 2, 1)  # these parts of a run are measured
+RATE = 0.3  # over the width
 BASE = [("text", 2, 1), ("text_to_image", 0, 1), ("caption", 1, 1)]
 # Streams, of each of which a step has a batch: kinds of records, the first one and how many, in halves of --sequences.
 ARMS = {
@@ -91,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
                         result = train(cell, data, args.sequences, weights, args.device)
                         with FileLock(weights / "results.lock"), results.open("a", encoding="utf-8") as file:
                             file.write(json.dumps(result) + "\n")
-                        print(cell, f"{result['seconds']:.0f} s", result["curve"][-1], flush=True)
+                        print(cell, f"{result['seconds']:.0f} s", result["losses"], flush=True)
                         break
             except Timeout:
                 continue
@@ -109,7 +107,8 @@ def plan(sizes: list[str], seeds: int) -> list[Cell]:
         if experiment == "ladder" or (experiment == "synergy" and size in SYNERGY_SIZES)
     ]
     cells += [Cell("rates", size, "image", 0, factor) for size in sizes[::3] for factor in (0.5, 1.0, 2.0)]
-    return sorted(cells, key=lambda cell: cell.seed + str(cell).startswith(("rates", "synergy-M", "ladder-L")))
+    later = {"rates": 1, "ladder-L": 1, "synergy-M": 2}
+    return sorted(cells, key=lambda cell: cell.seed + sum(by for name, by in later.items() if name in str(cell)))
 
 
 def done(results: Path, sequences: int) -> set[Cell]:
@@ -142,14 +141,16 @@ def train(cell: Cell, data: Data, sequences: int, folder: Path, device: str) -> 
     model = build_model(data.processor, data.codec, width * 9 // 4, width, layers, width // HEAD_WIDTH).to(device)
     text_model = model.model.text_model
     if cell.start:
+        rows, codes = text_model.get_input_embeddings().weight.data, model.config.image_layout.image_slice
+        new = rows[codes] / rows[codes].std()
         text_model.load_state_dict(torch.load(folder / f"{cell.start}.pt", weights_only=True))
+        rows[codes] = rows[: codes.start].mean(0) + rows[: codes.start].std(0) * new  # as large as those of words
     rate = RATE / width * cell.factor
     optimizer = torch.optim.AdamW(text_model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.1)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
     collator = LiquidDataCollator(data.processor, unconditional_probability=0.0, seed=cell.seed)
-    steps, curve, tokens = steps_of(cell, data, sequences), [], 0
-    for number, records in enumerate(steps, 1):
-        model.train()
+    steps, tokens = steps_of(cell, data, sequences), 0
+    scheduler = get_linear_schedule_with_warmup(optimizer, WARMUP_STEPS, len(steps))
+    for records in steps:
         batch = {name: values.to(device) for name, values in collator(records).items()}
         tokens += int(batch["attention_mask"].sum())
         model(**batch, skip_logits=False).loss.backward()
@@ -157,8 +158,6 @@ def train(cell: Cell, data: Data, sequences: int, folder: Path, device: str) -> 
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        if number in {len(steps) // part for part in CHECKPOINTS}:
-            curve.append({"steps": number, "tokens": tokens, **measure(model, data, cell.experiment == "synergy")})
     if cell.arm == "start":
         with whole(folder / f"{cell}.pt") as path:
             torch.save(text_model.state_dict(), path)
@@ -168,7 +167,9 @@ def train(cell: Cell, data: Data, sequences: int, folder: Path, device: str) -> 
         "learning_rate": rate,
         "sequences": sequences,
         "parameters": sum(body),
-        "curve": curve,
+        "steps": len(steps),
+        "tokens": tokens,
+        "losses": measure(model, data),
         "seconds": time.perf_counter() - began[0],
         "cpu_seconds": time.process_time() - began[1],
         "hardware": torch.cuda.get_device_name() if device == "cuda" else "CPU",
@@ -176,7 +177,7 @@ def train(cell: Cell, data: Data, sequences: int, folder: Path, device: str) -> 
 
 
 @torch.no_grad()
-def measure(model: LiquidForCausalLM, data: Data, captions: bool) -> dict[str, float]:
+def measure(model: LiquidForCausalLM, data: Data) -> dict[str, float]:
     """Losses on held-out records in nats: of a code, of a token of a text; and of a token of a name after its picture
     and after that of another name (`misread`)."""
     model.eval()
@@ -185,8 +186,7 @@ def measure(model: LiquidForCausalLM, data: Data, captions: bool) -> dict[str, f
         {**one, "codes": other["codes"]} for one, other in zip(pictures, pictures[1:] + pictures[:1], strict=True)
     ]
     measured = {"image": ("text_to_image", pictures), "text": ("text", texts)}
-    if captions:
-        measured |= {"caption": ("caption", pictures), "misread": ("caption", others)}
+    measured |= {"caption": ("caption", pictures), "misread": ("caption", others)}
     collator, losses = LiquidDataCollator(data.processor, unconditional_probability=0.0), {}
     for name, (kind, chosen) in measured.items():
         records = [{**record, "kind": kind, "index": index} for index, record in enumerate(chosen)]

@@ -32,7 +32,7 @@ from train_lm import build_processor, recoloured, train_tokenizer
 
 TEXT_TOKENS = 1024
 WORDS = 36  # of a text: about as many tokens as a picture with its name
-HELDOUT_FAMILIES, HELDOUT_ADDRESSES, NUM_HELDOUT = 33, 20, 256
+HELDOUT_FAMILIES, HELDOUT_ADDRESSES, NUM_HELDOUT = 33, 20, 384
 
 
 @dataclass
