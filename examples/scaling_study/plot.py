@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt
 
 
 DRAWS = 2000
-FIGURES = ("laws", "tradeoff", "synergy")
+FIGURES = {"laws": 2, "tradeoff": 2, "synergy": 3}  # panels
 SIDES = {"image": "pictures (nats a code)", "text": "texts (nats a token)"}
 TASKS = {
     "image": ("drawing (nats a code)", "understanding"),
@@ -105,9 +105,7 @@ def errors_left_out(sizes: np.ndarray, losses: np.ndarray) -> dict[str, float]:
 
 def main(args: argparse.Namespace) -> None:
     cells, rows = load(args.folder), []
-    figures = {
-        name: plt.subplots(1, 2 + (name == "synergy"), figsize=(10, 4), layout="constrained") for name in FIGURES
-    }
+    figures = {name: plt.subplots(1, panels, figsize=(10, 4), layout="constrained") for name, panels in FIGURES.items()}
     for law, tradeoff, (loss, label) in zip(figures["laws"][1], figures["tradeoff"][1], SIDES.items(), strict=True):
         for arm, name in ((loss, f"{label}, alone"), ("mixed", f"{label}, mixed")):
             groups = seeds_of(cells, "ladder", arm, loss)
@@ -115,9 +113,8 @@ def main(args: argparse.Namespace) -> None:
             means, draws = draw(law, groups, groups.values(), arm)
             (floor, factor, exponent), exponents = power_law(sizes, means[None])[0], power_law(sizes, draws)[:, 2]
             curve = np.geomspace(sizes[0], sizes[-1])
-            law.plot(
-                curve, floor + factor * curve**-exponent, ":", label=f"{floor:.2f} + {factor:.3g} N^-{exponent:.2f}"
-            )
+            label_of_law = f"{floor:.2f} + {factor:.3g} N^-{exponent:.2f}"
+            law.plot(curve, floor + factor * curve**-exponent, ":", label=label_of_law)
             rows.append(f"1 | {name}: largest less smallest | {said(means[-1] - means[0], draws[:, -1] - draws[:, 0])}")
             low, high = np.nanpercentile(exponents, (2.5, 97.5))
             rows.append(f"1 | {name}: a of E + A N^-a | {exponent:.2f} [{low:.2f}, {high:.2f}] |")
@@ -133,24 +130,21 @@ def main(args: argparse.Namespace) -> None:
             axis.set(xscale="log", xlabel="parameters without embeddings", ylabel=label)
     for axis, (loss, (label, arm)) in zip(figures["synergy"][1], TASKS.items(), strict=True):
         for size in seeds_of(cells, "synergy", arm, loss):
-            found = {
-                less: [seeds_of(cells, "synergy", more, loss, less)[size] for more in MORE] for less in ("base", "text")
-            }
-            draw(axis, MORE.values(), found["base"], f"{size:,} parameters")
-            for less, groups in found.items():
-                means, draws = (values.T[[*MORE].index(arm)] for values in bootstrap(groups))
-                rows.append(f"3 | {label}, {size:,}: {MORE[arm]} less {MORE.get(less, less)} | {said(means, draws)}")
+            groups = [seeds_of(cells, "synergy", more, loss, "base")[size] for more in MORE]
+            draw(axis, MORE.values(), groups, f"{size:,} parameters")
+            for less in ("base", "text"):  # what is taken away has no residuals
+                arms = [more for more in MORE if more != less]
+                means, draws = bootstrap(seeds_of(cells, "synergy", more, loss, less)[size] for more in arms)
+                what, at = f"{MORE[arm]} less {MORE.get(less, less)}", arms.index(arm)
+                rows.append(f"3 | {label}, {size:,}: {what} | {said(means[at], draws[:, at])}")
         axis.set(ylabel=f"{label}, less that of base")
         axis.tick_params(axis="x", labelrotation=20)
     for name, (figure, axes) in figures.items():
         for axis in axes:
             axis.legend()
         figure.savefig(Path(args.figures or args.folder) / f"scaling_{name}.png", dpi=100)
-    print(
-        "| finding | measured | nats [95 %] | visible from |\n|---|---|---|---|",
-        *(f"| {row} |" for row in rows),
-        sep="\n",
-    )
+    head = "| finding | measured | nats [95 %] | visible from |\n|---|---|---|---|"
+    print(head, *(f"| {row} |" for row in rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -182,9 +182,7 @@ def measure(model: LiquidForCausalLM, data: Data) -> dict[str, float]:
     and after that of another name (`misread`)."""
     model.eval()
     pictures, texts = data.heldout_pictures, data.heldout_texts
-    others = [
-        {**one, "codes": other["codes"]} for one, other in zip(pictures, pictures[1:] + pictures[:1], strict=True)
-    ]
+    others = [one | {"codes": other["codes"]} for one, other in zip(pictures, pictures[1:] + pictures[:1], strict=True)]
     measured = {"image": ("text_to_image", pictures), "text": ("text", texts)}
     measured |= {"caption": ("caption", pictures), "misread": ("caption", others)}
     collator, losses = LiquidDataCollator(data.processor, unconditional_probability=0.0), {}
