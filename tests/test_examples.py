@@ -247,3 +247,19 @@ def test_the_scaling_study_finds_the_law_and_the_costs_that_were_put_in(run, tmp
     value, low, high = said["drawing (nats a code), 2,000,000: more understanding less more text"]
     assert abs(value + 2) < 0.02 and low <= -2 <= high
     assert all((tmp_path / f"scaling_{name}.png").exists() for name in ("laws", "tradeoff", "synergy"))
+
+
+def test_intervals_of_the_scaling_study_hold_the_truth_as_often_as_they_say():
+    bootstrap = runpy.run_path(str(EXAMPLES / "scaling_study" / "plot.py"))["bootstrap"]
+    draw, held = np.random.default_rng(0), []
+    for _ in range(400):
+        _, draws = bootstrap([draw.normal(index, 1, size=2 + index % 2) for index in range(4)])
+        slopes = np.polyfit(range(4), draws.T, 1)[0]
+        held.append(
+            [
+                low <= truth <= high
+                for values, truth in ((slopes, 1), (draws[:, 0], 0))
+                for low, high in [np.percentile(values, (2.5, 97.5))]
+            ]
+        )
+    assert np.all(np.abs(np.mean(held, axis=0) - 0.95) < 0.03)

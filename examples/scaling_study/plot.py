@@ -4,8 +4,9 @@
 
 Reads FOLDER/results.jsonl; writes `scaling_laws.png`, `scaling_tradeoff.png` and `scaling_synergy.png` and prints the
 table of docs/scaling.md. Differences are between models of one seed, which saw the same records in the same order.
-Intervals (95 %) are of a bootstrap over seeds: the residuals of all sizes or arms of a figure's line are drawn from
-together, since the two or three seeds of one say little. A change is said to have been visible from 2.8 standard errors.
+Intervals (95 %) are of a parametric bootstrap over seeds, whose spread is pooled over all sizes or arms of a line in a figure,
+since the two or three seeds of one say little, and itself uncertain (so that those of differences are Student's).
+A change would have been visible from 2.8 standard errors.
 """
 
 from __future__ import annotations
@@ -58,11 +59,11 @@ def seeds_of(cells: dict, experiment: str, arm: str, loss: str, less: str | None
 def bootstrap(groups: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Means over the seeds of G groups, `(G,)`, and draws of them, `(DRAWS, G)`: NaN if no group has two seeds."""
     groups = list(groups)
-    residuals = [(group - group.mean()) * (len(group) / (len(group) - 1)) ** 0.5 for group in groups if len(group) > 1]
-    residuals = np.concatenate(residuals or [[np.nan]])
+    means, seeds = (np.array([of(group) for group in groups]) for of in (np.mean, len))
+    squares = sum(((group - group.mean()) ** 2).sum() for group in groups)
     draw = np.random.default_rng(0)
-    drawn = [group.mean() + draw.choice(residuals, (DRAWS, len(group))).mean(1) for group in groups]
-    return np.array([group.mean() for group in groups]), np.stack(drawn, 1)
+    deviation = np.sqrt(squares / draw.chisquare((seeds - 1).sum() or np.nan, (DRAWS, 1)))
+    return means, means + deviation * draw.standard_normal((DRAWS, len(groups))) / np.sqrt(seeds)
 
 
 def draw(axis: plt.Axes, places: Iterable[float], groups: Iterable[np.ndarray], label: str) -> tuple:
@@ -75,7 +76,7 @@ def draw(axis: plt.Axes, places: Iterable[float], groups: Iterable[np.ndarray], 
 
 def said(mean: float, draws: np.ndarray) -> str:
     low, high = np.percentile(draws, (2.5, 97.5))
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] | {2.8 * draws.std():.3f}"
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] | {2.8 * (high - low) / 3.92:.3f}"
 
 
 def power_law(sizes: np.ndarray, losses: np.ndarray) -> np.ndarray:
