@@ -617,12 +617,21 @@ def test_runs_of_one_judge_are_compared_where_both_have_scores(tmp_path, capsys)
         if name == "b":
             of[0] = of[0] | {"scores": {}}
         write(tmp_path / name / "wise" / "openai-m" / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in of))
-        write(tmp_path / name / "results.json", {"wise/openai-m": {}, "mjhq/inception": {}})
-    assert (
-        main(["evaluate", "--compare", str(tmp_path / "a" / "results.json"), str(tmp_path / "b" / "results.json")]) == 0
-    )
+        write(tmp_path / name / "results.json", {"wise/openai-m": {}, "mjhq/inception": {}, "hellaswag": {}})
+    both = [str(tmp_path / name / "results.json") for name in "ab"]
+    assert main(["evaluate", "--compare", *both]) == 0
     lines = {tuple(line.split()[:2]): line.split()[2:] for line in capsys.readouterr().out.splitlines()}
     assert lines["wise/openai-m", "wiscore"] == ["35.00", "35.00", "..", "35.00", "2"]
+    write(
+        tmp_path / "b" / "wise" / "openai-m" / "scores.jsonl",
+        "".join(json.dumps(row | {"scores": {}}) + "\n" for row in rows),
+    )
+    assert main(["evaluate", "--compare", *both]) == 2
+    assert "no picture has scores in both" in capsys.readouterr().err
+    for name in "ab":
+        write(tmp_path / name / "results.json", {"mjhq/inception": {}, "hellaswag": {}})
+    assert main(["evaluate", "--compare", *both]) == 2
+    assert "in common that is a number for each sample" in capsys.readouterr().err
 
 
 def test_language_tasks_say_what_they_need_to_be_installed(data, tmp_path, monkeypatch, capsys):

@@ -287,18 +287,15 @@ def _mjhq(data: Path) -> list[Sample]:
 
 
 def _genai_bench(data: Path) -> list[Sample]:
-    prompts, skills = (
-        read_text(data / FILES["genai-bench"][0]).rstrip("\n").split("\n"),
-        read_json(data / FILES["genai-bench"][1]),
-    )
-    if unknown := {number for numbers in skills.values() for number in numbers} - {*range(1, len(prompts) + 1)}:
-        raise ValueError(
-            f"{data / FILES['genai-bench'][1]} speaks of lines that {FILES['genai-bench'][0]} does not have, such as {min(unknown)}."
-        )
-    return [
-        Sample(f"{number:05}", None, prompt, groups={"skill": [name for name, of in skills.items() if number in of]})
-        for number, prompt in enumerate(prompts, start=1)
-    ]
+    text, skills = (data / name for name in FILES["genai-bench"])
+    prompts, numbers_of = read_text(text).rstrip("\n").split("\n"), read_json(skills)
+    if unknown := {number for numbers in numbers_of.values() for number in numbers} - {*range(1, len(prompts) + 1)}:
+        raise ValueError(f"{skills} speaks of lines that {text} does not have, such as {min(unknown, key=str)}.")
+    samples = []
+    for number, prompt in enumerate(prompts, start=1):
+        groups = {"skill": [name for name, numbers in numbers_of.items() if number in numbers]}
+        samples.append(Sample(f"{number:05}", None, prompt.strip(), groups=groups))
+    return samples
 
 
 def _genai_measures(rows: Rows) -> dict[str, Measure]:

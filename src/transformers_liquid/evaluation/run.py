@@ -328,11 +328,8 @@ def compare(first: str | os.PathLike, second: str | os.PathLike) -> dict[str, di
         ValueError: If they have no benchmark in common, or not the same questions.
     """
     first, second = Path(first), Path(second)
-    common = [
-        name
-        for name in read_json(first)
-        if name in read_json(second) and BENCHMARKS[name.split("/")[0]].kind != "features"
-    ]
+    of_each = {name: BENCHMARKS[name.split("/")[0]] for name in read_json(first) if name in read_json(second)}
+    common = [name for name, of in of_each.items() if of.kind not in ("features", "language")]
     if not common:
         raise ValueError(f"{first} and {second} have no benchmark in common that is a number for each sample.")
     differences_of: dict[str, dict[str, dict[str, Any]]] = {}
@@ -341,7 +338,9 @@ def compare(first: str | os.PathLike, second: str | os.PathLike) -> dict[str, di
         if len({tuple((row["id"], row["picture"]) for row in of) for of in rows}) > 1:
             raise ValueError(f"{name} of {first} and of {second} are about other questions: nothing to compare.")
         both = [pair for pair in zip(*rows, strict=True) if all(row["scores"] for row in pair)]
-        of_first, of_second = (BENCHMARKS[name.split("/")[0]].measures(of) for of in zip(*both, strict=True))
+        if not both:
+            raise ValueError(f"{name}: no picture has scores in both runs.")
+        of_first, of_second = (of_each[name].measures(of) for of in zip(*both, strict=True))
         differences_of[name] = {one: aggregate(_difference(of_first[one], of_second[one])) for one in of_first}
     return differences_of
 
