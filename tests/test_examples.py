@@ -244,7 +244,7 @@ def test_the_scaling_study_finds_the_law_and_the_costs_that_were_put_in(run, tmp
     assert floor < 0.02 < power < logarithm
     value, low, high = said[f"{images}: change of the cost with ten times the size"]
     assert low <= value <= high < 0
-    value, low, high = said["drawing (nats a code), 2,000,000: more understanding less more text"]
+    value, low, high = said["drawing (nats a code), 2,000,000: more to name less more text"]
     assert abs(value + 2) < 0.02 and low <= -2 <= high
     assert all((tmp_path / f"scaling_{name}.png").exists() for name in ("laws", "tradeoff", "synergy"))
 

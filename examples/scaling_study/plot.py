@@ -31,9 +31,9 @@ SIDES = {"image": "pictures (nats a code)", "text": "texts (nats a token)"}
 TASKS = {
     "image": ("drawing (nats a code)", "understanding"),
     "caption": ("naming (nats a token)", "generation"),
-    "reading": ("naming after another picture, less naming", "generation"),
+    "reading": ("naming, wrong picture less right", "generation"),
 }
-MORE = {"text": "more text", "generation": "more generation", "understanding": "more understanding"}
+MORE = {"text": "more text", "generation": "more to draw", "understanding": "more to name"}
 
 
 def load(folder: str | Path) -> dict[tuple, dict[str, Any]]:
@@ -66,11 +66,11 @@ def bootstrap(groups: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return means, means + deviation * draw.standard_normal((DRAWS, len(groups))) / np.sqrt(seeds)
 
 
-def draw(axis: plt.Axes, places: Iterable[float], groups: Iterable[np.ndarray], label: str) -> tuple:
+def draw(axis: plt.Axes, places: Iterable, groups: Iterable[np.ndarray], label: str, style: str = "o-") -> tuple:
     """Draws means and their intervals; returns what `bootstrap` does."""
     means, draws = bootstrap(groups)
     bars = np.abs(np.nan_to_num(np.percentile(draws, (2.5, 97.5), axis=0) - means))
-    axis.errorbar(list(places), means, bars, fmt="o-", capsize=3, label=label)
+    axis.errorbar(list(places), means, bars, fmt=style, capsize=3, label=label)
     return means, draws
 
 
@@ -108,14 +108,14 @@ def main(args: argparse.Namespace) -> None:
     cells, rows = load(args.folder), []
     figures = {name: plt.subplots(1, panels, figsize=(10, 4), layout="constrained") for name, panels in FIGURES.items()}
     for law, tradeoff, (loss, label) in zip(figures["laws"][1], figures["tradeoff"][1], SIDES.items(), strict=True):
-        for arm, name in ((loss, f"{label}, alone"), ("mixed", f"{label}, mixed")):
+        for arm, name, style in ((loss, f"{label}, alone", "C0o"), ("mixed", f"{label}, mixed", "C1o")):
             groups = seeds_of(cells, "ladder", arm, loss)
             sizes = np.array([*groups], dtype=float)
-            means, draws = draw(law, groups, groups.values(), arm)
+            means, draws = draw(law, groups, groups.values(), arm, style)
             (floor, factor, exponent), exponents = power_law(sizes, means[None])[0], power_law(sizes, draws)[:, 2]
             curve = np.geomspace(sizes[0], sizes[-1])
             label_of_law = f"{floor:.2f} + {factor:.3g} N^-{exponent:.2f}"
-            law.plot(curve, floor + factor * curve**-exponent, ":", label=label_of_law)
+            law.plot(curve, floor + factor * curve**-exponent, f"{style[:2]}:", label=label_of_law)
             rows.append(f"1 | {name}: largest less smallest | {said(means[-1] - means[0], draws[:, -1] - draws[:, 0])}")
             low, high = np.nanpercentile(exponents, (2.5, 97.5))
             rows.append(f"1 | {name}: a of E + A N^-a | {exponent:.2f} [{low:.2f}, {high:.2f}] |")
@@ -128,20 +128,23 @@ def main(args: argparse.Namespace) -> None:
         slopes = [np.polyfit(np.log10([*groups]), losses.T, 1)[0] for losses in (means, draws)]
         rows.append(f"2 | {label}: change of the cost with ten times the size | {said(*slopes)}")
         for axis in (law, tradeoff):
-            axis.set(xscale="log", xlabel="parameters without embeddings", ylabel=label)
+            axis.set(xscale="log", xlabel="thousand parameters without embeddings", ylabel=label)
+            axis.set_xticks(sizes, [f"{size / 1000:,.0f}" for size in sizes])
+            axis.minorticks_off()
     for axis, (loss, (label, arm)) in zip(figures["synergy"][1], TASKS.items(), strict=True):
         for size in seeds_of(cells, "synergy", arm, loss):
             groups = [seeds_of(cells, "synergy", more, loss, "base")[size] for more in MORE]
-            draw(axis, MORE.values(), groups, f"{size:,} parameters")
+            draw(axis, (name.replace(" ", "\n") for name in MORE.values()), groups, f"{size:,} parameters", "o")
             for less in ("base", "text"):  # what is taken away has no residuals
                 arms = [more for more in MORE if more != less]
                 means, draws = bootstrap(seeds_of(cells, "synergy", more, loss, less)[size] for more in arms)
                 what, at = f"{MORE[arm]} less {MORE.get(less, less)}", arms.index(arm)
                 rows.append(f"3 | {label}, {size:,}: {what} | {said(means[at], draws[:, at])}")
-        axis.set(ylabel=f"{label}, less that of base")
-        axis.tick_params(axis="x", labelrotation=20)
+        axis.set(ylabel=f"{label}: change from base", xlim=(-0.5, 2.5))
     for name, (figure, axes) in figures.items():
         for axis in axes:
+            if name != "laws":
+                axis.axhline(0, color="k", linewidth=0.8)
             axis.legend()
         figure.savefig(Path(args.figures or args.folder) / f"scaling_{name}.png", dpi=100)
     head = "| finding | measured | nats [95 %] | visible from |\n|---|---|---|---|"

@@ -107,7 +107,7 @@ def plan(sizes: list[str], seeds: int) -> list[Cell]:
         if experiment == "ladder" or (experiment == "synergy" and size in SYNERGY_SIZES)
     ]
     cells += [Cell("rates", size, "image", 0, factor) for size in sizes[::3] for factor in (0.5, 1.0, 2.0)]
-    later = {"rates": 1, "ladder-L": 1, "synergy-M": 2}
+    later = {"ladder-L": 1, "rates": 2, "synergy-M": 3}
     return sorted(cells, key=lambda cell: cell.seed + sum(by for name, by in later.items() if name in str(cell)))
 
 
