@@ -115,6 +115,7 @@ def test_a_users_processor_or_recorded_output_is_not_compiled():
 @pytest.fixture
 def small_pieces(monkeypatch):
     monkeypatch.setattr(sampling_liquid, "CACHE_PIECE", 8)
+    monkeypatch.setattr(sampling_liquid, "LARGE_CACHE", 0.0)
 
 
 LONG = SETTINGS | {"height": 4, "width": 32}  # 32 codes behind a prompt of 7, so that 40 of 128 positions are used
@@ -189,6 +190,28 @@ def test_short_pictures_and_caches_that_are_handed_back_are_read_whole(monkeypat
     output = draw(build(), **LONG, **options, generator=generators(1, 2, 3), return_dict_in_generate=True)
     assert output.past_key_values.layers[0].keys.shape[2] == output.past_key_values.layers[0].max_cache_len
     draw(build("gemma2"), **LONG, **options, generator=generators(1, 2, 3))  # windows of sliding attention
+
+
+def test_a_cache_grows_where_it_is_large_beside_the_weights(monkeypatch):
+    monkeypatch.setattr(sampling_liquid, "CACHE_PIECE", 8)
+    model, lengths = build(), []
+    weights = sum(weight.nbytes for weight in model.model.text_model.parameters())
+    update = sampling_liquid.GrowingStaticLayer.update
+
+    def recording(self, *args):
+        keys, values = update(self, *args)
+        lengths.append((keys.shape[2], len(model.model.text_model.base_model.layers) * 2 * self.keys.nbytes))
+        return keys, values
+
+    monkeypatch.setattr(sampling_liquid.GrowingStaticLayer, "update", recording)
+    options = {"cache_implementation": "static", "disable_compile": True, "generator": generators(1, 2, 3)}
+    draw(model, **LONG, **options)
+    stored = lengths[-1][1]
+    for share, grows in ((0.8, True), (1.2, False)):
+        lengths.clear()
+        monkeypatch.setattr(sampling_liquid, "LARGE_CACHE", share * stored / weights)
+        draw(model, **LONG, **options)
+        assert (len({length for length, _ in lengths}) > 2) == grows
 
 
 # --- noise ---

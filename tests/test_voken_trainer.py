@@ -19,7 +19,8 @@ class SteadyDecoder(VokenImageDecoder):
     def loss(self, latents, condition, snr_gamma=None):
         noise = torch.stack([torch.randn(one.shape, generator=self._generator(one)) for one in latents])
         timesteps = torch.cat([torch.randint(0, 1000, (1,), generator=self._generator(one)) for one in latents])
-        return super().loss(latents, condition, snr_gamma, noise=noise, timesteps=timesteps)
+        drawn = {"noise": noise.to(latents.device), "timesteps": timesteps.to(latents.device)}
+        return super().loss(latents, condition, snr_gamma, **drawn)
 
     def _generator(self, latents):
         return torch.Generator().manual_seed(int(latents.abs().sum() * 1000))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,7 +33,10 @@ _NOT_COMPILABLE: set[str] = set()
 _NOT_GROWING: set[str] = set()
 
 # A static cache longer than two such pieces is read by whole pieces, as many as hold something. None: always all of it.
-CACHE_PIECE: int | None = 128
+CACHE_PIECE: int | None = 160
+
+# That costs a second compilation, and is done for caches of at least this share of the bytes of the weights.
+LARGE_CACHE = 0.25
 
 # Positions whose noise is made at once. Fixed, since a generator of an accelerator gives other numbers in other blocks.
 NOISE_BLOCK = 32
@@ -165,13 +169,19 @@ class ImageSequences:
         ):
             layers[:] = [GrowingStaticLayer(one.max_cache_len + GrowingStaticLayer.SPARE) for one in layers]
 
+    @functools.cached_property
+    def _is_cache_large(self) -> bool:
+        stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+        return stored >= LARGE_CACHE * sum(weight.nbytes for weight in self.model.model.text_model.parameters())
+
     def grow_cache(self, length: int) -> None:
         """Before a forward that fills a growing cache up to `length`: it reads little more than that."""
         for layer in getattr(self.cache, "layers", []):
             if isinstance(layer, GrowingStaticLayer):
                 most = layer.keys.shape[2] - layer.SPARE
                 read = math.ceil(length / CACHE_PIECE) * CACHE_PIECE
-                layer.max_cache_len = most if self.base in _NOT_GROWING else min(read, most)
+                is_whole = self.base in _NOT_GROWING or not self._is_cache_large
+                layer.max_cache_len = most if is_whole else min(read, most)
 
     def inputs(self) -> dict[str, Any]:
         """The arguments of the forward of one more code."""
