@@ -74,9 +74,12 @@ def draw(axis: plt.Axes, places: Iterable, groups: Iterable[np.ndarray], label: 
     return means, draws
 
 
-def said(mean: float, draws: np.ndarray) -> str:
-    low, high = np.percentile(draws, (2.5, 97.5))
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] | {2.8 * (high - low) / 3.92:.3f}"
+def said(value: float, draws: np.ndarray) -> str:
+    """A value with its interval, and from where a change would have been visible."""
+    if np.isnan(draws).all():
+        return f"{value:+.3f}, no interval from one seed | "
+    low, high = np.nanpercentile(draws, (2.5, 97.5))
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}] | {2.8 * (high - low) / 3.92:.3f}"
 
 
 def power_law(sizes: np.ndarray, losses: np.ndarray) -> np.ndarray:
@@ -117,8 +120,7 @@ def main(args: argparse.Namespace) -> None:
             label_of_law = f"{floor:.2f} + {factor:.3g} N^-{exponent:.2f}"
             law.plot(curve, floor + factor * curve**-exponent, f"{style[:2]}:", label=label_of_law)
             rows.append(f"1 | {name}: largest less smallest | {said(means[-1] - means[0], draws[:, -1] - draws[:, 0])}")
-            low, high = np.nanpercentile(exponents, (2.5, 97.5))
-            rows.append(f"1 | {name}: a of E + A N^-a | {exponent:.2f} [{low:.2f}, {high:.2f}] |")
+            rows.append(f"1 | {name}: a of E + A N^-a | {said(exponent, exponents)}")
             missed = ", ".join(f"{form} {error:.3f}" for form, error in errors_left_out(sizes, means).items())
             rows.append(f"1 | {name}: error at a size left out | {missed} |")
         groups = seeds_of(cells, "ladder", "mixed", loss, less=loss)
