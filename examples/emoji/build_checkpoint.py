@@ -1,8 +1,10 @@
 """Puts the trained language model and the finished codec together into the repository that the package ships.
 
-    python examples/emoji/build_checkpoint.py --lm_dir emoji-lm --codec_dir emoji-codec --output_dir emoji-checkpoint \\
+    python examples/emoji/build_checkpoint.py --lm_dir emoji-lm=0.3 emoji-lm-more-noise=0.7 --codec_dir emoji-codec \\
+        --output_dir emoji-checkpoint \\
         --image_generation_config '{"guidance_scale": 1.0, "do_sample": false}'
 
+Of several language models the weights are averaged (Wortsman et al. 2022, arXiv 2109.01903), each with its share.
 The codec may have trained on after the language model took its codes, but only its decoder: encoder and codebook must
 be the same in both. Weights are stored in fp16, half as large, and load as fp32. The processor learns which words the
 model was trained on, so that prompts without any of them are warned of.
@@ -33,8 +35,13 @@ ENCODING = ("encoder.", "quant_conv.", "quantize.")
 
 
 def main(args: argparse.Namespace) -> None:
-    model = LiquidForCausalLM.from_pretrained(args.lm_dir)
-    processor = LiquidProcessor.from_pretrained(args.lm_dir)
+    folders = {folder: float(share or 1) for folder, _, share in (one.partition("=") for one in args.lm_dir)}
+    models = {folder: LiquidForCausalLM.from_pretrained(folder) for folder in folders}
+    model = models[args.lm_dir[0].partition("=")[0]]
+    processor = LiquidProcessor.from_pretrained(model.name_or_path)
+    states = [(share, models[folder].model.text_model.state_dict()) for folder, share in folders.items()]
+    mean = {name: sum(share * state[name] for share, state in states) for name in states[0][1]}
+    model.model.text_model.load_state_dict(mean)
     codec = LiquidVQModel.from_pretrained(args.codec_dir)
     trained_with = model.model.vq_model.state_dict()
     for name, weight in codec.state_dict().items():
@@ -73,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="emoji-data")
-    parser.add_argument("--lm_dir", default="emoji-lm")
+    parser.add_argument("--lm_dir", nargs="+", default=["emoji-lm"], metavar="DIR[=SHARE]")
     parser.add_argument("--codec_dir", default="emoji-codec")
     parser.add_argument("--output_dir", default="emoji-checkpoint")
     parser.add_argument(

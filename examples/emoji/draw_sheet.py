@@ -1,4 +1,5 @@
-"""Draws the README's sheet of labelled pictures; names marked with * were never seen in training.
+"""Draws the README's sheet of labelled pictures: the first prompts of evaluate.py as people type them, and names marked
+with *, which were never seen in training.
 
 python examples/emoji/draw_sheet.py --output docs/drawn_by_liquid_emoji.png
 """
@@ -8,26 +9,13 @@ from __future__ import annotations
 import argparse
 import textwrap
 
+from evaluate import EVERYDAY
 from PIL import Image, ImageDraw, ImageFont
 from transformers import pipeline
 
 import transformers_liquid
 
 
-SEEN = [
-    *("red apple", "dog face", "penguin", "rainbow", "cactus", "slice of pizza", "rocket", "guitar"),
-    *("tiger face", "octopus", "fire engine", "hot beverage", "birthday cake", "crab", "sunflower", "soccer ball"),
-    *(
-        "smiling face with sunglasses",
-        "japan flag",
-        "brazil flag",
-        "bicycle",
-        "jack-o-lantern",
-        "snowman",
-        "strawberry",
-    ),
-    "mage: dark skin tone",
-]
 UNSEEN = [
     *("woman astronaut: medium skin tone", "firefighter: medium-light skin tone", "woman teacher: dark skin tone"),
     *("man construction worker: medium-dark skin tone", "woman scientist: medium-dark skin tone"),
@@ -37,7 +25,7 @@ COLUMNS, SIDE, LABEL, GAP = 8, 112, 30, 8
 
 
 def main(args: argparse.Namespace) -> None:
-    prompts = SEEN + UNSEEN
+    prompts = [*EVERYDAY][:32] + UNSEEN
     images = pipeline("text-to-image", model=args.model)(prompts, seed=args.seed)
     rows = -(-len(prompts) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, rows * (SIDE + LABEL + GAP) + GAP), "white")

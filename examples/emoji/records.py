@@ -84,11 +84,14 @@ class World:
         emoji (`list[Emoji]`): In the order of their codes.
         words (`dict[str, Words]`): By name without skin tone.
         icons (`list[dict]`): `name`, `colour` and `set` of each icon.
+        toned, others (`float`): How often emoji with and without skin tones are drawn: of a person there are six.
     """
 
     emoji: list[Emoji]
     words: dict[str, Words]
     icons: list[dict[str, str]]
+    toned: float = 0.5
+    others: float = 1.5
     index: dict[str, int] = field(init=False)
     attributes: list[dict[str, str]] = field(init=False)
     edits: list[tuple[int, str, str, int]] = field(init=False)  # source, what changes, wish, target
@@ -97,8 +100,7 @@ class World:
         self.index = {item.name: number for number, item in enumerate(self.emoji)}
         self.attributes = [self._attributes(item) for item in self.emoji]
         self.seen = [number for number, item in enumerate(self.emoji) if item.split == "seen"]
-        # Of a person there are six pictures, of most things one, which is drawn more often.
-        self.weights = [0.5 if split_tones(self.emoji[number].name)[1] else 1.5 for number in self.seen]
+        self.weights = [self.toned if split_tones(self.emoji[number].name)[1] else self.others for number in self.seen]
         self.keywords = [
             (name, word)
             for name, words in self.words.items()
