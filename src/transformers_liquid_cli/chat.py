@@ -44,7 +44,9 @@ def chat(
         return next(path for path in paths if not path.exists())
 
     if known := pipe.processor.known_words:
-        print(f"A small model: it draws and names what it has one of {len(known)} words for. A conversation is beyond it.")
+        print(
+            f"A small model: it draws and names what it has one of {len(known)} words for. A conversation is beyond it."
+        )
     print("/image PATH shows a picture, /draw PROMPT draws one, /new starts over, /quit ends.")
     while sys.stdin is not None:  # closed
         try:
