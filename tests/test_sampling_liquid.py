@@ -129,8 +129,8 @@ def test_a_cache_read_in_part_draws_what_the_whole_does(base, speculative, promp
     whole = draw(model, prompts, **LONG, generator=generators(*range(len(prompts))))
     update = sampling_liquid.GrowingStaticLayer.update
 
-    def recording(self, *args):
-        keys, values = update(self, *args)
+    def recording(self, *args, **kwargs):
+        keys, values = update(self, *args, **kwargs)
         assert keys.shape == values.shape
         # Nothing that was written is left out.
         assert int(self.cumulative_length) <= keys.shape[2] and not self.keys[:, :, keys.shape[2] :].any()
@@ -180,7 +180,7 @@ def test_where_a_part_of_the_cache_does_not_compile_the_whole_is_read(small_piec
 
 
 def test_short_pictures_and_caches_that_are_handed_back_are_read_whole(monkeypatch):
-    def never(self, *args):
+    def never(self, *args, **kwargs):
         raise AssertionError("grows")
 
     monkeypatch.setattr(sampling_liquid.GrowingStaticLayer, "update", never)
@@ -198,8 +198,8 @@ def test_a_cache_grows_where_it_is_large_beside_the_weights(monkeypatch):
     weights = sum(weight.nbytes for weight in model.model.text_model.parameters())
     update = sampling_liquid.GrowingStaticLayer.update
 
-    def recording(self, *args):
-        keys, values = update(self, *args)
+    def recording(self, *args, **kwargs):
+        keys, values = update(self, *args, **kwargs)
         lengths.append((keys.shape[2], len(model.model.text_model.base_model.layers) * 2 * self.keys.nbytes))
         return keys, values
 
