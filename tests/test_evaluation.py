@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import EOS_ID, tiny_model, tiny_processor
+from tiny import tiny_checkpoint
 
 from transformers_liquid.evaluation.answers import eval_ai, gqa_right, mme_says, pope_says_yes, vqa_v2
 from transformers_liquid.evaluation.benchmarks import BENCHMARKS, COGNITION, PERCEPTION, POPE_PARTS, read_samples
@@ -355,13 +355,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint")
-    model = tiny_model()
-    model.config.text_config.max_position_embeddings = 256
-    model.generation_config.eos_token_id = EOS_ID
-    model.save_pretrained(path)
-    tiny_processor().save_pretrained(path)
-    return str(path)
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def command(checkpoint, data, output, *more) -> list[str]:

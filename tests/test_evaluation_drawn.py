@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import EOS_ID, tiny_model, tiny_processor
+from tiny import tiny_checkpoint
 from tiny_vokens import VOCAB_SIZE, tiny_base_processor, tiny_voken_base
 from transformers import (
     AutoModelForImageTextToText,
@@ -91,13 +91,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint")
-    model = tiny_model()
-    model.config.text_config.max_position_embeddings = 256
-    model.generation_config.eos_token_id = EOS_ID
-    model.save_pretrained(path)
-    tiny_processor().save_pretrained(path)
-    return str(path)
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

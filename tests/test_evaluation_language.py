@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import EOS_ID, tiny_model, tiny_processor
+from tiny import tiny_checkpoint, tiny_model, tiny_processor
 
 from transformers_liquid.evaluation.benchmarks import FILES, TASKS
 from transformers_liquid_cli import main
@@ -74,13 +74,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint")
-    model = tiny_model()
-    model.config.text_config.max_position_embeddings = 2048
-    model.generation_config.eos_token_id = EOS_ID
-    model.save_pretrained(path)
-    tiny_processor().save_pretrained(path)
-    return str(path)
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), 2048)
 
 
 def command(checkpoint, data, output, *names) -> list[str]:

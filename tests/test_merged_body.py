@@ -30,6 +30,7 @@ def body(monkeypatch):
     return body
 
 
+@pytest.mark.slow
 def test_rows_of_one_and_of_two_sequences_are_the_adapters_own_forward_and_backward(body):
     vocab_size = len(body.embeddings)
     generator = torch.Generator().manual_seed(1)

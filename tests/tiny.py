@@ -165,6 +165,16 @@ def tiny_processor(**kwargs: Any) -> LiquidProcessor:
     )
 
 
+def tiny_checkpoint(path: Any, max_position_embeddings: int = 256) -> str:
+    """A folder with a model and its processor."""
+    model = tiny_model()
+    model.config.text_config.max_position_embeddings = max_position_embeddings
+    model.generation_config.eos_token_id = EOS_ID
+    model.save_pretrained(path)
+    tiny_processor().save_pretrained(path)
+    return str(path)
+
+
 def tiny_pictures(number: int = 1, height: int = 8, width: int = 8, seed: int = 0) -> torch.Tensor:
     """Random pixel values `(number, 3, height, width)` in [-1, 1]."""
     return torch.rand(number, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
