@@ -1,5 +1,6 @@
 """Adapters: which weights they train, what they leave alone, what is saved, and what is merged."""
 
+import copy
 import json
 import warnings
 
@@ -426,3 +427,76 @@ def test_adapters_of_different_rows_are_not_combined(tmp_path):
         adapted.add_weighted_adapter(["all", "another"], [0.5, 0.5], "mixed")
     adapted.add_weighted_adapter(["none"], [0.5], "half of none")
     assert "half of none" not in adapted.get_base_model().get_input_embeddings().token_adapter.token_indices
+
+
+# Drawing
+
+
+def _layers(model):
+    return {type(module).__module__.partition(".")[0] for module in model.modules()}
+
+
+@BOTH_CONFIGS
+@pytest.mark.parametrize(
+    ("model_type", "tied"), [("llama", True), ("llama", False), ("gemma3_text", True), ("gpt2", False), ("mamba", True)]
+)
+def test_an_adapter_draws_with_the_weights_of_the_merged_model_and_stays_as_it_was(make_config, model_type, tied):
+    model = tiny_model(model_type, tied)
+    adapted = _disturb(get_peft_model(model, make_config(model)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    drawn, view = _draw(adapted), model.image_head_view()
+    assert "peft" in _layers(model)
+    assert "peft" not in _layers(view)
+    if tied:
+        table = view.get_input_embeddings().weight
+        head = view.get_output_embeddings().weight
+        assert head.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    assert torch.equal(merged.image_head_view()(_ids()).logits, view(_ids()).logits)
+    assert torch.equal(_draw(merged), drawn)
+
+
+def test_after_an_exception_an_adapter_is_as_it_was(monkeypatch):
+    model = tiny_model()
+    adapted = _disturb(get_peft_model(model, liquid_lora_config(model)))
+    expected, names = adapted(input_ids=_ids()).logits, [name for name, _ in model.named_modules()]
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("in the middle")
+
+    stop = {"generation_mode": "image", "stopping_criteria": [fail]}
+    with pytest.raises(RuntimeError, match="in the middle"):
+        adapted.generate(input_ids=torch.tensor([[5, BOI_ID]]), **stop)
+    assert [name for name, _ in model.named_modules()] == names
+    assert torch.equal(adapted(input_ids=_ids()).logits, expected)
+
+
+def test_each_draws_with_the_adapters_that_are_active():
+    model = tiny_model()
+    bare = _draw(model)
+    with_dora = liquid_lora_config(model, use_dora=True, trainable_token_indices=None)
+    adapted = get_peft_model(model, liquid_lora_config(model))
+    adapted.add_adapter("other", with_dora)
+    adapted.set_adapter("other")
+    _disturb(adapted)
+    other = _draw(adapted)
+    assert torch.equal(other, _draw(copy.deepcopy(adapted).merge_and_unload()))
+    adapted.set_adapter("default")
+    assert not torch.equal(_draw(_disturb(adapted)), other)
+    with adapted.disable_adapter():
+        assert torch.equal(_draw(adapted), bare)
+    drawn = _draw(adapted)
+    adapted.merge_adapter()
+    assert torch.equal(_draw(adapted), drawn)
+
+
+def test_layers_that_somebody_hooked_run_as_they_are():
+    model = tiny_model()
+    adapted = _disturb(get_peft_model(model, liquid_lora_config(model)))
+    layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
+    calls = []
+    layer.register_forward_hook(lambda *args: calls.append(1))
+    _draw(adapted)
+    assert calls

@@ -8,13 +8,12 @@ AMD EPYC, Intel Xeon). Decoding is made of such products.
 from __future__ import annotations
 
 import timeit
-from collections import OrderedDict
 from functools import cache
 
 import torch
 from torch import nn
 
-from .views import is_plain_linear, shallow_copy
+from .views import is_plain_linear, shallow_copy, swapped
 
 
 class FewRowsLinear(nn.Linear):
@@ -47,23 +46,20 @@ def few_rows_view(module: nn.Module) -> nn.Module:
     Subclasses, quantized layers, layers with hooks and modules whose `forward` somebody replaced stay as they are, and so
     does the original.
     """
-    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):  # accelerate's is no replacement
-        return module
-    if is_plain_linear(module):
-        # Quantized and distributed weights are tensors of classes of their own.
-        if type(module.weight.data) is not torch.Tensor or module.weight.dtype != torch.float32:
+
+    def swap(module: nn.Module) -> nn.Module | None:
+        if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):  # accelerate's is no replacement
             return module
+        # Quantized and distributed weights are tensors of classes of their own.
+        if not is_plain_linear(module) or type(module.weight.data) is not torch.Tensor:
+            return None
+        if module.weight.dtype != torch.float32:
+            return None
         view = shallow_copy(module)
         view.__class__ = FewRowsLinear
         # With more rows the usual product is as fast; on several cores that takes more rows where the result is wide.
         is_wide = module.out_features >= module.in_features
         view.max_rows = 8 if is_wide and torch.get_num_threads() > 1 else 4
         return view
-    children = {name: few_rows_view(child) for name, child in module.named_children()}
-    if all(child is module._modules[name] for name, child in children.items()):
-        return module
-    view = shallow_copy(module)
-    view._modules.update(children)
-    # What transformers hangs onto a view must not stay with the original.
-    view._forward_hooks = OrderedDict(module._forward_hooks)
-    return view
+
+    return swapped(module, swap)

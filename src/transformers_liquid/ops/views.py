@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -19,17 +20,38 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     return view
 
 
+def swapped(module: nn.Module, swap: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """A view of a module tree in which `swap` says what stands for a module; of which it says `None`, the children.
+
+    The original stays as it is, and is returned where nothing is to be swapped.
+    """
+    if (other := swap(module)) is not None:
+        return other
+    children = {name: swapped(child, swap) for name, child in module.named_children()}
+    if all(child is module._modules[name] for name, child in children.items()):
+        return module
+    view = shallow_copy(module)
+    view._modules.update(children)
+    # What transformers hangs onto a view must not stay with the original.
+    view._forward_hooks = OrderedDict(module._forward_hooks)
+    return view
+
+
+def is_left_alone(module: nn.Module) -> bool:
+    """Whether nobody hung a hook onto a module or replaced its `forward`."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" not in module.__dict__ and not any(getattr(module, name) for name in hooks)
+
+
 def is_plain_linear(module: nn.Module, unsharded: bool = False) -> bool:
     """Whether a product with its weight is all that a layer does: no adapter, quantizer or hook around it.
 
     A layer that FSDP wrapped is one only while its weight is whole, which `unsharded` says; its hooks are FSDP's.
     """
-    own_class = type(module)
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    is_hooked = any(getattr(module, name) for name in hooks)
     if unsharded and isinstance(module, FSDPModule):
-        own_class, is_hooked = own_class.__mro__[2], False  # FSDP puts a class of its own before the module's
-    return own_class is nn.Linear and "forward" not in module.__dict__ and not is_hooked
+        # FSDP puts a class of its own before the module's.
+        return type(module).__mro__[2] is nn.Linear and "forward" not in module.__dict__
+    return type(module) is nn.Linear and is_left_alone(module)
 
 
 class StandIn(nn.Module):

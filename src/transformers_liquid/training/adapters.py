@@ -27,8 +27,8 @@ def liquid_lora_config(
     A plain `LoraConfig` leaves the embeddings and the head frozen: the rows of the codes then stay what they were
     when the vocabulary grew, and nothing says so. Here they are `trainable_token_indices`: in the embeddings, and,
     where the head is not tied to them, in the head too. The codec and all other rows are left alone, and of the
-    embeddings a saved adapter holds these rows only. PEFT copies the whole table in each forward: to draw many
-    pictures, `merge_and_unload()` first.
+    embeddings a saved adapter holds these rows only. PEFT copies the whole table in each forward, except that
+    pictures are drawn with merged weights.
 
     - Experts that are fused parameters are no linear layers and stay frozen, like their router: attention alone is
       adapted in mixtral and qwen3_moe. Name them in `target_parameters` to adapt them.

@@ -41,6 +41,7 @@ from ...ops.chunked_loss import (
     next_labels,
 )
 from ...ops.few_rows import few_rows_view, is_transposed_faster
+from ...ops.merged_adapters import merged_view
 from ...ops.views import StandIn, is_plain_linear, shallow_copy
 from ...utils.versions import CACHE_NAME, CACHE_NAMES
 from .configuration_liquid import LiquidConfig
@@ -588,17 +589,17 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
     def image_head_view(self) -> LiquidForCausalLM:
         """This model with only the image rows in its head: logits have `codebook_size` columns, column c is code c.
 
-        Weights are shared and this model is left as it is. The base's own head path still runs, so soft-capping,
+        Weights are shared, but for those that adapters change ([`merged_view`]), and this model is left as it is. The base's own head path still runs, so soft-capping,
         scaling and biases hold. Its generation config is empty: what the base has there is about text.
         """
         view, view.model = shallow_copy(self), shallow_copy(self.model)
-        view.model.text_model = shallow_copy(self.model.text_model)
-        head, rows = self.get_output_embeddings(), self.config.image_layout.image_slice
+        view.model.text_model = shallow_copy(merged_view(self.model.text_model))
+        head, rows = view.get_output_embeddings(), self.config.image_layout.image_slice
         if is_plain_linear(head):
             sliced = nn.Linear(head.in_features, rows.stop - rows.start, bias=head.bias is not None, device="meta")
             for name, parameter in head.named_parameters():
                 setattr(sliced, name, nn.Parameter(parameter[rows], requires_grad=False))
-        else:  # with hooks, adapters or quantized weights, it runs whole
+        else:  # with hooks, or adapters of quantized weights, it runs whole
             sliced = StandIn(head, lambda hidden_states: head(hidden_states)[..., rows])
         view.set_output_embeddings(sliced)
         if self.device.type == "cpu" and is_transposed_faster():
