@@ -20,6 +20,7 @@ import typer
 from safetensors import SafetensorError
 
 from . import options
+from .app import app as page
 from .chat import chat
 from .convert import convert
 from .describe import describe
@@ -43,6 +44,7 @@ app = typer.Typer(
 )
 # --sheet was called --grid, which was too close to tokenize's --grids.
 app.command(context_settings={"token_normalize_func": lambda name: "sheet" if name == "grid" else name})(generate)
+app.command("app")(page)
 for command in (describe, chat, story, expand, convert, tokenize, evaluate, info):
     app.command()(command)
 app.command(context_settings=options.TRAINER_CONTEXT)(train)

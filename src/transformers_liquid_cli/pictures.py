@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,12 +70,17 @@ class Drawing:
             settings, _ = ImageGenerationConfig.from_call(pipe.model.generation_config, None, given)
         layout = pipe.model.config.image_layout
         height, width = layout.size(layout.grid(options["height"], options["width"]))
-        self.pipe, self.model, self.identity, self.batch_size = pipe, options["model"], identity(pipe), 1
+        self.pipe, self.model, self.batch_size = pipe, options["model"], 1
         self.settings = settings.to_dict()
         self.shared = {"negative_prompt": options["negative_prompt"], "height": height, "width": width}
         self.images = [image for _, image in images]
         digests = [hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest() for image in self.images]
         self.context = {"image": [name for name, _ in images], "image_sha256": digests} if images else {}
+
+    @cached_property
+    def identity(self) -> str:
+        """Of the checkpoint; it takes as long as reading the weights once."""
+        return identity(self.pipe)
 
     def of(self, prompts: Sequence[str]) -> dict[str, Any]:
         """What the pipeline is to be told with prompts."""
@@ -106,13 +112,15 @@ class Drawing:
         settings = {name: value for name, value in self.settings.items() if name not in self.shared}
         return {"image_generation_config": settings, **self.shared}
 
-    def draw(self, pictures: Sequence[Picture], batch_size: int = 1) -> Iterator[Picture]:
-        """Draws and writes pictures; each is handed out as soon as it is there."""
+    def draw(self, pictures: Sequence[Picture], batch_size: int = 1, **kwargs: Any) -> Iterator[Picture]:
+        """Draws and writes pictures; each is handed out as soon as it is there. `kwargs` are the pipeline's."""
         if not pictures:
             return
         prompts, seeds, _ = map(list, zip(*pictures, strict=True))
         self.batch_size = min(batch_size, len(pictures))
-        drawn = self.pipe.stream(prompts, seed=seeds, batch_size=batch_size, **self.of(prompts), **self.settings)
+        drawn = self.pipe.stream(
+            prompts, seed=seeds, batch_size=batch_size, **self.of(prompts), **self.settings, **kwargs
+        )
         for index, image in drawn:
             save_png(image, pictures[index].path, self.record(pictures[index]))
             yield pictures[index]
