@@ -33,6 +33,7 @@ from transformers_liquid import (
 )
 from transformers_liquid.training.train import DataArguments, ModelArguments
 from transformers_liquid_cli import app, main
+from transformers_liquid_cli.options import visible
 from transformers_liquid_cli.pictures import read_metadata
 
 
@@ -512,6 +513,64 @@ def test_describe_answers_a_question_the_same_for_the_same_seed(checkpoint, pict
 
 def test_describe_never_writes_beyond_the_positions_of_the_model(checkpoint, picture):
     assert run(f"describe {picture} --max-new-tokens 100000", checkpoint) == 0
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of five pictures of different colours, one of them in a folder of its own."""
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    for index, name in enumerate(("a.png", "b.JPG", "c.webp", "d.png", "more/e.png")):
+        Image.new("RGB", (20, 10 + index), (50 * index, 200, 0)).save(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "notes.txt").write_text("no picture")
+    return tmp_path / "photos"
+
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_describe_captions_a_folder_as_it_does_each_picture(checkpoint, photos, capsys):
+    options = "--max-new-tokens 6 --batch-size 2"
+    assert run(f"describe photos --output captions.jsonl {options}", checkpoint) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "captions.jsonl: 5 pictures, 5 of them described now.\n" and "describing" in captured.err
+    lines = lines_of("captions.jsonl")
+    assert [line["file_name"] for line in lines] == ["a.png", "b.JPG", "c.webp", "d.png", "more/e.png"]
+    for line in lines:
+        run(f"describe photos/{line['file_name']} --max-new-tokens 6", checkpoint)
+        assert capsys.readouterr().out == visible(line["text"]) + "\n"
+
+
+def test_describe_goes_on_with_the_pictures_that_have_no_caption(checkpoint, photos, capsys):
+    own = '{"file_name": "c.webp", "text": "mine"}\n'
+    (photos / "metadata.jsonl").write_text(own)
+    assert run("describe photos 'what?' --output photos/metadata.jsonl --max-new-tokens 2", checkpoint) == 0
+    assert "5 pictures, 4 of them described now" in capsys.readouterr().out
+    assert (photos / "metadata.jsonl").read_text().startswith(own)
+    assert len({line["file_name"] for line in lines_of("photos/metadata.jsonl")}) == 5
+    before = (photos / "metadata.jsonl").read_bytes()
+    assert run("describe photos --output photos/metadata.jsonl", checkpoint) == 0
+    assert (photos / "metadata.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("describe photos", "photos is a folder: name the file of JSON lines"),
+        ("describe photos --output other.jsonl", "other.jsonl has texts of other pictures than those of photos: x.png"),
+        ("describe photos --output cut.jsonl", "Line 1 of cut.jsonl is damaged"),
+        ("describe photos/more --output new.jsonl", r"e.png \(cannot identify image file"),
+        ("describe empty --output new.jsonl", "empty has no pictures"),
+        ("describe photos/a.png --output new.jsonl", "--output is for the texts of a folder"),
+    ],
+)
+def test_folders_that_cannot_be_described_are_refused_before_the_model_is_read(options, message, photos, capsys):
+    Path("other.jsonl").write_text('{"file_name": "x.png", "text": "x"}\n')
+    Path("cut.jsonl").write_text('{"file_name": "a.p')
+    Path("empty").mkdir()
+    (photos / "more" / "e.png").write_bytes(b"no picture")
+    assert re.search(message, error_of(f"{options} --model none", capsys))
+    assert not Path("new.jsonl").exists()
 
 
 def test_chat_talks_looks_and_draws(checkpoint, picture, tmp_path, monkeypatch, capsys):

@@ -105,8 +105,10 @@ def add_adapter(model: LiquidForCausalLM, adapter: str, merge: bool) -> LiquidFo
     return adapted.merge_and_unload() if merge else adapted.get_base_model()
 
 
-def write_answer(pipe: LiquidImageGenerationPipeline, max_new_tokens: int, seed: int | None, **inputs: Any) -> str:
-    """The text that follows one prompt, `input_ids` of shape `(1, L)`, no longer than the context has room for."""
+def write_answers(
+    pipe: LiquidImageGenerationPipeline, max_new_tokens: int, seed: int | None, **inputs: Any
+) -> list[str]:
+    """The texts that follow prompts, `input_ids` of shape `(B, L)`, no longer than the context has room for."""
     limit = getattr(pipe.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
     length = inputs["input_ids"].shape[1]
     if length >= limit:
@@ -117,4 +119,4 @@ def write_answer(pipe: LiquidImageGenerationPipeline, max_new_tokens: int, seed:
         transformers.set_seed(seed)
     inputs = pipe.ensure_tensor_on_device(**inputs)
     ids = pipe.model.generate(**inputs, max_new_tokens=min(max_new_tokens, limit - length))
-    return pipe.processor.decode(ids[0, length:], skip_special_tokens=True)
+    return [text.strip() for text in pipe.processor.batch_decode(ids[:, length:], skip_special_tokens=True)]

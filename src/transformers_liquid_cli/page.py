@@ -19,7 +19,7 @@ from transformers_liquid import EMOJI_CHECKPOINT, LiquidConversation, LiquidImag
 from transformers_liquid.models.liquid.image_processing_liquid import load_image
 from transformers_liquid.pipelines.conversation import add_event, read_events
 
-from .models import write_answer
+from .models import write_answers
 from .options import Drawn, one_line
 from .pictures import Drawing, in_order
 
@@ -95,7 +95,7 @@ class Page:
 
         def work(criteria: list[StoppingCriteria]) -> None:
             told = _Teller(queue, processor.tokenizer)
-            write_answer(self.pipe, MOST_TOKENS, None, **inputs, streamer=told, stopping_criteria=criteria)
+            write_answers(self.pipe, MOST_TOKENS, None, **inputs, streamer=told, stopping_criteria=criteria)
 
         answer = ""
         for event in read_events(queue, work):

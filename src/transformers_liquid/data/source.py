@@ -6,10 +6,12 @@ import errno
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import PIL.Image
 
 from .records import cache_of, cells_of, check_json, number_stream, root_cause, state_of
 
@@ -24,8 +26,47 @@ EDIT_COLUMNS = {
     "text": ("edit_prompt", "instruction"),
 }
 
+# How the names of pictures in a folder end.
+PICTURE_ENDINGS = [
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".heic",
+    ".heif",
+    ".jfif",
+    ".jpeg",
+    ".jpg",
+    ".png",
+    ".tif",
+    ".tiff",
+    ".webp",
+]
+
 # What an error says of a picture that is not where its record says.
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+def pictures_of(folder: str | os.PathLike) -> list[Path]:
+    """The pictures below a folder, in the order of their names. Hidden ones do not count."""
+    files = [file for file in sorted(Path(folder).rglob("*")) if file.suffix.lower() in PICTURE_ENDINGS]
+    return [file for file in files if file.is_file() and "/." not in f"/{file.relative_to(folder).as_posix()}"]
+
+
+def check_pictures(files: Iterable[Path]) -> None:
+    """Raises a `ValueError` that names the files of pictures that cannot be opened. Pixels are decoded later."""
+    broken = []
+    for file in files:
+        try:
+            PIL.Image.open(file).close()
+        except Exception as error:  # decoders raise anything
+            broken.append(f"{file} ({error})")
+    if broken:
+        raise ValueError(f"{tell_some(broken)} cannot be read as pictures: repair them, or take them out.")
+
+
+def tell_some(names: Sequence[Any]) -> str:
+    """The first of many names, and how many more there are."""
+    return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def open_source(
