@@ -13,7 +13,18 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from test_cli import environment, error_of, run
-from tiny import EOS_ID, tiny_base, tiny_codec, tiny_model, tiny_processor, tiny_tokenizer
+from tiny import (
+    EOS_ID,
+    IMAGE_TOKEN_OFFSET,
+    TINY_VQ_CONFIG,
+    tiny_base,
+    tiny_codec,
+    tiny_config,
+    tiny_model,
+    tiny_processor,
+    tiny_text_config,
+    tiny_tokenizer,
+)
 
 from transformers_liquid import (
     LiquidForCausalLM,
@@ -239,6 +250,56 @@ def test_convert_merges_an_adapter(layout, adapter):
         merged = LiquidForCausalLM.from_pretrained("merged")(IDS).logits
         torch.testing.assert_close(merged, expected(IDS).logits)
     assert run("generate apple --model merged --device cpu --output apple.png") == 0
+
+
+@pytest.mark.parametrize("config", [liquid_lora_config, liquid_rows_config])
+def test_merge_writes_a_model_that_draws_what_the_adapter_draws(config, adapter):
+    adapter(config)
+    assert run("generate apple --model adapter --device cpu --output apple.png --seed 1") == 0
+    assert run("merge adapter --output merged --device cpu") == 0
+    assert run("generate apple --model merged --device cpu --output merged.png --seed 1") == 0
+    assert run("generate apple --model ours --device cpu --output ours.png --seed 1") == 0
+    assert np.array_equal(Image.open("apple.png"), Image.open("merged.png"))
+    assert not np.array_equal(Image.open("apple.png"), Image.open("ours.png"))
+    assert {"model.safetensors", "processor_config.json", "README.md"} <= {
+        file.name for file in Path("merged").iterdir()
+    }
+    assert not list(Path("merged").glob("adapter*"))
+
+
+def test_merge_finds_a_base_that_was_moved_where_it_is_told(adapter, capsys):
+    expected = adapter()
+    shutil.move("ours", "moved")
+    error = error_of("merge adapter --output merged", capsys)
+    assert "adapter is an adapter of ours. There is no 'ours' here" in error and "merge --base" in error
+    assert not Path("merged/config.json").exists()
+    assert run("merge adapter --base moved --output merged --device cpu") == 0
+    with torch.no_grad():
+        torch.testing.assert_close(LiquidForCausalLM.from_pretrained("merged")(IDS).logits, expected(IDS).logits)
+
+
+@pytest.mark.parametrize("other", ["gpt2", "wider", "fewer rows"])
+def test_merge_refuses_a_base_that_the_adapter_was_not_trained_on(other, adapter, capsys):
+    adapter()
+    text_config = tiny_text_config("gpt2" if other == "gpt2" else "llama")
+    if other == "wider":
+        text_config.intermediate_size *= 2
+    config = tiny_config(text_config)
+    if other == "fewer rows":
+        text_config.vocab_size = IMAGE_TOKEN_OFFSET + 8
+        config = tiny_config(text_config, vq_config=TINY_VQ_CONFIG | {"num_vq_embeddings": 8})
+    LiquidForCausalLM(config).save_pretrained("other")
+    shutil.copytree("ours", "other", ignore=lambda *_: ["config.json", "model.safetensors"], dirs_exist_ok=True)
+    error = error_of("merge adapter --base other --output new", capsys)
+    assert "adapter does not fit other: it was trained on another model" in error
+    assert not Path("new/config.json").exists()
+
+
+def test_merge_takes_adapters_alone_and_overwrites_nothing(adapter, capsys):
+    adapter()
+    assert "ours is no adapter" in error_of("merge ours --output new", capsys)
+    assert "nowhere is no adapter" in error_of("merge nowhere --output new", capsys)
+    assert "ours is not empty" in error_of("merge adapter --output ours", capsys)
 
 
 def test_info_tells_an_adapters_base(adapter, capsys):

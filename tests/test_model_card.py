@@ -1,9 +1,14 @@
 import pytest
 import transformers
 from huggingface_hub import ModelCard
-from tiny import CODEBOOK_SIZE, IMAGE_TOKEN_OFFSET, tiny_model, tiny_processor
+from tiny import CODEBOOK_SIZE, IMAGE_TOKEN_OFFSET, tiny_base, tiny_model, tiny_processor
 
-from transformers_liquid import LiquidImageGenerationPipeline
+from transformers_liquid import (
+    EMOJI_CHECKPOINT,
+    LiquidForCausalLM,
+    LiquidImageGenerationPipeline,
+    liquid_lora_config,
+)
 
 
 def test_a_saved_repository_carries_a_correct_card(tmp_path):
@@ -38,6 +43,57 @@ def test_a_card_written_by_hand_is_never_replaced(tmp_path):
     (tmp_path / "README.md").write_text("by hand")
     tiny_model("llama", tied=True).save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "by hand"
+
+
+def _adapted(base):
+    from peft import get_peft_model
+
+    return get_peft_model(base, liquid_lora_config(base, r=4))
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [
+        ("../my-liquid", "`../my-liquid`"),
+        ("../../elsewhere/secret/my-liquid", "`my-liquid`"),
+        ("org/name", "`org/name`"),
+    ],
+)
+def test_the_card_of_an_adapter_names_its_base_and_no_path_of_this_machine(base, told, tmp_path):
+    model = tiny_model()
+    folder = tmp_path / "made" / "my-lora"
+    model.name_or_path = base if base == "org/name" else str((folder / base).resolve())
+    _adapted(model).save_pretrained(folder)
+    card = ModelCard.load(folder / "README.md")
+    assert f"An adapter of the Liquid model {told} (" in card.text
+    assert card.data.base_model == ("org/name" if base == "org/name" else None)
+    assert "# my-lora" in card.text and "LoRA of rank 4 and 20 rows of the vocabulary" in card.text
+    assert str(tmp_path) not in card.content and "secret" not in card.content and "$" not in card.content
+
+
+def test_the_card_of_an_adapter_of_the_embedded_checkpoint_names_it(tmp_path):
+    model = tiny_model()
+    model.name_or_path = EMOJI_CHECKPOINT
+    _adapted(model).save_pretrained(tmp_path / "my-lora")
+    assert "Liquid model `liquid-emoji` (" in (tmp_path / "my-lora" / "README.md").read_text()
+
+
+def test_an_adapter_that_is_loaded_and_saved_again_has_the_card_of_an_adapter(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    _adapted(LiquidForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "my-lora")
+    LiquidForCausalLM.from_pretrained(tmp_path / "my-lora").save_pretrained(tmp_path / "again")
+    (tmp_path / "my-lora" / "README.md").write_text("by hand")
+    assert "An adapter of the Liquid model `../base`" in (tmp_path / "again" / "README.md").read_text()
+    _adapted(LiquidForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "my-lora")
+    assert (tmp_path / "my-lora" / "README.md").read_text() == "by hand"
+
+
+def test_adapters_of_other_models_have_the_card_that_peft_writes(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    _adapted(tiny_model())
+    get_peft_model(tiny_base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert "Liquid" not in (tmp_path / "README.md").read_text()
 
 
 class Hub:

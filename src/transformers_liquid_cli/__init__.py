@@ -28,6 +28,7 @@ from .evaluate import evaluate
 from .expand import expand
 from .generate import generate
 from .info import info
+from .merge import merge
 from .options import PROG, VisibleStream, one_line, visible
 from .story import story
 from .tokenize import tokenize
@@ -45,7 +46,7 @@ app = typer.Typer(
 # --sheet was called --grid, which was too close to tokenize's --grids.
 app.command(context_settings={"token_normalize_func": lambda name: "sheet" if name == "grid" else name})(generate)
 app.command("app")(page)
-for command in (describe, chat, story, expand, convert, tokenize, evaluate, info):
+for command in (describe, chat, story, expand, convert, merge, tokenize, evaluate, info):
     app.command()(command)
 app.command(context_settings=options.TRAINER_CONTEXT)(train)
 app.add_typer(voken_app, name="voken")

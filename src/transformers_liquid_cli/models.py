@@ -1,7 +1,6 @@
 """Models on their devices, for the commands that need one, and what each command does with an adapter."""
 
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +14,12 @@ from safetensors import SafetensorError
 from transformers.utils import PROCESSOR_NAME, cached_file
 
 from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidImageGenerationPipeline, LiquidProcessor
-from transformers_liquid.models.liquid.reference import adapter_base, check_loading_info
+from transformers_liquid.models.liquid.adapters import load_adapter
+from transformers_liquid.models.liquid.reference import adapter_base
 from transformers_liquid.utils.optional import require
 from transformers_liquid.utils.processes import launched_processes
 
-from .options import one_line
+from .options import PROG, one_line
 
 
 def silence_libraries() -> None:
@@ -64,45 +64,37 @@ def reading(name: str) -> Iterator[None]:
 
 
 def load(
-    name: str | None, device: str | None, dtype: str, merge: bool = False, **kwargs: Any
+    name: str | None, device: str | None, dtype: str, merge: bool = False, base: str | None = None, **kwargs: Any
 ) -> LiquidImageGenerationPipeline:
     """Model and processor of a checkpoint in either layout, on the device; of an adapter, on top of its base.
 
     Args:
         merge (`bool`, defaults to `False`): Whether an adapter becomes part of the weights.
+        base (`str`, *optional*): Where the base of an adapter lies, if not where it says.
     """
     silence_libraries()
     name, place = EMOJI_CHECKPOINT if name is None else name, find_device(device)
     with reading(name):
-        base = adapter_base(name)
-        if base is not None:
+        own_base = adapter_base(name)
+        if own_base is None:
+            model = LiquidForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+        else:
             require("peft", f"{name} is an adapter: that")
-        model = LiquidForCausalLM.from_pretrained(base or name, dtype=dtype, **kwargs)
-        if base is not None:
-            model = add_adapter(model, name, merge)
-        # Trainers save the processor beside the adapter, PEFT does not.
-        quiet = dict.fromkeys(
-            ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
+            try:
+                model = LiquidForCausalLM.from_pretrained(base or own_base, dtype=dtype, **kwargs)
+            except OSError as error:
+                raise OSError(
+                    f"{name} is an adapter of {base or own_base}. {error} `{PROG} merge --base` takes another place."
+                ) from error
+            adapted = load_adapter(model, name)
+            model = adapted.merge_and_unload() if merge else adapted.get_base_model()
+        # Trainers save the processor beside an adapter, PEFT does not.
+        is_elsewhere = (
+            base is not None and cached_file(name, PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False) is None
         )
-        has_processor = base is None or cached_file(name, PROCESSOR_NAME, **quiet) is not None
-        processor = LiquidProcessor.from_pretrained(name if has_processor else base, **kwargs)
+        processor = LiquidProcessor.from_pretrained(base if is_elsewhere else name, **kwargs)
     model = model.to(place)
     return LiquidImageGenerationPipeline(model=model, processor=processor, device=model.device)
-
-
-def add_adapter(model: LiquidForCausalLM, adapter: str, merge: bool) -> LiquidForCausalLM:
-    from peft import PeftConfig, PeftModel
-
-    config = PeftConfig.from_pretrained(adapter)
-    config.inference_mode = True
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of PEFT's own calls
-        # As `PeftModel.from_pretrained` does it, which does not tell what the file holds beyond the configuration.
-        adapted = PeftModel(model, config, autocast_adapter_dtype=False)
-        info = adapted.load_adapter(adapter, "default", autocast_adapter_dtype=False)
-    found = {"missing_keys": info.missing_keys, "unexpected_keys": info.unexpected_keys, "mismatched_keys": ()}
-    check_loading_info(f"The adapter {adapter}", found)
-    return adapted.merge_and_unload() if merge else adapted.get_base_model()
 
 
 def write_answers(

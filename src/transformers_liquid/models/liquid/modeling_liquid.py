@@ -44,6 +44,7 @@ from ...ops.few_rows import few_rows_view, is_transposed_faster
 from ...ops.merged_adapters import merged_view
 from ...ops.views import StandIn, is_plain_linear, shallow_copy
 from ...utils.versions import CACHE_NAME, CACHE_NAMES
+from .adapters import write_adapter_card, write_cards_of_our_own
 from .configuration_liquid import LiquidConfig
 from .model_card import write_model_card
 from .reference import ReferenceCheckpoint, check_loading_info, load_whole
@@ -125,11 +126,15 @@ class LiquidPreTrainedModel(PreTrainedModel):
         if self.can_generate():
             self.config.image_generation_config = self.generation_config.image_generation_config
         super().save_pretrained(save_directory, *args, **kwargs)
-        write_model_card(self, save_directory)
+        if self._hf_peft_config_loaded:  # saves the adapter alone
+            write_adapter_card(self.peft_config[self.active_adapters()[0]], self, save_directory)
+        else:
+            write_model_card(self, save_directory)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "peft_config":  # the first thing that PEFT does to a model
             combine_rows_too()
+            write_cards_of_our_own()
         super().__setattr__(name, value)
 
     def load_adapter(self, peft_model_id=None, *args, **kwargs):

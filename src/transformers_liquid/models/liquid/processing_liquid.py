@@ -20,7 +20,7 @@ from .chat_template import default_chat_template
 from .configuration_liquid import LiquidConfig
 from .image_processing_liquid import LiquidImageProcessor, flatten_images, is_column
 from .prompts import TOKENIZING, LiquidPrompts
-from .reference import ReferenceCheckpoint, hub_arguments
+from .reference import ReferenceCheckpoint, adapter_base, hub_arguments
 from .vocabulary import IMAGE_MARK, IMAGE_TOKENS, ImageLayout, check_generation_mode, is_one_token
 
 
@@ -135,6 +135,9 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
         kwargs.setdefault("trust_remote_code", False)
         quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
         if cached_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub_arguments(kwargs), **quiet) is None:
+            # Trainers save the processor beside an adapter, PEFT does not.
+            if (base := adapter_base(pretrained_model_name_or_path, **hub_arguments(kwargs))) is not None:
+                return cls.from_pretrained(base, **kwargs)
             reference = ReferenceCheckpoint(pretrained_model_name_or_path, **kwargs)
             return build_processor(reference.config, reference.tokenizer)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)

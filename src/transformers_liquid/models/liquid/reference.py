@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
+from ...checkpoints import EMOJI_CHECKPOINT
 from ...codecs.taming import TAMING_CHECKPOINT_NAME, TAMING_CONFIG_NAME, load_taming_codec, load_taming_config
 from ...codecs.vq_model import LiquidVQModel, check_loading_info
 from ...utils.files import read_json
@@ -298,7 +299,9 @@ def adapter_base(name_or_path: str | os.PathLike, **hub: Any) -> str | None:
         raise ValueError(
             f"The adapter {name_or_path} does not say of which model: add base_model_name_or_path to {file}."
         )
-    return base
+    # What comes with the package lies elsewhere on each machine.
+    is_embedded = Path(base).parts[-3:] == Path(EMOJI_CHECKPOINT).parts[-3:]
+    return EMOJI_CHECKPOINT if is_embedded else base
 
 
 def _is_taming(name_or_path: str | os.PathLike) -> bool:
