@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from peft import get_peft_model
+from safetensors.torch import load_file
 from tiny import CODEBOOK_SIZE, tiny_codec, tiny_model, tiny_pictures, tiny_processor
 
 from transformers_liquid import LiquidForCausalLM, liquid_lora_config
@@ -226,11 +227,29 @@ def test_bad_data_is_refused(folder, tmp_path, options, message):
         main(config(folder, tmp_path / "run", **options))
 
 
-def test_an_adapter_is_merged_before_it_is_trained(folder, tmp_path):
+@pytest.mark.parametrize("trainable", ["lora", "rows"])
+def test_an_adapter_is_trained_on(folder, tmp_path, trainable):
+    options = {"trainable": trainable, "lora_r": 2}
+    main(config(folder, tmp_path / "first", **options))
+    main(config(folder, tmp_path / "second", model=str(tmp_path / "first")))
+    first, second = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("first", "second"))
+    different = {name for name in first if first[name] != second[name]}
+    assert different <= {"target_modules", "task_type", "inference_mode"} and second["base_model_name_or_path"]
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second"))
+    assert {name: weight.shape for name, weight in first.items()} == {name: second[name].shape for name in second}
+    assert all(not torch.equal(weight, second[name]) for name, weight in first.items())
+    # It began where the first part ended, not anew: with a learning rate of nothing, nothing changes.
+    main(config(folder, tmp_path / "still", model=str(tmp_path / "first"), trainable=trainable, learning_rate=0.0))
+    still = load_file(tmp_path / "still" / "adapter_model.safetensors")
+    assert all(torch.equal(weight, still[name]) for name, weight in first.items())
+
+
+@pytest.mark.parametrize(("trainable", "wanted"), [("full", "lora"), ("rows", "lora")])
+def test_an_adapter_is_trained_on_as_what_it_is(folder, tmp_path, trainable, wanted):
     model = LiquidForCausalLM.from_pretrained(folder / "base")
     get_peft_model(model, liquid_lora_config(model)).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="adapter is an adapter: train what `transformers-liquid convert`"):
-        main(config(folder, tmp_path / "run", model=str(tmp_path / "adapter")))
+    with pytest.raises(ValueError, match=f"adapter is an adapter: give trainable={wanted} to train it on, or .*merge"):
+        main(config(folder, tmp_path / "run", model=str(tmp_path / "adapter"), trainable=trainable))
 
 
 def test_a_second_run_in_an_output_folder_is_refused_and_leaves_the_first_alone(folder, tmp_path, capfd):

@@ -18,7 +18,7 @@ def train(
 
     \b
     What is trained:
-      --model MODEL                    a saved Liquid model: a folder or a name on the Hub (required)
+      --model MODEL                    a saved Liquid model: a folder or a name on the Hub (required); an adapter is trained on
       --trainable full|lora|rows       the whole language model, LoRA and the image rows, or these rows alone
       --lora-r N, --lora-alpha N, --lora-dropout P
       --dtype DTYPE                    of the weights, float32 unless given

@@ -58,9 +58,10 @@ class ModelArguments:
     """What is trained."""
 
     model: str = HfArg(help="A saved Liquid model: a folder or a name on the Hub.")
-    trainable: Literal["full", "lora", "rows"] = HfArg(
-        default="full",
-        help="What moves: the whole language model; LoRA on its linear layers, and the image rows; or these rows alone.",
+    trainable: Literal["full", "lora", "rows"] | None = HfArg(
+        default=None,
+        help="What moves: the whole language model; LoRA on its linear layers, and the image rows; or these rows alone. "
+        "Defaults to full, and for an adapter as the model to what it trains.",
     )
     lora_r: int = HfArg(default=64, help="Rank of LoRA.")
     lora_alpha: int | None = HfArg(default=None, help="Scale of LoRA. Defaults to twice the rank.")

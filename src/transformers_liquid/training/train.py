@@ -23,8 +23,10 @@ from ..codecs.vq_model import codec_identity
 from ..data.collator import LiquidDataCollator
 from ..data.mixture import drop_too_long, load_records, mix_records
 from ..data.records import check_datasets_installed, content_of
+from ..models.liquid.adapters import adapter_kind, load_adapter
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor
+from ..models.liquid.reference import adapter_base
 from ..utils.files import differences, read_json, write_json
 from .adapters import liquid_lora_config, liquid_rows_config
 from .arguments import DataArguments, LiquidTrainingArguments, ModelArguments, parse_arguments
@@ -93,11 +95,17 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Li
     if args.deepspeed_plugin is not None:
         # Loaded whole, and spread over the processes later: before, its codec and its packing are looked at.
         unset_hf_deepspeed_config()
+    base = adapter_base(model_args.model)
+    own = "full" if base is None else adapter_kind(model_args.model)
+    if base is not None and model_args.trainable not in (None, own):
+        raise ValueError(
+            f"{model_args.model} is an adapter: give trainable={own} to train it on, or train what `transformers-liquid merge` "
+            "makes of it."
+        )
+    model_args.trainable = model_args.trainable or own
     model = LiquidForCausalLM.from_pretrained(
-        model_args.model, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
+        base or model_args.model, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
     )
-    if model._hf_peft_config_loaded:
-        raise ValueError(f"{model_args.model} is an adapter: train what `transformers-liquid convert` makes of it.")
     if args.deepspeed_plugin is not None:
         args.deepspeed_plugin.set_deepspeed_weakref()
     processor = LiquidProcessor.from_pretrained(model_args.model)
@@ -116,7 +124,9 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Li
     datasets = load_datasets(data_args, args, collator, codec_identity(model.model.vq_model))
 
     # 3. The trainer
-    if model_args.trainable != "full":
+    if base is not None:
+        model = load_adapter(model, model_args.model, is_trainable=True)
+    elif model_args.trainable != "full":
         from peft import get_peft_model
 
         lora = {"r": model_args.lora_r, "lora_alpha": model_args.lora_alpha, "lora_dropout": model_args.lora_dropout}

@@ -51,6 +51,13 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
     return adapted
 
 
+def adapter_kind(adapter: str) -> str:
+    """What a saved adapter trains, in the words of `train --trainable`: `"lora"`, or `"rows"` alone."""
+    from peft import PeftConfig
+
+    return "rows" if PeftConfig.from_pretrained(adapter).peft_type == "TRAINABLE_TOKENS" else "lora"
+
+
 def write_adapter_card(config: PeftConfig, base: PreTrainedModel, directory: str | Path) -> None:
     """Writes the card of a saved adapter as `README.md`, unless one is there that was written by hand.
 
