@@ -5,8 +5,8 @@ classes, which costs torch, transformers and diffusers, seconds before `--help` 
 same reason a command imports what it needs when it runs, after all that can be checked without. `models` and `pictures`
 are for running commands only.
 
-Bad input ends with exit code 2 and one line on stderr, before any long work. `python -X dev -m transformers_liquid ...`
-shows where in the code it was found.
+Bad input ends with exit code 2 and one line on stderr, before any long work; `--verbose` shows where in the code it was
+found. Failures that nobody foresaw end with 1, and Ctrl-C with 130 and how to go on.
 """
 
 import sys
@@ -24,12 +24,13 @@ from .app import app as page
 from .chat import chat
 from .convert import convert
 from .describe import describe
+from .env import env
 from .evaluate import evaluate
 from .expand import expand
 from .generate import generate
 from .info import info
 from .merge import merge
-from .options import PROG, VisibleStream, one_line, visible
+from .options import PROG, VisibleStream, one_line, session, visible
 from .story import story
 from .tokenize import tokenize
 from .train import train
@@ -38,15 +39,16 @@ from .voken import voken_app
 
 # Plain text, no tracebacks: `main` tells errors.
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 # --sheet was called --grid, which was too close to tokenize's --grids.
-app.command(context_settings={"token_normalize_func": lambda name: "sheet" if name == "grid" else name})(generate)
+OTHER_NAMES = {generate: {"grid": "sheet"}, describe: {"temperature": "text-temperature", "top-p": "text-top-p"}}
+for command, names in OTHER_NAMES.items():
+    app.command(context_settings={"token_normalize_func": lambda name, names=names: names.get(name, name)})(command)
 app.command("app")(page)
-for command in (describe, chat, story, expand, convert, merge, tokenize, evaluate, info):
+for command in (chat, story, expand, convert, merge, tokenize, evaluate, info, env):
     app.command()(command)
 app.command(context_settings=options.TRAINER_CONTEXT)(train)
 app.add_typer(voken_app, name="voken")
@@ -66,6 +68,10 @@ def _before_commands(show_version: Annotated[bool, ShowVersion] = False) -> None
     """Draws and reads pictures with one language model."""
 
 
+for registered in (app.registered_callback, *app.registered_commands, *voken_app.registered_commands):
+    registered.callback = options.telling_more_or_less(registered.callback)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -73,16 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (list of `str`, *optional*): The arguments. Defaults to those of the process.
 
     Returns:
-        `int`: The exit code: 0; 2 on bad input, with one line on stderr; 130 when interrupted.
+        `int`: The exit code: 0; 2 on bad input and 1 on what nobody foresaw, with one line on stderr; 130 when
+        interrupted.
     """
-    out = sys.stdout  # None where it is closed
+    out, code = sys.stdout, 2  # None where it is closed
     try:
-        with redirect_stdout(out and VisibleStream(out)):
-            code = app(argv, prog_name=PROG, standalone_mode=False) or 0
+        with options.telling(), redirect_stdout(out and VisibleStream(out)):
+            ended = app(argv, prog_name=PROG, standalone_mode=False) or 0
             print(end="", flush=True)  # what cannot be written is found out now
-        if code == 130:
-            print(f"{PROG}: interrupted", file=sys.stderr)
-        return code
+        if ended == 130:
+            print(f"\n{PROG}: interrupted. {session.after_interrupt}", file=sys.stderr)
+        return ended
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         message = f"{error.format_message()} (see `{context.command_path if context else PROG} --help`)"
@@ -90,10 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_damaged = "I/O error" not in str(error)  # such as "I/O error: No space left on device"
         message = "a file of weights is damaged or incomplete, download it again: " * is_damaged + str(error)
     except Exception as error:
-        if sys.flags.dev_mode:
+        if session.is_verbose:
             traceback.print_exc()
         # An end of file within a command comes as an abort.
-        message = one_line(error.__cause__ if isinstance(error, typer.Abort) and error.__cause__ else error)
+        error = error.__cause__ if isinstance(error, typer.Abort) and error.__cause__ else error
+        message, code = one_line(error), 2 if options.is_meant(error) or isinstance(error, EOFError) else 1
     finally:
         # The interpreter would try to write again, and end with a traceback and a code of its own.
         try:
@@ -102,4 +110,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             with suppress(OSError):
                 out.close()
     print(f"{PROG}: error: {visible(' '.join(message.split()))}", file=sys.stderr)
-    return 2
+    return code

@@ -14,10 +14,16 @@ from . import options
 PICTURE = re.compile(r"\S+\.(png|jpe?g|webp|gif|bmp|tiff?|avif|heic)|(https?|file|data):\S+", flags=re.IGNORECASE)
 
 
-@options.shared(options.Running)
+@options.shared(options.Written, options.Running)
 def describe(
-    image: Annotated[str, Argument(help="A file or an URL; or a folder, with --output.")],
-    question: Annotated[str | None, Argument(help="Without one, a caption is written.")] = None,
+    images: Annotated[
+        list[str],
+        Argument(
+            metavar="IMAGE",
+            help="Files, URLs or - for standard input; behind them, what is asked about each, else captions are written. Or "
+            "a folder, with --output.",
+        ),
+    ],
     framing: options.Framing = "pad",
     max_new_tokens: options.MaxNewTokens = 256,
     output: Annotated[
@@ -26,34 +32,37 @@ def describe(
             help="For a folder: JSON lines of file_name and text, such as its metadata.jsonl. What has one is kept."
         ),
     ] = None,
-    batch_size: Annotated[int, Option(min=1, help="Pictures of a folder that are described together.")] = 8,
+    batch_size: Annotated[int, Option(min=1, help="Pictures that are described together.")] = 8,
+    as_json: options.Json = False,
     **given: Any,
 ) -> None:
-    """Says what one picture shows, or answers a question about it; or does so for each picture of a folder.
+    """Says what pictures show, or answers a question about each.
 
     \b
     Example:
       transformers-liquid describe apple.png "What colour is it?"
       transformers-liquid describe photos/ --output photos/metadata.jsonl
     """
-    if question is not None and (os.path.exists(question) or PICTURE.fullmatch(question)):
-        raise ValueError(f"{question} is a picture or a file, not a question: describe reads one picture at a time.")
-    if os.path.isdir(image):
+    *before, last = images
+    question = None if not before or last == "-" or os.path.exists(last) or PICTURE.fullmatch(last) else last
+    names = images if question is None else before
+    given |= {"framing": framing, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "as_json": as_json}
+    if len(names) == 1 and os.path.isdir(names[0]):
         from .captions import describe_folder
 
-        given["max_new_tokens"] = max_new_tokens
-        describe_folder(Path(image), output, question, framing, batch_size, given)
+        describe_folder(Path(names[0]), output, question, given)
         return
     if output is not None:
-        raise ValueError(f"--output is for the texts of a folder, got {image}.")
-    import torch
+        raise ValueError(f"--output is for the texts of a folder, got {', '.join(names)}.")
+    from transformers_liquid.models.liquid.image_processing_liquid import open_image
 
-    from transformers_liquid.models.liquid.image_processing_liquid import load_image
+    from .captions import describe_pictures
+    from .pictures import read_picture
 
-    from .models import load, write_answers
-
-    picture = load_image(image)
-    pipe = load(given["model"], given["device"], given["dtype"])
-    ids = pipe.processor.caption_ids() if question is None else pipe.processor.question_ids(question)
-    inputs = pipe.processor.image_processor(picture, framing=framing)
-    print(*write_answers(pipe, max_new_tokens, given["seed"], input_ids=torch.tensor([ids]), **inputs))
+    for name in filter(os.path.exists, names[batch_size:]):
+        open_image(name).close()
+    for name, text in describe_pictures(names, read_picture, question, given):
+        if as_json:
+            options.tell({"file_name": name, "text": text})
+        else:
+            print(text if len(names) == 1 else f"{name}: {text}", flush=True)

@@ -1,27 +1,41 @@
 """`transformers-liquid generate`"""
 
 import sys
-from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Context, Option
 
 from . import options
+from .options import STDIO, log
 
 
 DEFAULT_OUTPUT = Path("liquid.png")
 
-Output = Annotated[Path | None, Option(writable=True, help="A .png, or a folder.", show_default=str(DEFAULT_OUTPUT))]
+STAYS = "Pictures that are written stay; the same command with --prompts-file and --output-dir would go on from there."
+
+Output = Annotated[
+    Path | None,
+    Option(
+        writable=True,
+        help="A .png, or a folder; - writes one picture to standard output.",
+        show_default=str(DEFAULT_OUTPUT),
+    ),
+]
 Images = Annotated[
     list[str] | None,
     Option(
-        help="A picture in the context, a file or an URL, as for editing; may be given again. It stands where a prompt "
+        help="A picture in the context, a file, an URL or - for standard input, as for editing; may be given again. It stands where a prompt "
         "says <image>, else before the prompt."
     ),
 ]
 PromptsFile = Annotated[
-    Path | None, Option(help="More prompts, one in a line. What cannot be drawn is told and left out (exit code 2).")
+    Path | None,
+    Option(
+        help="More prompts, one in a line; - reads standard input. Empty lines and those that begin with # are none. What "
+        "cannot be drawn is told and left out (exit code 2)."
+    ),
 ]
 OutputDir = Annotated[
     Path | None,
@@ -43,6 +57,7 @@ def generate(
     sheet: Annotated[Path | None, Option(writable=True, help="Also write all pictures on one sheet, a .png.")] = None,
     num_images: Annotated[int, Option(min=1, max=10**6, help="Pictures of each prompt.")] = 1,
     batch_size: Annotated[int, Option(min=1, help="Pictures drawn side by side.")] = 8,
+    as_json: options.Json = False,
     **given: Any,
 ) -> None:
     """Draws pictures from prompts and writes them as PNGs, batch by batch.
@@ -54,27 +69,37 @@ def generate(
     # 1. What can be checked without the model
     lines = _read_lines(prompts_file)
     options.check_greedy(given)
-    _check(prompts, lines, output, output_dir, sheet)
-    from transformers_liquid.models.liquid.image_processing_liquid import load_image
-
+    if output_dir is not None and (prompts or output is not None):
+        raise ValueError(
+            "--output-dir names pictures after lines: give --prompts-file, and neither PROMPT nor --output."
+        )
+    output, num_pictures = output or DEFAULT_OUTPUT, (len(prompts) + len(lines)) * num_images
+    _check_places(output_dir or output, output_dir is not None, sheet, num_pictures, as_json)
+    options.session.after_interrupt = options.GOES_ON if output_dir else STAYS
     from .models import find_processes, load
-    from .pictures import Drawing, check_apart, in_order, of_lines, without_file
+    from .pictures import Drawing, check_apart, in_order, of_lines, read_metadata, read_picture, without_file
 
-    images, seed = [(name, load_image(name)) for name in image or ()], given["seed"]
+    images, seed = [(name, read_picture(name)) for name in image or ()], given["seed"]
 
     # 2. What needs it: what is wrong with a prompt is raised, what is wrong with a line is reported
     processes, device = find_processes(given["device"], output_dir)
     if output_dir is not None and processes.is_main_process:
         _go_alone(context, output_dir)
     drawing = Drawing(load(given["model"], device, given["dtype"]), given, images)
-    drawing.check(prompts or ["a"])
+    drawing.check(prompts or (drawing.pipe.processor.known_words or ["a"])[:1])
     good, bad = drawing.sort_out(lines)
-    _tell(bad if processes.is_main_process else {}, prompts_file)
+    for number, reason in bad.items() if processes.is_main_process else ():
+        log.error(f"{prompts_file}, line {number} is left out: {reason}")
     if output_dir is None:
-        pictures = left = in_order([*prompts, *good.values()], num_images, seed, output or DEFAULT_OUTPUT)
+        pictures = left = in_order([*prompts, *good.values()], num_images, seed, output)
+        if seed is None and pictures:
+            log.info(f"The seed is {pictures[0].seed}, and one more for each further picture.")
     else:
         pictures = of_lines(good, num_images, seed or 0, output_dir)
         left = without_file(drawing, pictures, output_dir)
+        if len(left) < len(pictures) and processes.is_main_process:
+            there = f"{len(pictures) - len(left)} of {len(pictures)} pictures are there"
+            log.info(f"Going on: {there}." if left else f"Already finished: {there}.")
     check_apart(pictures, sheet, [prompts_file, *(image or ())])
 
     # 3. Every process draws its share of what is left, once all of them have seen what that is
@@ -84,16 +109,21 @@ def generate(
         desc=f"{len(share)} of {len(left)} pictures", disable=None if processes.is_main_process else True
     )
     for picture in drawing.draw(share, batch_size):
-        if output_dir is None:
+        if as_json and output_dir is None:
+            options.tell({"path": picture.path, **drawing.record(picture)})
+        elif output_dir is None and output != STDIO:
             print(picture.path)
     processes.wait_for_everyone()
     if not processes.is_main_process:
         return
+    say = log.info if as_json else print
     if output_dir is not None:
-        print(f"{output_dir}: {len(pictures)} pictures, {len(left)} of them drawn now.")
+        for picture in pictures if as_json else ():
+            options.tell({"path": picture.path, **read_metadata(picture.path)})
+        say(f"{output_dir}: {len(pictures)} pictures, {len(left)} of them drawn now.")
     if sheet is not None and pictures:
         drawing.save_sheet(pictures, sheet, columns=num_images if num_images > 1 else None)
-        print(sheet)
+        say(sheet)
     if bad:
         raise ValueError(f"{len(bad)} of {len(lines)} lines of {prompts_file} were left out, as said above.")
 
@@ -107,33 +137,28 @@ def _go_alone(context: Context, folder: Path) -> None:
         unfinished.unlink()
 
 
-def _tell(bad: dict[int, str], prompts_file: Path | None) -> None:
-    for number, reason in bad.items():
-        print(f"{options.PROG}: {prompts_file}, line {number} is left out: {reason}", file=sys.stderr)
-
-
-def _read_lines(prompts_file: Path | None) -> list[str]:
-    """The lines of the prompts file, the empty ones too."""
+def _read_lines(prompts_file: Path | None) -> dict[int, str]:
+    """The prompts of a file by the numbers of their lines."""
     if prompts_file is None:
-        return []
+        return {}
     try:
-        with prompts_file.open(encoding="utf-8-sig") as file:
-            return [line.strip() for line in file]
+        with nullcontext(sys.stdin) if prompts_file == STDIO else prompts_file.open(encoding="utf-8-sig") as file:
+            lines = {number: line.strip() for number, line in enumerate(file, start=1)}
     except UnicodeDecodeError as error:
         raise ValueError(f"{prompts_file} is no text in UTF-8: {error}") from error
+    return {number: line for number, line in lines.items() if line and not line.startswith("#")}
 
 
-def _check(
-    prompts: Sequence[str], lines: list[str], output: Path | None, output_dir: Path | None, sheet: Path | None
-) -> None:
-    """Raises what is wrong with what to draw, or a place that cannot be written to."""
-    if not prompts and not any(lines):
+def _check_places(output: Path, folder: bool, sheet: Path | None, num_pictures: int, as_json: bool) -> None:
+    """Raises what is wrong with how much is drawn, or a place that cannot be written to."""
+    if not num_pictures:
         raise ValueError("Nothing to draw: give a PROMPT, or --prompts-file with one prompt in a line.")
-    if output_dir is not None and (prompts or output is not None):
+    if output == STDIO and (num_pictures > 1 or as_json or sheet is not None or sys.stdout.isatty()):
         raise ValueError(
-            "--output-dir names pictures after lines: give --prompts-file, and neither PROMPT nor --output."
+            "--output - writes one picture to a pipe or a file, and nothing else: give one PROMPT, and neither --json nor "
+            "--sheet."
         )
-    output = output_dir or output or DEFAULT_OUTPUT
-    options.check_writable(output, folder=output_dir is not None or options.is_folder(output))
+    if output != STDIO:
+        options.check_writable(output, folder or options.is_folder(output))
     if sheet is not None:
         options.check_writable(sheet, folder=False)

@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument
 
@@ -13,6 +13,7 @@ from . import options
 def info(
     picture: Annotated[Path | None, Argument(help="A PNG of `generate`: how it was drawn.")] = None,
     model: options.Model = None,
+    as_json: options.Json = False,
 ) -> None:
     """Prints what a checkpoint is, or how a picture was drawn. It reads no weights.
 
@@ -23,13 +24,46 @@ def info(
     if picture is not None:
         from .pictures import read_metadata
 
-        print(json.dumps(read_metadata(picture), indent=2, ensure_ascii=False))
+        record = read_metadata(picture)
+        if not as_json:
+            print(json.dumps(record, indent=2, ensure_ascii=False))
+            return
+        for one in record if isinstance(record, list) else [record]:
+            options.tell(one)
         return
+    facts = _facts(model)
+    if as_json:
+        options.tell(facts)
+        return
+    (height, width), factor, known = facts["grid"], facts["downsample_factor"], facts["known_words"]
+    first, codes = facts["image_token_offset"], facts["codebook_size"]
+    adapter = "" if facts["adapter_of"] is None else f"adapter of {facts['adapter_of']}, "
+    layers = f"{facts['num_layers']} layers of {facts['hidden_size']}, {facts['positions'] or 'unlimited'} positions"
+    words = (
+        "any words" if known is None else f"{len(known):,} words, such as {', '.join(known[:: len(known) // 24 + 1])}"
+    )
+    lines = {
+        "checkpoint": f"{facts['model']} ({adapter}{facts['layout']} layout)",
+        "base model": f"{facts['base_model']}, {layers}",
+        "parameters": f"{facts['num_parameters']:,} + {facts['num_codec_parameters']:,} of the codec",
+        "vocabulary": f"{facts['vocab_size']:,} rows, image ids {first} ... {first + codes - 1}",
+        "special ids": ", ".join(f"{name} {value}" for name, value in facts["special_ids"].items()),
+        "codec": f"{codes:,} codes, {factor} x {factor} pixels each",
+        "picture": f"{height * factor} x {width * factor} pixels = {height} x {width} codes",
+        "settings": ", ".join(f"{name}={value}" for name, value in facts["settings"].items()),
+        "knows": words,
+        "card": "none" if facts["card"] is None else facts["card"],
+    }
+    options.tell_lines(lines)
+
+
+def _facts(model: str | None) -> dict[str, Any]:
     import torch
     from transformers import GenerationConfig
     from transformers.utils import GENERATION_CONFIG_NAME, PROCESSOR_NAME, cached_file
 
-    from transformers_liquid import EMOJI_CHECKPOINT, LiquidConfig, LiquidForCausalLM
+    from transformers_liquid import LiquidConfig, LiquidForCausalLM
+    from transformers_liquid.checkpoints import find_checkpoint
     from transformers_liquid.generation.settings import ImageGenerationConfig
     from transformers_liquid.models.liquid.reference import ReferenceCheckpoint, adapter_base
     from transformers_liquid.utils.files import read_json, read_text
@@ -37,7 +71,7 @@ def info(
     from .models import reading, silence_libraries
 
     silence_libraries()
-    name = EMOJI_CHECKPOINT if model is None else model
+    name = find_checkpoint(model)
     with reading(name):
         base = adapter_base(name)
         reference = ReferenceCheckpoint.find(base or name)
@@ -50,29 +84,28 @@ def info(
         settings, _ = ImageGenerationConfig.from_call(stored, None, {})
         card = cached_file(name, "README.md", **optional)
         processor = cached_file(base or name, PROCESSOR_NAME, **optional)
-        known = None if processor is None else read_json(processor).get("known_words")
-    of_codec = empty.model.vq_model.num_parameters()
-    text, ids, factor = config.get_text_config(), config.image_token_range, config.downsample_factor
-    positions = getattr(text, "max_position_embeddings", "unlimited")
-    height, width = config.grid()
-    layout = ("" if base is None else f"adapter of {base}, ") + ("liquid" if reference is None else "reference")
-    lines = {
-        "checkpoint": f"{name} ({layout} layout)",
-        "base model": f"{text.model_type}, {text.num_hidden_layers} layers of {text.hidden_size}, {positions} positions",
-        "parameters": f"{empty.num_parameters() - of_codec:,} + {of_codec:,} of the codec",
-        "vocabulary": f"{text.vocab_size:,} rows, image ids {ids.start} ... {ids.stop - 1}",
-        "special ids": f"boi {config.boi_token_id}, eoi {config.eoi_token_id}, unconditional {config.uncond_token_id}, "
-        f"placeholder {config.image_token_id}",
-        "codec": f"{config.codebook_size:,} codes, {factor} x {factor} pixels each",
-        "picture": f"{height * factor} x {width * factor} pixels = {height} x {width} codes",
-        "settings": ", ".join(f"{name}={value}" for name, value in settings.to_dict().items()),
-        "knows": "any words"
-        if known is None
-        else f"{len(known):,} words, such as {', '.join(known[:: len(known) // 24 + 1])}",
-        "card": "none" if card is None else _first_paragraph(read_text(card)),
+    of_codec, text = empty.model.vq_model.num_parameters(), config.get_text_config()
+    special = {"boi": config.boi_token_id, "eoi": config.eoi_token_id, "unconditional": config.uncond_token_id}
+    return {
+        "model": name,
+        "layout": "liquid" if reference is None else "reference",
+        "adapter_of": base,
+        "base_model": text.model_type,
+        "num_layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "positions": getattr(text, "max_position_embeddings", None),
+        "num_parameters": empty.num_parameters() - of_codec,
+        "num_codec_parameters": of_codec,
+        "vocab_size": text.vocab_size,
+        "image_token_offset": config.image_token_range.start,
+        "codebook_size": config.codebook_size,
+        "special_ids": special | {"placeholder": config.image_token_id},
+        "downsample_factor": config.downsample_factor,
+        "grid": list(config.grid()),
+        "settings": settings.to_dict(),
+        "known_words": None if processor is None else read_json(processor).get("known_words"),
+        "card": None if card is None else _first_paragraph(read_text(card)),
     }
-    for name, value in lines.items():
-        print(f"{name:<12} {value}")
 
 
 def _first_paragraph(card: str) -> str:

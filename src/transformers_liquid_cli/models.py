@@ -13,19 +13,21 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers.utils import PROCESSOR_NAME, cached_file
 
-from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidImageGenerationPipeline, LiquidProcessor
+from transformers_liquid import LiquidForCausalLM, LiquidImageGenerationPipeline, LiquidProcessor
+from transformers_liquid.checkpoints import find_checkpoint
 from transformers_liquid.models.liquid.adapters import load_adapter
 from transformers_liquid.models.liquid.reference import adapter_base
 from transformers_liquid.utils.optional import require
 from transformers_liquid.utils.processes import launched_processes
 
-from .options import PROG, one_line
+from .options import PROG, log, one_line, session
 
 
 def silence_libraries() -> None:
-    """Errors are ours to tell; bars are shown on a terminal only."""
+    """Errors are ours to tell, unless more is asked for; bars are shown on a terminal only."""
     for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
+        speak = library.utils.logging
+        (speak.set_verbosity_warning if session.is_verbose else speak.set_verbosity_error)()
         if sys.stderr is None or not sys.stderr.isatty():
             library.utils.logging.disable_progress_bar()
 
@@ -73,7 +75,7 @@ def load(
         base (`str`, *optional*): Where the base of an adapter lies, if not where it says.
     """
     silence_libraries()
-    name, place = EMOJI_CHECKPOINT if name is None else name, find_device(device)
+    name, place = find_checkpoint(name), find_device(device)
     with reading(name):
         own_base = adapter_base(name)
         if own_base is None:
@@ -94,6 +96,7 @@ def load(
         )
         processor = LiquidProcessor.from_pretrained(base if is_elsewhere else name, **kwargs)
     model = model.to(place)
+    log.debug(f"{name} is loaded: {model.num_parameters():,} parameters in {model.dtype} on {model.device}.")
     return LiquidImageGenerationPipeline(model=model, processor=processor, device=model.device)
 
 

@@ -1,10 +1,15 @@
 """The options that several commands have, the checks of where they write, and how all of them print."""
 
 import json
+import logging
+import os
+import sys
 import tempfile
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import wraps
 from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
@@ -14,11 +19,31 @@ from typer import Option
 
 PROG = "transformers-liquid"
 
+# Standard input or output in place of a file.
+STDIO = Path("-")
+
+# What the library and its commands tell on stderr beside errors.
+log = logging.getLogger("transformers_liquid")
+
+
+@dataclass
+class Session:
+    """What is known of the command that runs where it ends."""
+
+    is_verbose: bool = sys.flags.dev_mode
+    after_interrupt: str = "The same command begins anew."
+
+
+session = Session()
+GOES_ON = "The same command goes on from there."
+
 # What commands that train do not know are options of the Trainer.
 TRAINER_CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 # Which model, and how it runs
-Model = Annotated[str | None, Option(help="A folder or a name on the Hub.", show_default="the embedded checkpoint")]
+Model = Annotated[
+    str | None, Option(help="A folder or a name on the Hub.", show_default="liquid-emoji, the embedded one")
+]
 Device = Annotated[str | None, Option(help="Such as cpu or cuda:1; an accelerator if there is one.")]
 DType = Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option(help="Of the weights.")]
 Seed = Annotated[int | None, Option(min=0, max=2**32 - 1, help="The same seed gives the same result.")]
@@ -28,6 +53,9 @@ TrainingFile = Annotated[
 ]
 HelpAll = Annotated[bool, Option("--help-all", help="Show every option with its default, the Trainer's too, and exit.")]
 NewFolder = Annotated[Path, Option(help="A new folder.")]
+Json = Annotated[
+    bool, Option("--json", help="One JSON object in each line of standard output, everything else on stderr.")
+]
 Framing = Annotated[
     Literal["crop", "pad"],
     Option(
@@ -69,6 +97,63 @@ class Drawn:
     top_p: Annotated[float | None, Option(help="Draw among codes of this probability together.")] = None
 
 
+@dataclass
+class Written:
+    """How text is written: options for [`shared`]."""
+
+    text_temperature: Annotated[
+        float | None, Option(min=0.01, help="Draw words by chance; below 1, the probable ones become more so.")
+    ] = None
+    text_top_p: Annotated[
+        float | None, Option(min=0.01, max=1, help="Draw words by chance, among those of this probability together.")
+    ] = None
+
+
+@dataclass
+class Telling:
+    """How much is told on stderr: an option of all commands."""
+
+    verbose: Annotated[
+        bool | None,
+        Option(
+            "--verbose/--quiet",
+            "-v/-q",
+            show_default=False,
+            help="Tell more on stderr, what libraries say and where errors come from, too; or errors alone.",
+        ),
+    ] = None
+
+
+def telling_more_or_less(command: Callable) -> Callable:
+    """Gives a command the option of [`Telling`]."""
+
+    @wraps(command)
+    def run(*args: Any, verbose: bool | None, **kwargs: Any) -> Any:
+        if verbose is not None:
+            session.is_verbose = verbose
+            log.setLevel(logging.DEBUG if verbose else logging.ERROR)
+        if verbose is False:
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (`telling` puts back what was there)
+        return command(*args, **kwargs)
+
+    return shared(Telling)(run)
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """A session, in which what is logged comes to stderr."""
+    session.__init__()
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"{PROG}: %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        with redirect_stderr(sys.stderr):
+            yield
+    finally:
+        log.removeHandler(handler)
+
+
 def shared(*groups: type) -> Callable[[Callable], Callable]:
     """Gives a command the options of groups, as `**given`, behind its own."""
 
@@ -86,8 +171,25 @@ def check_greedy(given: dict[str, Any]) -> None:
         raise ValueError("--greedy draws nothing by chance: leave out --temperature, --top-k and --top-p.")
 
 
+def of_text(given: dict[str, Any]) -> dict[str, Any]:
+    """What `generate` is to be told of the options of [`Written`]; greedy, or as the checkpoint has it, without them."""
+    chosen = {name: given[f"text_{name}"] for name in ("temperature", "top_p") if given[f"text_{name}"] is not None}
+    return chosen and {"do_sample": True, **chosen}
+
+
+def tell(value: Any) -> None:
+    """A line of JSON on standard output."""
+    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+
+
+def tell_lines(values: dict[str, Any]) -> None:
+    width = max(12, *map(len, values))
+    for name, value in values.items():
+        print(f"{name:<{width}} {value}")
+
+
 def is_folder(path: Path) -> bool:
-    return path.is_dir() or not path.suffix
+    return path != STDIO and (path.is_dir() or not path.suffix)
 
 
 def check_writable(path: Path, folder: bool) -> None:
@@ -127,10 +229,14 @@ def visible(text: str) -> str:
     return "".join(json.dumps(character)[1:-1] if steers(character) else character for character in text)
 
 
+def is_meant(error: BaseException) -> bool:
+    """Whether what an error says was written for users."""
+    return isinstance(error, ValueError | OSError | ImportError | FloatingPointError) and bool(str(error))
+
+
 def one_line(error: BaseException) -> str:
     """What an error says; those that nobody wrote for users, with their names."""
-    is_meant = isinstance(error, ValueError | OSError | ImportError | FloatingPointError) and str(error)
-    return visible(" ".join((str(error) if is_meant else f"{type(error).__name__}: {error}").split()))
+    return visible(" ".join((str(error) if is_meant(error) else f"{type(error).__name__}: {error}").split()))
 
 
 @dataclass

@@ -22,7 +22,7 @@ from transformers_liquid.models.liquid.image_processing_liquid import contact_sh
 from transformers_liquid.utils.files import differences, parse_json, whole
 
 from .models import reading
-from .options import PROG, is_folder, one_line
+from .options import PROG, STDIO, is_folder, log, one_line
 
 
 # Where a PNG says how it was drawn: JSON, under this key.
@@ -90,13 +90,13 @@ class Drawing:
         """Raises what is wrong with prompts, or with what they all share."""
         self.pipe.preprocess(prompts, **self.of(prompts))
 
-    def sort_out(self, lines: Sequence[str]) -> tuple[dict[int, str], dict[int, str]]:
-        """The lines that can be drawn, and what is wrong with the others, by their numbers from 1."""
+    def sort_out(self, lines: Mapping[int, str]) -> tuple[dict[int, str], dict[int, str]]:
+        """The lines that can be drawn, and what is wrong with the others, by their numbers."""
 
-        def wrong(numbers: range) -> dict[int, str]:
+        def wrong(numbers: list[int]) -> dict[int, str]:
             """By halves: all lines together have the pictures of their context encoded once."""
             try:
-                self.check([lines[number - 1] for number in numbers])
+                self.check([lines[number] for number in numbers])
             except ValueError as error:
                 if len(numbers) == 1:
                     return {numbers[0]: one_line(error)}
@@ -104,8 +104,8 @@ class Drawing:
                 return wrong(numbers[:half]) | wrong(numbers[half:])
             return {}
 
-        bad = wrong(range(1, len(lines) + 1)) if lines else {}
-        return {number: line for number, line in enumerate(lines, start=1) if number not in bad}, bad
+        bad = wrong(list(lines)) if lines else {}
+        return {number: line for number, line in lines.items() if number not in bad}, bad
 
     def by_turns(self) -> dict[str, Any]:
         """The settings as a conversation takes them."""
@@ -113,7 +113,8 @@ class Drawing:
         return {"image_generation_config": settings, **self.shared}
 
     def draw(self, pictures: Sequence[Picture], batch_size: int = 1, **kwargs: Any) -> Iterator[Picture]:
-        """Draws and writes pictures; each is handed out as soon as it is there. `kwargs` are the pipeline's."""
+        """Draws and writes pictures; each is handed out as soon as it and all before are there. `kwargs` are the
+        pipeline's."""
         if not pictures:
             return
         prompts, seeds, _ = map(list, zip(*pictures, strict=True))
@@ -121,9 +122,13 @@ class Drawing:
         drawn = self.pipe.stream(
             prompts, seed=seeds, batch_size=batch_size, **self.of(prompts), **self.settings, **kwargs
         )
+        done, written = 0, set()
         for index, image in drawn:
             save_png(image, pictures[index].path, self.record(pictures[index]))
-            yield pictures[index]
+            written.add(index)
+            while done in written:  # the pipeline begins with the longest prompts
+                yield pictures[done]
+                done += 1
 
     def save_sheet(self, pictures: Sequence[Picture], path: Path, columns: int | None = None) -> None:
         """Writes pictures that are drawn on one sheet."""
@@ -159,6 +164,11 @@ class Drawing:
                 "alone, and may now and then draw another."
             )
         return record
+
+
+def read_picture(name: str) -> Image.Image:
+    """A picture of a file, of an URL, or of standard input."""
+    return load_image(sys.stdin.buffer.read() if name == str(STDIO) else name)
 
 
 def identity(pipe: LiquidImageGenerationPipeline) -> str:
@@ -239,7 +249,7 @@ def without_file(drawing: Drawing, pictures: list[Picture], folder: Path) -> lis
                 before, now = read_metadata(path), drawing.record(wanted[path])
             except DamagedPictureError as error:
                 damaged.add(path)
-                print(f"{PROG}: {one_line(error)} It is drawn again.", file=sys.stderr)
+                log.info(f"{one_line(error)} It is drawn again.")
                 continue
             if not isinstance(before, dict) or not isinstance(before.get("settings"), dict):
                 wrong = "does not say how it was drawn"
@@ -269,6 +279,9 @@ def save_png(image: Image.Image, path: Path, record: Any) -> None:
     """Writes a picture, whole or not at all, with its record, or with a list of them for a sheet."""
     metadata = PngImagePlugin.PngInfo()
     metadata.add_itxt(METADATA_KEY, json.dumps(record, ensure_ascii=False))
+    if path == STDIO:
+        image.save(sys.stdout.buffer, format="PNG", pnginfo=metadata)
+        return
     with whole(path) as unfinished:
         image.save(unfinished, format="PNG", pnginfo=metadata)
 

@@ -8,7 +8,7 @@ from typer import Argument, Option
 from . import options
 
 
-@options.shared(options.Drawn, options.Running)
+@options.shared(options.Drawn, options.Written, options.Running)
 def story(
     prompt: Annotated[str, Argument(help="How it begins.")],
     output: Annotated[Path, Option(writable=True, help="A new .md; its pictures go beside it.")] = Path("story.md"),
@@ -33,7 +33,8 @@ def story(
     from .pictures import Drawing, save_beside
 
     pipe, seed = load(given["model"], given["device"], given["dtype"]), given["seed"]
-    settings = Drawing(pipe, given).by_turns() | {"max_images": max_images, "max_new_tokens": max_new_tokens}
+    settings = {"max_images": max_images, "max_new_tokens": max_new_tokens}
+    settings |= Drawing(pipe, given).by_turns() | options.of_text(given)
     if seed is not None:
         transformers.set_seed(seed)
     converse = LiquidConversation(pipe.model, pipe.processor)

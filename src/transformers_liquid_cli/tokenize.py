@@ -57,14 +57,17 @@ def tokenize(
       transformers-liquid tokenize --dataset imagefolder --data-dir photos --model path/to/liquid --output codes
     """
     given = dict(locals())
+    options.session.after_interrupt = options.GOES_ON
     from accelerate import PartialState
 
+    from transformers_liquid.checkpoints import find_checkpoint
     from transformers_liquid.data.tokenize import SKIPPED_NAME, tokenize_dataset
     from transformers_liquid.models.liquid.reference import adapter_base
 
     from .models import silence_libraries
 
     silence_libraries()
+    model = find_checkpoint(model)
     # The codec of an adapter is its base's.
     manifest = tokenize_dataset(**given | {"model": adapter_base(model) or model})
     if PartialState().is_main_process:

@@ -43,6 +43,7 @@ def train(
       --preview-steps N                steps from one sheet of previews to the next
       and every option of transformers.TrainingArguments, such as --learning-rate or --max-steps
     """
+    options.session.after_interrupt = "The same command goes on from the last checkpoint."
     from transformers_liquid.training.train import main
 
     argv = ["--help"] if help_all else context.args

@@ -383,6 +383,9 @@ def read_pictures(
     if hasattr(records, "__len__"):
         numbers = [number for number in range(len(records)) if is_left(number)]
         total, numbered = len(numbers), zip(numbers, records.select(numbers), strict=True)
+        if total < len(records) and processes.num_processes == 1:
+            state = "Going on" if total else "Already finished"
+            logger.info(f"{state}: {len(records) - total} of {len(records)} records are done.")
     num_workers = min(num_workers, os.cpu_count() or 1)
     loader = DataLoader(reader, sampler=numbered, batch_size=None, num_workers=num_workers, prefetch_factor=4)
     of_all = "" if processes.num_processes == 1 else f" (process 0 of {processes.num_processes})"

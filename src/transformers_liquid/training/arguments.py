@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 
+from ..checkpoints import find_checkpoint
 from ..utils.files import read_yaml
 
 
@@ -69,6 +70,9 @@ class ModelArguments:
     dtype: str = HfArg(default="float32", help="Of the weights. With --bf16, fp32 weights are autocast.")
     attn_implementation: str | None = HfArg(default=None, help="sdpa, eager, flash_attention_2, ...")
     max_z_loss_coef: float | None = HfArg(default=None, help="Weight of the max-z loss. Defaults to the model's.")
+
+    def __post_init__(self):
+        self.model = find_checkpoint(self.model)
 
 
 @dataclass
