@@ -152,7 +152,8 @@ def test_whatever_goes_wrong_is_one_line_with_its_name(wrong, monkeypatch, capsy
 
     monkeypatch.setattr("transformers_liquid_cli.pictures.save_png", fail)
     name = wrong.__name__ if isinstance(wrong, type) else type(wrong).__name__
-    assert name in error_of("generate a --model ours --device cpu", capsys)
+    assert run("generate a --model ours --device cpu --seed 0") == 1  # a failure, no wrong use
+    assert capsys.readouterr().err.startswith(f"transformers-liquid: error: {name}:")
 
 
 @pytest.mark.slow
@@ -401,10 +402,13 @@ def test_without_peft_an_adapter_says_what_it_needs(adapter, monkeypatch, capsys
 @pytest.mark.parametrize(
     "second", ["b.png", "none.JPG", "https://example.org/b", "prompts.txt", "data:image/png;base64,xx"]
 )
-def test_describe_takes_no_second_picture_for_a_question(second, capsys):
-    assert f"{second} is a picture or a file, not a question" in error_of(
-        f"describe a.png {second} --model ours", capsys
-    )
+def test_describe_takes_no_second_picture_for_a_question(second, capsys, monkeypatch):
+    monkeypatch.setattr("transformers_liquid.models.liquid.image_processing_liquid._fetch", lambda url: b"no picture")
+    if second == "b.png":
+        assert run("describe a.png b.png --model ours --device cpu --max-new-tokens 2") == 0
+        assert "a.png: " in (said := capsys.readouterr().out) and "b.png: " in said
+    else:
+        assert second[:12] in error_of(f"describe a.png {second} --model nowhere", capsys)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from transformers_liquid.models.liquid.image_processing_liquid import load_image
 from transformers_liquid.utils.files import alone_in, check_keys, parse_json, read_text
 
 from .models import load, write_answers
-from .options import GOES_ON, is_folder, log, of_text, session, tell
+from .options import GOES_ON, is_folder, log, of_text, session, tell, tell_going_on
 
 
 def describe_pictures(
@@ -58,8 +58,7 @@ def describe_folder(folder: Path, output: Path | None, question: str | None, giv
             raise ValueError(f"{output} has texts of other pictures than those of {folder}: {tell_some(strange)}.")
         left = [name for name in names if name not in done]
         check_pictures(folder / name for name in left)
-        if done:
-            log.info(f"{'Going on' if left else 'Already finished'}: {len(done)} of {len(names)} pictures have a text.")
+        tell_going_on(len(done), len(names), "pictures have a text")
         session.after_interrupt = GOES_ON
         texts = describe_pictures(left, lambda name: load_image(folder / name), question, given)
         bar = tqdm(texts, total=len(names), initial=len(done), desc="describing", unit=" images")

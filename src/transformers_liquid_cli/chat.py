@@ -62,7 +62,8 @@ def chat(
             f"A small model: it draws and names what it has one of {len(known)} words for. A conversation is beyond it."
         )
     print("/image PATH shows a picture, /draw PROMPT draws one, /help lists all commands, /quit ends.")
-    remember_lines()
+    if sys.stdin is not None and sys.stdin.isatty():
+        remember_lines()
     while sys.stdin is not None:  # closed
         try:
             command, _, rest = (line := input("> ").strip()).partition(" ")
@@ -97,18 +98,14 @@ def chat(
 
 
 def remember_lines() -> None:
-    """On a terminal: lines can be edited, and earlier ones found again, those of former conversations too."""
-    if sys.stdin is None or not sys.stdin.isatty():
-        return
+    """On a terminal, lines can be edited, and found again, those of former conversations too."""
     with suppress(ImportError, OSError):  # Windows has no readline
         import readline
 
         from huggingface_hub.constants import HF_HOME
 
-        history = Path(HF_HOME, "transformers-liquid-chat-history")
-        history.touch(mode=0o600)
+        (history := Path(HF_HOME, "transformers-liquid-chat-history")).touch(mode=0o600)
         readline.read_history_file(history)
-        readline.set_history_length(1000)
         atexit.register(readline.write_history_file, history)
 
 

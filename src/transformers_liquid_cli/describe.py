@@ -59,10 +59,9 @@ def describe(
     from .captions import describe_pictures
     from .pictures import read_picture
 
-    for name in filter(os.path.exists, names[batch_size:]):
-        open_image(name).close()
+    for name in names[batch_size:]:  # what is behind the first batch is decoded later
+        if name != "-" and not name.startswith(("http:", "https:", "data:")):
+            open_image(name).close()
     for name, text in describe_pictures(names, read_picture, question, given):
-        if as_json:
-            options.tell({"file_name": name, "text": text})
-        else:
-            print(text if len(names) == 1 else f"{name}: {text}", flush=True)
+        line = text if len(names) == 1 else f"{name}: {text}"
+        options.tell({"file_name": name, "text": text} if as_json else line, as_json)

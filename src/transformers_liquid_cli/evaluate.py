@@ -64,8 +64,7 @@ def evaluate(
             "--as-paper is all in float16, questions one by one, answers of 128 tokens: leave out what differs."
         )
     options.check_greedy(given)
-    options.session.after_interrupt = options.GOES_ON
-    options.check_writable(output, folder=True)
+    options.check_resumable(output)
     for name in benchmarks:
         read_samples(name, data, limit)  # before the model, which takes long
     pipe = load(given["model"], given["device"], "float16" if as_paper else given["dtype"])

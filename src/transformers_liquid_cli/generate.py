@@ -13,8 +13,6 @@ from .options import STDIO, log
 
 DEFAULT_OUTPUT = Path("liquid.png")
 
-STAYS = "Pictures that are written stay; the same command with --prompts-file and --output-dir would go on from there."
-
 Output = Annotated[
     Path | None,
     Option(
@@ -26,8 +24,8 @@ Output = Annotated[
 Images = Annotated[
     list[str] | None,
     Option(
-        help="A picture in the context, a file, an URL or - for standard input, as for editing; may be given again. It stands where a prompt "
-        "says <image>, else before the prompt."
+        help="A picture in the context, as for editing: a file, an URL or - for standard input; may be given again. It "
+        "stands where a prompt says <image>, else before the prompt."
     ),
 ]
 PromptsFile = Annotated[
@@ -73,11 +71,10 @@ def generate(
         raise ValueError(
             "--output-dir names pictures after lines: give --prompts-file, and neither PROMPT nor --output."
         )
-    output, num_pictures = output or DEFAULT_OUTPUT, (len(prompts) + len(lines)) * num_images
-    _check_places(output_dir or output, output_dir is not None, sheet, num_pictures, as_json)
-    options.session.after_interrupt = options.GOES_ON if output_dir else STAYS
+    output = output or DEFAULT_OUTPUT
+    _check((len(prompts) + len(lines)) * num_images, output, output_dir, sheet, as_json)
     from .models import find_processes, load
-    from .pictures import Drawing, check_apart, in_order, of_lines, read_metadata, read_picture, without_file
+    from .pictures import Drawing, check_apart, in_order, of_lines, read_picture, without_file
 
     images, seed = [(name, read_picture(name)) for name in image or ()], given["seed"]
 
@@ -87,20 +84,14 @@ def generate(
         _go_alone(context, output_dir)
     drawing = Drawing(load(given["model"], device, given["dtype"]), given, images)
     drawing.check(prompts or (drawing.pipe.processor.known_words or ["a"])[:1])
-    good, bad = drawing.sort_out(lines)
-    for number, reason in bad.items() if processes.is_main_process else ():
-        log.error(f"{prompts_file}, line {number} is left out: {reason}")
+    good, bad = drawing.sort_out(lines, prompts_file)
     if output_dir is None:
         pictures = left = in_order([*prompts, *good.values()], num_images, seed, output)
-        if seed is None and pictures:
-            log.info(f"The seed is {pictures[0].seed}, and one more for each further picture.")
     else:
         pictures = of_lines(good, num_images, seed or 0, output_dir)
         left = without_file(drawing, pictures, output_dir)
-        if len(left) < len(pictures) and processes.is_main_process:
-            there = f"{len(pictures) - len(left)} of {len(pictures)} pictures are there"
-            log.info(f"Going on: {there}." if left else f"Already finished: {there}.")
     check_apart(pictures, sheet, [prompts_file, *(image or ())])
+    options.tell_going_on(len(pictures) - len(left), len(pictures), "pictures are there")
 
     # 3. Every process draws its share of what is left, once all of them have seen what that is
     processes.wait_for_everyone()
@@ -109,17 +100,17 @@ def generate(
         desc=f"{len(share)} of {len(left)} pictures", disable=None if processes.is_main_process else True
     )
     for picture in drawing.draw(share, batch_size):
-        if as_json and output_dir is None:
-            options.tell({"path": picture.path, **drawing.record(picture)})
-        elif output_dir is None and output != STDIO:
-            print(picture.path)
+        if output_dir is None and output != STDIO:
+            _tell(picture.path, as_json)
     processes.wait_for_everyone()
     if not processes.is_main_process:
         return
+    if output_dir is None and seed is None and pictures:
+        log.info(f"The seed was {pictures[0].seed}, and one more for each further picture.")
     say = log.info if as_json else print
     if output_dir is not None:
         for picture in pictures if as_json else ():
-            options.tell({"path": picture.path, **read_metadata(picture.path)})
+            _tell(picture.path, as_json)
         say(f"{output_dir}: {len(pictures)} pictures, {len(left)} of them drawn now.")
     if sheet is not None and pictures:
         drawing.save_sheet(pictures, sheet, columns=num_images if num_images > 1 else None)
@@ -137,6 +128,12 @@ def _go_alone(context: Context, folder: Path) -> None:
         unfinished.unlink()
 
 
+def _tell(path: Path, as_json: bool) -> None:
+    from .pictures import read_metadata
+
+    options.tell({"path": path, **read_metadata(path)} if as_json else path, as_json)
+
+
 def _read_lines(prompts_file: Path | None) -> dict[int, str]:
     """The prompts of a file by the numbers of their lines."""
     if prompts_file is None:
@@ -149,7 +146,7 @@ def _read_lines(prompts_file: Path | None) -> dict[int, str]:
     return {number: line for number, line in lines.items() if line and not line.startswith("#")}
 
 
-def _check_places(output: Path, folder: bool, sheet: Path | None, num_pictures: int, as_json: bool) -> None:
+def _check(num_pictures: int, output: Path, output_dir: Path | None, sheet: Path | None, as_json: bool) -> None:
     """Raises what is wrong with how much is drawn, or a place that cannot be written to."""
     if not num_pictures:
         raise ValueError("Nothing to draw: give a PROMPT, or --prompts-file with one prompt in a line.")
@@ -158,7 +155,12 @@ def _check_places(output: Path, folder: bool, sheet: Path | None, num_pictures: 
             "--output - writes one picture to a pipe or a file, and nothing else: give one PROMPT, and neither --json nor "
             "--sheet."
         )
-    if output != STDIO:
-        options.check_writable(output, folder or options.is_folder(output))
+    options.session.after_interrupt = (
+        "Pictures that are written stay; with --prompts-file and --output-dir it would go on."
+    )
+    if output_dir is not None:
+        options.check_resumable(output_dir)
+    elif output != STDIO:
+        options.check_writable(output, folder=options.is_folder(output))
     if sheet is not None:
         options.check_writable(sheet, folder=False)

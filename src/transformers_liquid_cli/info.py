@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Argument
 
@@ -22,42 +22,8 @@ def info(
       transformers-liquid info --model Junfeng5/Liquid_V1_7B
     """
     if picture is not None:
-        from .pictures import read_metadata
-
-        record = read_metadata(picture)
-        if not as_json:
-            print(json.dumps(record, indent=2, ensure_ascii=False))
-            return
-        for one in record if isinstance(record, list) else [record]:
-            options.tell(one)
+        _tell_picture(picture, as_json)
         return
-    facts = _facts(model)
-    if as_json:
-        options.tell(facts)
-        return
-    (height, width), factor, known = facts["grid"], facts["downsample_factor"], facts["known_words"]
-    first, codes = facts["image_token_offset"], facts["codebook_size"]
-    adapter = "" if facts["adapter_of"] is None else f"adapter of {facts['adapter_of']}, "
-    layers = f"{facts['num_layers']} layers of {facts['hidden_size']}, {facts['positions'] or 'unlimited'} positions"
-    words = (
-        "any words" if known is None else f"{len(known):,} words, such as {', '.join(known[:: len(known) // 24 + 1])}"
-    )
-    lines = {
-        "checkpoint": f"{facts['model']} ({adapter}{facts['layout']} layout)",
-        "base model": f"{facts['base_model']}, {layers}",
-        "parameters": f"{facts['num_parameters']:,} + {facts['num_codec_parameters']:,} of the codec",
-        "vocabulary": f"{facts['vocab_size']:,} rows, image ids {first} ... {first + codes - 1}",
-        "special ids": ", ".join(f"{name} {value}" for name, value in facts["special_ids"].items()),
-        "codec": f"{codes:,} codes, {factor} x {factor} pixels each",
-        "picture": f"{height * factor} x {width * factor} pixels = {height} x {width} codes",
-        "settings": ", ".join(f"{name}={value}" for name, value in facts["settings"].items()),
-        "knows": words,
-        "card": "none" if facts["card"] is None else facts["card"],
-    }
-    options.tell_lines(lines)
-
-
-def _facts(model: str | None) -> dict[str, Any]:
     import torch
     from transformers import GenerationConfig
     from transformers.utils import GENERATION_CONFIG_NAME, PROCESSOR_NAME, cached_file
@@ -83,29 +49,44 @@ def _facts(model: str | None) -> dict[str, Any]:
         stored = GenerationConfig.from_pretrained(base or name) if has_settings else None
         settings, _ = ImageGenerationConfig.from_call(stored, None, {})
         card = cached_file(name, "README.md", **optional)
+        card = None if card is None else _first_paragraph(read_text(card))
         processor = cached_file(base or name, PROCESSOR_NAME, **optional)
-    of_codec, text = empty.model.vq_model.num_parameters(), config.get_text_config()
-    special = {"boi": config.boi_token_id, "eoi": config.eoi_token_id, "unconditional": config.uncond_token_id}
-    return {
-        "model": name,
-        "layout": "liquid" if reference is None else "reference",
-        "adapter_of": base,
-        "base_model": text.model_type,
-        "num_layers": text.num_hidden_layers,
-        "hidden_size": text.hidden_size,
-        "positions": getattr(text, "max_position_embeddings", None),
-        "num_parameters": empty.num_parameters() - of_codec,
-        "num_codec_parameters": of_codec,
-        "vocab_size": text.vocab_size,
-        "image_token_offset": config.image_token_range.start,
-        "codebook_size": config.codebook_size,
-        "special_ids": special | {"placeholder": config.image_token_id},
-        "downsample_factor": config.downsample_factor,
-        "grid": list(config.grid()),
-        "settings": settings.to_dict(),
-        "known_words": None if processor is None else read_json(processor).get("known_words"),
-        "card": None if card is None else _first_paragraph(read_text(card)),
+        known = None if processor is None else read_json(processor).get("known_words")
+    of_codec = empty.model.vq_model.num_parameters()
+    text, ids, factor = config.get_text_config(), config.image_token_range, config.downsample_factor
+    positions = getattr(text, "max_position_embeddings", "unlimited")
+    height, width = config.grid()
+    if as_json:
+        facts = {"model": name, "layout": "liquid" if reference is None else "reference", "adapter_of": base}
+        facts |= {"num_parameters": empty.num_parameters() - of_codec, "num_codec_parameters": of_codec}
+        facts |= {"height": height * factor, "width": width * factor, "settings": settings.to_dict(), "card": card}
+        options.tell(facts | {"known_words": known, "config": config.to_dict()})
+        return
+    layout = ("" if base is None else f"adapter of {base}, ") + ("liquid" if reference is None else "reference")
+    lines = {
+        "checkpoint": f"{name} ({layout} layout)",
+        "base model": f"{text.model_type}, {text.num_hidden_layers} layers of {text.hidden_size}, {positions} positions",
+        "parameters": f"{empty.num_parameters() - of_codec:,} + {of_codec:,} of the codec",
+        "vocabulary": f"{text.vocab_size:,} rows, image ids {ids.start} ... {ids.stop - 1}",
+        "special ids": f"boi {config.boi_token_id}, eoi {config.eoi_token_id}, unconditional {config.uncond_token_id}, "
+        f"placeholder {config.image_token_id}",
+        "codec": f"{config.codebook_size:,} codes, {factor} x {factor} pixels each",
+        "picture": f"{height * factor} x {width * factor} pixels = {height} x {width} codes",
+        "settings": ", ".join(f"{name}={value}" for name, value in settings.to_dict().items()),
+        "knows": "any words"
+        if known is None
+        else f"{len(known):,} words, such as {', '.join(known[:: len(known) // 24 + 1])}",
+        "card": card or "none",
     }
+    options.tell_lines(lines)
+
+
+def _tell_picture(picture: Path, as_json: bool) -> None:
+    from .pictures import read_metadata
+
+    record = read_metadata(picture)
+    for one in record if as_json and isinstance(record, list) else [record]:  # of a sheet
+        options.tell(one if as_json else json.dumps(one, indent=2, ensure_ascii=False), as_json)
 
 
 def _first_paragraph(card: str) -> str:

@@ -1,5 +1,6 @@
 """Models on their devices, for the commands that need one, and what each command does with an adapter."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,8 @@ def find_processes(device: str | None, output_dir: Path | None) -> tuple[Partial
             "Several processes, each on a device of its own, share the lines of a file: give --prompts-file and "
             "--output-dir, and leave out --device."
         )
+    if not processes.is_main_process:
+        log.setLevel(logging.CRITICAL)
     return processes, device if processes.num_processes == 1 else str(processes.device)
 
 

@@ -14,7 +14,7 @@ from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
-from typer import Option
+from typer import Context, Option
 
 
 PROG = "transformers-liquid"
@@ -53,9 +53,7 @@ TrainingFile = Annotated[
 ]
 HelpAll = Annotated[bool, Option("--help-all", help="Show every option with its default, the Trainer's too, and exit.")]
 NewFolder = Annotated[Path, Option(help="A new folder.")]
-Json = Annotated[
-    bool, Option("--json", help="One JSON object in each line of standard output, everything else on stderr.")
-]
+Json = Annotated[bool, Option("--json", help="JSON in lines on standard output, all else on standard error.")]
 Framing = Annotated[
     Literal["crop", "pad"],
     Option(
@@ -101,27 +99,22 @@ class Drawn:
 class Written:
     """How text is written: options for [`shared`]."""
 
-    text_temperature: Annotated[
-        float | None, Option(min=0.01, help="Draw words by chance; below 1, the probable ones become more so.")
-    ] = None
-    text_top_p: Annotated[
-        float | None, Option(min=0.01, max=1, help="Draw words by chance, among those of this probability together.")
-    ] = None
+    text_temperature: Annotated[float | None, Option(min=0.01, help="Draw words by chance, surer ones below 1.")] = None
+    text_top_p: Annotated[float | None, Option(min=0.01, max=1, help="Draw among words this probable together.")] = None
 
 
 @dataclass
 class Telling:
     """How much is told on stderr: an option of all commands."""
 
-    verbose: Annotated[
-        bool | None,
-        Option(
-            "--verbose/--quiet",
-            "-v/-q",
-            show_default=False,
-            help="Tell more on stderr, what libraries say and where errors come from, too; or errors alone.",
-        ),
-    ] = None
+    verbose: Annotated[bool | None, Option("--verbose/--quiet", "-v/-q", help="Tell more, or errors alone.")] = None
+
+
+def trainer_words(context: Context, config: Path | None, help_all: bool) -> list[str]:
+    """What a command that trains was given, for the parser of the Trainer's options."""
+    session.after_interrupt = "The same command goes on from the last checkpoint."
+    words = ["--help"] if help_all else context.args
+    return words if config is None else ["--config", str(config), *words]
 
 
 def telling_more_or_less(command: Callable) -> Callable:
@@ -143,7 +136,7 @@ def telling_more_or_less(command: Callable) -> Callable:
 def telling() -> Iterator[None]:
     """A session, in which what is logged comes to stderr."""
     session.__init__()
-    handler = logging.StreamHandler()
+    handler = logging.StreamHandler(sys.stderr and VisibleStream(sys.stderr))
     handler.setFormatter(logging.Formatter(f"{PROG}: %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -152,6 +145,7 @@ def telling() -> Iterator[None]:
             yield
     finally:
         log.removeHandler(handler)
+        log.setLevel(logging.NOTSET)
 
 
 def shared(*groups: type) -> Callable[[Callable], Callable]:
@@ -172,14 +166,19 @@ def check_greedy(given: dict[str, Any]) -> None:
 
 
 def of_text(given: dict[str, Any]) -> dict[str, Any]:
-    """What `generate` is to be told of the options of [`Written`]; greedy, or as the checkpoint has it, without them."""
-    chosen = {name: given[f"text_{name}"] for name in ("temperature", "top_p") if given[f"text_{name}"] is not None}
+    """What `generate` is to be told of the options of [`Written`]; nothing without them."""
+    chosen = {name: given[f"text_{name}"] for name in ("temperature", "top_p") if given[f"text_{name}"]}
     return chosen and {"do_sample": True, **chosen}
 
 
-def tell(value: Any) -> None:
-    """A line of JSON on standard output."""
-    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+def tell(value: Any, as_json: bool = True) -> None:
+    """A line on standard output, at once: by default of JSON."""
+    print(json.dumps(value, ensure_ascii=False, default=str) if as_json else value, flush=True)
+
+
+def tell_going_on(done: int, total: int, what: str) -> None:
+    if done:
+        log.info(f"{'Already finished' if done == total else 'Going on'}: {done} of {total} {what}.")
 
 
 def tell_lines(values: dict[str, Any]) -> None:
@@ -200,6 +199,12 @@ def check_writable(path: Path, folder: bool) -> None:
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=parent):
         pass
+
+
+def check_resumable(folder: Path) -> None:
+    """As [`check_writable`], for a command that goes on where it was interrupted."""
+    check_writable(folder, folder=True)
+    session.after_interrupt = GOES_ON
 
 
 def check_new_story(path: Path) -> None:

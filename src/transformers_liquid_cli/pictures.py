@@ -90,8 +90,8 @@ class Drawing:
         """Raises what is wrong with prompts, or with what they all share."""
         self.pipe.preprocess(prompts, **self.of(prompts))
 
-    def sort_out(self, lines: Mapping[int, str]) -> tuple[dict[int, str], dict[int, str]]:
-        """The lines that can be drawn, and what is wrong with the others, by their numbers."""
+    def sort_out(self, lines: Mapping[int, str], file: Path | None) -> tuple[dict[int, str], dict[int, str]]:
+        """The lines of a file that can be drawn, and what is wrong with the others, which is told, by their numbers."""
 
         def wrong(numbers: list[int]) -> dict[int, str]:
             """By halves: all lines together have the pictures of their context encoded once."""
@@ -105,6 +105,8 @@ class Drawing:
             return {}
 
         bad = wrong(list(lines)) if lines else {}
+        for number, reason in bad.items():
+            log.error(f"{file}, line {number} is left out: {reason}")
         return {number: line for number, line in lines.items() if number not in bad}, bad
 
     def by_turns(self) -> dict[str, Any]:

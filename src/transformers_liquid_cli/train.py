@@ -43,8 +43,6 @@ def train(
       --preview-steps N                steps from one sheet of previews to the next
       and every option of transformers.TrainingArguments, such as --learning-rate or --max-steps
     """
-    options.session.after_interrupt = "The same command goes on from the last checkpoint."
     from transformers_liquid.training.train import main
 
-    argv = ["--help"] if help_all else context.args
-    main(argv if config is None else ["--config", str(config), *argv])
+    main(options.trainer_words(context, config, help_all))

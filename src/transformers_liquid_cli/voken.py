@@ -80,11 +80,9 @@ def train(
       --total-batch-size N       records in each step, over all processes
       --preview-prompts PROMPT ... --preview-steps N
     """
-    options.session.after_interrupt = "The same command goes on from the last checkpoint."
     from transformers_liquid.training.voken_train import main
 
-    argv = ["--help"] if help_all else context.args
-    main(argv if config is None else ["--config", str(config), *argv])
+    main(options.trainer_words(context, config, help_all))
 
 
 @voken_app.command()
