@@ -12,7 +12,12 @@ from transformers.utils import CONFIG_NAME
 from ..codecs.taming import save_taming_codec
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
-from ..models.liquid.reference import DIFFUSERS_CODEC_FOLDER, EXPORTED_LAYOUT_KEY, REFERENCE_CODEC_FOLDER
+from ..models.liquid.reference import (
+    DIFFUSERS_CODEC_FOLDER,
+    EXPORTED_LAYOUT,
+    EXPORTED_LAYOUT_KEY,
+    REFERENCE_CODEC_FOLDER,
+)
 from ..models.liquid.vocabulary import REFERENCE_TOKENS
 from ..utils.files import read_json, write_json
 
@@ -60,7 +65,9 @@ def export_base_model(
 
     text_model = model.model.text_model
     text_model.save_pretrained(directory, **kwargs)
-    layout = {name: getattr(config, name) for name in ("image_token_offset", "image_token_id", "image_size")}
+    layout = {name: getattr(config, name) for name in EXPORTED_LAYOUT}
+    layout["codebook_size"] = config.codebook_size  # which engines that draw need, as eoi_token_id
+    layout["eoi_token_id"] = config.eoi_token_id
     config_dict = read_json(directory / CONFIG_NAME)
     write_json(directory / CONFIG_NAME, {**config_dict, EXPORTED_LAYOUT_KEY: layout})
     model.generation_config.save_pretrained(directory)

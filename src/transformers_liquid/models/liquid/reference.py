@@ -33,6 +33,7 @@ REFERENCE_CODEC_REPO = "Junfeng5/Liquid_demo"
 REFERENCE_CODEC_FOLDER = "chameleon"
 # The key that our exports add to the plain `config.json`: what that layout cannot say otherwise.
 EXPORTED_LAYOUT_KEY = "liquid_layout"
+EXPORTED_LAYOUT = ("image_token_offset", "image_token_id", "image_size")
 # An export's codec that taming cannot express lies here, as diffusers saves it.
 DIFFUSERS_CODEC_FOLDER = "vq_model"
 
@@ -163,7 +164,8 @@ class ReferenceCheckpoint:
         """
         vocabulary = self.tokenizer.get_vocab()
         vq_config = codec_config(self._find_codec(weights=False), **self.codec_hub)
-        layout = dict(getattr(self.text_config, EXPORTED_LAYOUT_KEY, {}))
+        exported = getattr(self.text_config, EXPORTED_LAYOUT_KEY, {})
+        layout = {name: exported[name] for name in EXPORTED_LAYOUT if name in exported}
         if self.image_token_offset is not None:
             layout["image_token_offset"] = self.image_token_offset
         if "image_token_offset" not in layout:
