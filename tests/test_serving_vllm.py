@@ -112,3 +112,85 @@ def test_what_cannot_be_drawn_is_refused_at_the_door(arguments, message):
     with pytest.raises(ValueError, match=message):
         PairedPicture.check(arguments)
     assert PairedPicture.check({"other": 1}) is PairedPicture.check(None) is None
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    vllm = pytest.importorskip("vllm")
+    import os
+
+    from transformers_liquid import LiquidForCausalLM, LiquidProcessor, export_base_model
+
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
+    model, folder = LiquidForCausalLM.from_pretrained(EMOJI_CHECKPOINT), tmp_path_factory.mktemp("exported")
+    processor = LiquidProcessor.from_pretrained(EMOJI_CHECKPOINT)
+    export_base_model(model, processor, folder)
+    yield (
+        vllm.LLM(
+            str(folder),
+            dtype="float32",
+            max_model_len=256,
+            max_num_seqs=8,
+            block_size=32,
+            num_gpu_blocks_override=20,
+            enforce_eager=True,
+            enable_prefix_caching=False,
+            distributed_executor_backend="uni",
+            scheduler_cls="transformers_liquid.serving.vllm.PairScheduler",
+            logits_processors=["transformers_liquid.serving.vllm:LiquidLogitsProcessor"],
+        ),
+        LiquidImageGenerationPipeline(model=model, processor=processor),
+    )
+
+
+def ask(llm, requests):
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": one["prompt_token_ids"]} for one in requests]
+    return [
+        list(out.outputs[0].token_ids)
+        for out in llm.generate(prompts, [SamplingParams(**one["sampling_params"]) for one in requests])
+    ]
+
+
+@pytest.mark.slow
+def test_vllm_draws_what_the_pipeline_draws_beside_texts_that_are_preempted(engine):
+    llm, pipe = engine
+    config, names = pipe.model.generation_config, ["red apple", "dog face", "cat", "sun", "pizza", "moon"]
+    requests = [
+        request
+        for seed, name in enumerate(names)
+        for request in picture_requests(pipe.processor, name, seed, generation_config=config, guidance_scale=2.0)
+    ]
+    text = {"temperature": 0.0, "max_tokens": 150, "ignore_eos": True, "detokenize": False}
+    texts = [{"prompt_token_ids": [1, 10 + number, 20], "sampling_params": text} for number in range(4)]
+    order = [*texts, *requests]
+    random.Random(1).shuffle(order)
+    drawn = ask(llm, order)
+    for name, ids in ((order[index], ids) for index, ids in enumerate(drawn)):
+        assert len(ids) == name["sampling_params"]["max_tokens"]
+    for seed, name in enumerate(names):
+        expected = codes_of(pipe, name, seed, guidance_scale=2.0)
+        halves = [drawn[order.index(request)] for request in requests[2 * seed : 2 * seed + 2]]
+        assert halves == [expected, expected]
+
+
+@pytest.mark.slow
+def test_a_half_whose_partner_never_comes_ends_early(engine, monkeypatch):
+    llm, pipe = engine
+    from transformers_liquid.serving import vllm as plug_in
+
+    monkeypatch.setattr(plug_in, "PATIENCE", 0.5)
+    first, _ = picture_requests(pipe.processor, "cat", 1, guidance_scale=2.0)
+    assert ask(llm, [first]) == [[pipe.model.config.eoi_token_id]]
+
+
+@pytest.mark.slow
+def test_vllm_refuses_what_cannot_be_drawn(engine):
+    llm, pipe = engine
+    first, second = picture_requests(pipe.processor, "cat", 1, guidance_scale=2.0)
+    for changed, message in (({"n": 2}, "n must be 1"), ({"extra_args": {"liquid_seed": "x"}}, "whole number")):
+        wrong = [one | {"sampling_params": one["sampling_params"] | changed} for one in (first, second)]
+        with pytest.raises(ValueError, match=message):
+            ask(llm, wrong)
