@@ -190,7 +190,62 @@ def test_a_half_whose_partner_never_comes_ends_early(engine, monkeypatch):
 def test_vllm_refuses_what_cannot_be_drawn(engine):
     llm, pipe = engine
     first, second = picture_requests(pipe.processor, "cat", 1, guidance_scale=2.0)
-    for changed, message in (({"n": 2}, "n must be 1"), ({"extra_args": {"liquid_seed": "x"}}, "whole number")):
+    for changed, message in (
+        ({"n": 2, "temperature": 1.0}, "n must be 1: each picture"),
+        ({"extra_args": {"liquid_seed": "x"}}, "whole number"),
+    ):
         wrong = [one | {"sampling_params": one["sampling_params"] | changed} for one in (first, second)]
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError) as error:
             ask(llm, wrong)
+        assert message in f"{error.value} {error.value.__cause__}"  # vLLM's own around ours
+
+
+@pytest.mark.slow
+def test_a_cancelled_half_ends_the_other_and_leaves_nothing_behind(engine):
+    llm, pipe = engine
+    from vllm import SamplingParams
+
+    requests = picture_requests(pipe.processor, "cat", 1, guidance_scale=2.0)
+    for name, request in zip(("first", "second"), requests, strict=True):
+        prompt = {"prompt_token_ids": request["prompt_token_ids"]}
+        llm.llm_engine.add_request(name, prompt, SamplingParams(**request["sampling_params"]))
+    for _ in range(5):
+        llm.llm_engine.step()
+    llm.llm_engine.abort_request(["second"])
+    finished = []
+    while llm.llm_engine.has_unfinished_requests():
+        finished += [out for out in llm.llm_engine.step() if out.finished]
+    assert [(out.request_id, out.outputs[0].finish_reason) for out in finished] == [("first", "stop")]
+    assert len(finished[0].outputs[0].token_ids) < 10
+
+
+def test_the_second_runner_draws_the_same(pipe):
+    pytest.importorskip("vllm")
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    from transformers_liquid.serving.vllm import LiquidLogitsProcessor
+
+    requests = picture_requests(pipe.processor, "cat", 1, **SETTINGS)
+    params = [SimpleNamespace(extra_args=one["sampling_params"]["extra_args"], n=1) for one in requests]
+    prompts = [one["prompt_token_ids"] for one in requests]
+    config = SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace(liquid_layout=LAYOUT)))
+    ids = torch.zeros(4, 64, dtype=torch.long)
+    lengths = np.array([0, len(prompts[0]), 0, len(prompts[1])])
+    for slot, prompt in zip((1, 3), prompts, strict=True):
+        ids[slot, : len(prompt)] = torch.tensor(prompt)
+    states = SimpleNamespace(prompt_len=SimpleNamespace(np=lengths), all_token_ids=SimpleNamespace(gpu=ids))
+    second, first = LiquidLogitsProcessor(config, states), LiquidLogitsProcessor(config, "cpu", False)
+    assert [second.add_request(slot, one) for slot, one in zip((1, 3), params, strict=True)] == [True, True]
+    assert not second.add_request(0, SimpleNamespace(extra_args=None))
+    so_far = [], []
+    added = [(row, one, prompt, so_far[row]) for row, (one, prompt) in enumerate(zip(params, prompts, strict=True))]
+    first.update_state(SimpleNamespace(removed=(), added=added, moved=()))
+    for step in range(3):
+        logits = torch.randn(2, VOCAB_SIZE, generator=torch.Generator().manual_seed(step))
+        context = SimpleNamespace(idx_mapping_np=np.array([3, 1]), seq_lens_upper_bound_np=lengths[[3, 1]] + step)
+        ours = first.apply(logits.clone())
+        assert torch.equal(second.apply(logits.flip(0), context).flip(0), ours)
+        for one in so_far:
+            one.append(int(ours[0].argmax()))
