@@ -155,6 +155,24 @@ class LiquidImageGenerationPipeline(Pipeline):
         ...     image.save(f"{index:06d}.png")
         ```
         """
+        batches, settings, after, others = self.prepare(prompt, **kwargs)
+        return self._draw(batches, settings, after, **others)
+
+    def prepare(
+        self, prompt: str | list[str], **kwargs: Any
+    ) -> tuple[list[dict[str, Any]], ImageGenerationConfig, dict[str, Any], dict[str, Any]]:
+        """Everything of a call before the drawing, and all its checks.
+
+        Args:
+            prompt, kwargs: As in a call.
+
+        Returns:
+            The inputs of [`~LiquidForCausalLM.generate`] for each batch, and the `indices` of its pictures; their settings;
+            the arguments of [`~LiquidImageGenerationPipeline.postprocess`]; and those left over, such as `streamer`.
+
+        Raises:
+            ValueError: As there.
+        """
         if kwargs.get("batch_size") is None:
             kwargs["batch_size"] = self._batch_size
         before, during, after = self._sanitize_parameters(**kwargs)
@@ -182,7 +200,7 @@ class LiquidImageGenerationPipeline(Pipeline):
                 f"A streamer follows one batch, but these are {len(batches)}: pass a batch_size of at least the number "
                 "of pictures, or draw them in several calls."
             )
-        return self._draw(batches, settings, after, **others)
+        return batches, settings, after, others
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         kwargs = {name: value for name, value in kwargs.items() if value is not None or name in FILTERS}

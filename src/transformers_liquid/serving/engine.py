@@ -1,0 +1,413 @@
+"""Pictures of many requests side by side: each joins the batch and leaves it at any step.
+
+A picture is the one that the pipeline draws for its seed, whoever is drawn beside it: its noise belongs to its seed and
+its positions, its settings are its own, and its sequences keep their own masks and positions. Whoever comes is read apart,
+in one forward, and moved into the cache of the others ([`JoinedCache`]), so that it waits for no one's end.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import GenerationConfig, GenerationMixin
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import logging
+
+from ..generation.image_generation import guided_sequences
+from ..generation.sampling import ImageSequences, check_drawn, draw_codes
+from ..generation.settings import FILTERS, ImageGenerationConfig
+from ..models.liquid.modeling_liquid import LiquidForCausalLM
+from ..pipelines.streamers import partial_pictures
+from ..pipelines.text_to_image import LiquidImageGenerationPipeline
+
+
+logger = logging.get_logger(__name__)
+
+# What says how a picture looks; the others say how it is computed, which is the engine's to choose.
+_OF_PICTURES = {"do_sample", *FILTERS, "renormalize_logits", "remove_invalid_values"}
+
+
+class EngineFullError(RuntimeError):
+    """More pictures wait than may; `retry_after` seconds from now there may be room."""
+
+    def __init__(self, waiting: int, retry_after: float) -> None:
+        super().__init__(f"{waiting} pictures are waiting already: try again in {retry_after:.0f} seconds.")
+        self.retry_after = retry_after
+
+
+@dataclass
+class PictureEvent:
+    """What just happened in a request.
+
+    Args:
+        type (`str`): `"partial"`, `"image"`, or `"error"`, which ends the request.
+        index (`int`): Which picture of the request.
+        image (`PIL.Image.Image`, *optional*): The picture; of `"partial"` grey where nothing is drawn yet.
+        num_codes (`int`): Codes drawn so far.
+        error (`Exception`, *optional*): What failed.
+    """
+
+    type: str
+    index: int
+    image: Image.Image | None = None
+    num_codes: int = 0
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class PictureRequest:
+    """Pictures that were asked for together; iterating over it gives their events, up to the last picture.
+
+    Args:
+        num_pictures (`int`): How many.
+        seeds (list of `int`): Of each.
+        prompt_ids (`torch.LongTensor` of shape `(1, L)`): What they are drawn from, with the codes of its pictures.
+        num_codes (`int`): Of each picture.
+        tell (`Callable`, *optional*): Called in the engine's thread with each [`PictureEvent`], in place of iterating.
+    """
+
+    num_pictures: int
+    seeds: list[int]
+    prompt_ids: torch.LongTensor
+    num_codes: int
+    tell: Callable[[PictureEvent], None] | None = None
+    is_cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        self._events: queue.Queue[PictureEvent] = queue.Queue()
+        self.tell = self.tell or self._events.put
+
+    def cancel(self) -> None:
+        """Its pictures are dropped before the next step; nothing more is told."""
+        self.is_cancelled = True
+
+    def __iter__(self) -> Iterator[PictureEvent]:
+        done = 0
+        while done < self.num_pictures:
+            event = self._events.get()
+            if event.error is not None:
+                raise event.error
+            yield event
+            done += event.type == "image"
+
+
+@dataclass(eq=False)
+class _Picture:
+    """One picture, from the request to its last code."""
+
+    request: PictureRequest
+    index: int
+    inputs: dict[str, Any]
+    settings: ImageGenerationConfig
+    previews: set[int]
+    drawn: list[torch.LongTensor] = field(default_factory=list)
+    asked_at: float = field(default_factory=time.monotonic)
+
+    def start(self, view: LiquidForCausalLM) -> None:
+        """Reads the prompts and draws the first code, prepared by transformers as the pipeline's pictures are."""
+        inputs, config = self.inputs, view.config
+        sides = [
+            (inputs[f"{side}_ids"].to(view.device), inputs[mask].to(view.device))
+            for side, mask in (("input", "attention_mask"), ("negative_prompt", "negative_prompt_attention_mask"))
+        ]
+        guidance, (ids, mask) = guided_sequences(config, *sides, self.settings, may_lack_pictures=False)
+
+        def read(view, input_ids, logits_processor, stopping_criteria, generation_config, **prepared):
+            prepared_by_generate = input_ids, logits_processor, stopping_criteria, generation_config, prepared
+            self.sequences = ImageSequences(view, *prepared_by_generate, guidance, inputs["generator"], None, False)
+            self.noise = self.sequences.noise()
+            logits = self.sequences.start().logits[:, -1:]
+            return draw_codes(logits, None, guidance, logits_processor, next(self.noise))[0]
+
+        known = {name: value for name, value in self.settings.of_transformers.items() if name in _OF_PICTURES}
+        of_call = GenerationConfig(max_new_tokens=self.request.num_codes, **known)
+        first = GenerationMixin.generate(
+            view, ids, attention_mask=mask, generation_config=of_call, custom_generate=read
+        )
+        self.lengths = mask.sum(1).tolist()
+        self.drawn.append(first[0])
+        # Pictures of the same settings are drawn together.
+        self.kind = repr((self.settings.guidance_scale, self.settings.guidance_min_p, len(ids), sorted(known.items())))
+        self.kind += repr(self.settings.image_guidance_scale)
+
+
+class JoinedCache:
+    """The cache of sequences that join and leave: all end together, a shorter one begins with padding.
+
+    So one forward serves them all, and windows of sliding attention stay what they are. It is never longer than its
+    longest sequence.
+
+    Args:
+        model ([`LiquidForCausalLM`]): Reads from it.
+    """
+
+    def __init__(self, model: LiquidForCausalLM) -> None:
+        self.model = model
+        self.lengths: list[int] = []
+        self.cache: Cache | None = None
+
+    def join(self, cache: Cache, lengths: list[int]) -> None:
+        """Takes in sequences of these lengths, behind the others."""
+        if not self.lengths:
+            self.cache = cache
+        for mine, new in zip(self.cache.layers, cache.layers, strict=True) if self.lengths else ():
+            width = max(mine.keys.shape[2], new.keys.shape[2])
+            for name in ("keys", "values"):
+                both = [getattr(layer, name) for layer in (mine, new)]
+                padded = [torch.nn.functional.pad(one, (0, 0, width - one.shape[2], 0)) for one in both]
+                setattr(mine, name, torch.cat(padded))
+        self.lengths += lengths
+        self._trim()
+
+    def keep(self, indices: list[int]) -> None:
+        """All other sequences leave."""
+        self.cache.reorder_cache(torch.tensor(indices, dtype=torch.long))
+        self.lengths = [self.lengths[index] for index in indices]
+        self._trim()
+
+    def _trim(self) -> None:
+        longest = max(self.lengths, default=0)
+        for layer in self.cache.layers:
+            width = min(longest, layer.keys.shape[2])
+            start = layer.keys.shape[2] - width
+            layer.keys, layer.values = layer.keys[:, :, start:], layer.values[:, :, start:]
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = longest
+
+    def forward(self, ids: torch.LongTensor) -> torch.Tensor:
+        """The logits `(S, 1, codebook_size)` behind one more id of each sequence, `(S, 1)`."""
+        longest = max(self.lengths) + 1
+        lengths = torch.tensor(self.lengths)[:, None]
+        mask = (torch.arange(longest) >= longest - 1 - lengths).long().to(ids.device, non_blocking=True)
+        inputs = {self.model.model._cache_argument: self.cache, "use_cache": True, "attention_mask": mask}
+        inputs["position_ids"] = lengths.to(ids.device, non_blocking=True)
+        self.lengths = [length + 1 for length in self.lengths]
+        return self.model(**self.model.prepare_inputs_for_generation(ids, **inputs), return_dict=True).logits
+
+
+class PictureEngine:
+    """Draws pictures in a thread of its own, which others ask from any thread.
+
+    Args:
+        pipe ([`LiquidImageGenerationPipeline`]): What checks requests and draws; its model is not to be changed meanwhile.
+        slots (`int`, defaults to 8): Pictures that are drawn side by side.
+        max_waiting (`int`, defaults to 64): Pictures that may wait for them.
+
+    Raises:
+        ValueError: If the base's cache cannot be moved, as the state of mamba.
+
+    Example:
+
+    ```python
+    >>> engine = PictureEngine(pipe, slots=16)
+    >>> engine("red apple", seed=3)[0].save("apple.png")
+    >>> for event in engine.submit("a cat", num_images_per_prompt=2, partial_images=3):
+    ...     event.image.save(f"cat-{event.index}-{event.num_codes}.png")
+    >>> engine.close()
+    ```
+    """
+
+    def __init__(self, pipe: LiquidImageGenerationPipeline, slots: int = 8, max_waiting: int = 64) -> None:
+        for name, value in (("slots", slots), ("max_waiting", max_waiting)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        layers = DynamicCache(config=pipe.model.config.get_text_config(decoder=True)).layers
+        kinds = {type(layer) for layer in layers}
+        if kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+            raise ValueError(
+                f"Pictures join a batch by moving their caches, and one of {', '.join(kind.__name__ for kind in kinds)} "
+                "cannot be moved: draw with the pipeline."
+            )
+        self.pipe, self.slots, self.max_waiting = pipe, slots, max_waiting
+        self.view = pipe.model.image_head_view()
+        self.cache = JoinedCache(self.view)
+        self.running: list[_Picture] = []
+        self.waiting: deque[_Picture] = deque()
+        self.seconds: deque[float] = deque(maxlen=32)  # of the last pictures, from their begin to their end
+        self.num_codes = self.num_steps = 0
+        self._changed, self._is_closed = threading.Condition(), False
+        self._thread = threading.Thread(target=self._run, name="pictures", daemon=True)
+        self._thread.start()
+
+    def __call__(self, prompt: str, **settings: Any) -> list[Image.Image]:
+        """The pictures of a request, whole: see [`~PictureEngine.submit`]."""
+        done = {event.index: event.image for event in self.submit(prompt, **settings) if event.type == "image"}
+        return [done[index] for index in sorted(done)]
+
+    def submit(
+        self,
+        prompt: str,
+        partial_images: int = 0,
+        tell: Callable[[PictureEvent], None] | None = None,
+        seed: int | None = None,
+        **settings: Any,
+    ) -> PictureRequest:
+        """Asks for pictures of one prompt.
+
+        Args:
+            prompt (`str`): What they show.
+            partial_images (`int`, defaults to 0): How often each is shown before it is done, evenly. Each costs one decoding
+                of the codec.
+            tell (`Callable`, *optional*): Gets the events: see [`PictureRequest`].
+            seed (`int`, *optional*): Picture i is that of `seed + i`. Any unless given.
+            settings: As in [`~LiquidImageGenerationPipeline.__call__`]: `num_images_per_prompt`, `image`,
+                `negative_prompt`, `height`, `width`, `guidance_scale`, `temperature`, ... What changes only how a picture
+                is computed, `speculative`, is of no effect.
+
+        Returns:
+            [`PictureRequest`].
+
+        Raises:
+            ValueError: On what cannot be met, at once.
+            EngineFullError: If too many pictures wait.
+            RuntimeError: If the engine is closed.
+        """
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt must be a string, got {prompt!r}.")
+        if type(partial_images) is not int or partial_images < 0:
+            raise ValueError(f"partial_images must be a whole number of at least 0, got {partial_images!r}.")
+        seed = random.randrange(2**31) if seed is None else seed
+        batches, checked, after, others = self.pipe.prepare(prompt, seed=seed, **{**settings, "batch_size": 1})
+        refused = (checked.of_transformers.keys() & settings.keys()) - _OF_PICTURES | after.keys() | others.keys()
+        if refused:
+            raise ValueError(f"The picture engine takes no {', '.join(sorted(refused))}: leave it out.")
+        batches.sort(key=lambda batch: batch["indices"])
+        num_codes = checked.num_codes(self.pipe.model.config)
+        seeds = [batch["generator"][0].initial_seed() for batch in batches]
+        request = PictureRequest(len(batches), seeds, batches[0]["input_ids"], num_codes, tell)
+        previews = {round(num_codes * (one + 1) / (partial_images + 1)) for one in range(partial_images)} - {
+            0,
+            num_codes,
+        }
+        pictures = [_Picture(request, index, batch, checked, previews) for index, batch in enumerate(batches)]
+        with self._changed:
+            if self._is_closed:
+                raise RuntimeError("The engine is closed.")
+            if len(self.waiting) + len(pictures) > self.max_waiting:
+                pace = sum(self.seconds) / len(self.seconds) if self.seconds else 1.0
+                raise EngineFullError(len(self.waiting), max(1.0, pace * len(self.waiting) / self.slots))
+            self.waiting.extend(pictures)
+            self._changed.notify()
+        return request
+
+    def close(self) -> None:
+        """Takes no more requests, and returns when those that it has are done."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    # In the engine's thread
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self.waiting or self.running or self._is_closed)
+                if not (self.waiting or self.running):
+                    return
+            try:
+                self._leave([one for one in self.running if one.request.is_cancelled])
+                if self.running:
+                    self._step()
+                self._admit()
+                self._tell()
+            except Exception as error:  # such as a lack of memory: those who are drawn hear of it, and it goes on
+                logger.exception("A step of the picture engine failed.")
+                for one in self.running:
+                    self._fail(one, error)
+                self.running, self.cache = [], JoinedCache(self.view)
+
+    def _fail(self, picture: _Picture, error: Exception) -> None:
+        if not picture.request.is_cancelled:
+            picture.request.cancel()
+            picture.request.tell(PictureEvent("error", picture.index, error=error))
+
+    def _admit(self) -> None:
+        """Whoever waits takes a free slot."""
+        while len(self.running) < self.slots:
+            with self._changed:
+                if not self.waiting:
+                    return
+                picture = self.waiting.popleft()
+            if picture.request.is_cancelled:
+                continue
+            try:
+                picture.began_at = time.monotonic()
+                picture.start(self.view)
+            except Exception as error:
+                self._fail(picture, error)
+                continue
+            self.num_codes += 1
+            self.running.append(picture)
+            self.cache.join(picture.sequences.kwargs.pop(self.view.model._cache_argument), picture.lengths)
+            self._arrange()
+
+    def _leave(self, pictures: list[_Picture]) -> None:
+        if not pictures:
+            return
+        kept = [one for one in self.running if one not in pictures]
+        if kept:
+            self.cache.keep([index for one in kept for index in self._places(one)])
+        else:
+            self.cache = JoinedCache(self.view)
+        self.running = kept
+        self._arrange()
+
+    def _places(self, picture: _Picture) -> range:
+        """Which of the cache's sequences are a picture's."""
+        start = sum(len(one.lengths) for one in self.running[: self.running.index(picture)])
+        return range(start, start + len(picture.lengths))
+
+    def _arrange(self) -> None:
+        """Pictures by their settings, with the places of their conditional sequences, then of those of each other side."""
+        device, kinds = self.view.device, {}
+        for one in self.running:
+            kinds.setdefault(one.kind, []).append(one)
+        self.groups = []
+        for pictures in kinds.values():
+            places = torch.tensor([[*self._places(one)] for one in pictures])
+            self.groups.append((pictures, places.T.flatten().to(device)))
+
+    def _step(self) -> None:
+        """One more code of every picture, in one forward."""
+        last = [one.drawn[-1].expand(len(one.lengths)) for one in self.running]
+        ids = self.view.config.image_layout.codes_to_ids(torch.cat(last))[:, None]
+        logits = self.cache.forward(ids)
+        for pictures, places in self.groups:
+            noise = [next(one.noise) for one in pictures]
+            noise = None if noise[0] is None else torch.cat(noise)
+            first = pictures[0].sequences
+            codes, _ = draw_codes(logits[places], None, first.guidance, first.logits_processor, noise)
+            for one, code in zip(pictures, codes, strict=True):
+                one.drawn.append(code)
+        self.num_steps += 1
+        self.num_codes += len(self.running)
+
+    def _tell(self) -> None:
+        """Previews that are due, and pictures that are done, which leave."""
+        done = [one for one in self.running if len(one.drawn) == one.request.num_codes]
+        due: dict[tuple, list[_Picture]] = {}
+        for one in [*(one for one in self.running if len(one.drawn) in one.previews), *done]:
+            try:
+                check_drawn(torch.cat(one.drawn)[None])
+            except ValueError as error:
+                self._fail(one, error)
+            if not one.request.is_cancelled:
+                due.setdefault((len(one.drawn), one.settings.height, one.settings.width), []).append(one)
+        for (number, *size), pictures in due.items():  # the codec decodes those of one size together
+            codes = torch.stack([torch.cat(one.drawn) for one in pictures])
+            ids = self.view.config.image_layout.codes_to_ids(codes)
+            for one, image in zip(pictures, partial_pictures(self.pipe.model, ids, *size), strict=True):
+                one.request.tell(PictureEvent("image" if one in done else "partial", one.index, image, number))
+        self.seconds.extend(time.monotonic() - one.began_at for one in done)
+        self._leave(done)
