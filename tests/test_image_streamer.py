@@ -1,5 +1,7 @@
 """Partly drawn pictures: what is drawn, what is grey, and who gets them when."""
 
+import asyncio
+import contextlib
 import json
 import queue
 import threading
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import IMAGE_TOKEN_OFFSET, tiny_model, tiny_processor
+from transformers import AsyncTextIteratorStreamer, TextIteratorStreamer
 
 from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidImageGenerationPipeline
 from transformers_liquid.pipelines.streamers import ImageIteratorStreamer, ImageStreamer, partial_pictures
@@ -165,7 +168,7 @@ def test_another_thread_reads_the_pictures_as_they_come(model, inputs):
 
 
 def test_the_reader_of_a_failed_generate_does_not_wait_forever(model, inputs):
-    streamer = ImageIteratorStreamer(model, every=3, timeout=0.2)
+    streamer = ImageIteratorStreamer(model, every=3)
 
     def fail(ids, scores, **kwargs):
         if ids.shape[1] - inputs["input_ids"].shape[1] == 5:
@@ -175,8 +178,67 @@ def test_the_reader_of_a_failed_generate_does_not_wait_forever(model, inputs):
     with pytest.raises(RuntimeError, match="no memory"):
         model.generate(**inputs, generation_mode="image", streamer=streamer, stopping_criteria=[fail])
     assert next(streamer)[1] == 3
+    with pytest.raises(RuntimeError, match="no memory"):
+        next(streamer)
+    streamer.timeout = 0.01
     with pytest.raises(queue.Empty):
         next(streamer)
+
+
+def in_a_thread(function, *args, **kwargs):
+    """Errors of a thread are printed by Python alone."""
+
+    def work():
+        with contextlib.suppress(ValueError, RuntimeError):
+            function(*args, **kwargs)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def test_what_the_pipeline_fails_with_reaches_the_reader_before_drawing_and_within(model):
+    pipe = LiquidImageGenerationPipeline(model=model, processor=tiny_processor())
+    streamer = ImageIteratorStreamer(model)
+    in_a_thread(pipe, "red apple", streamer=streamer, height=3)
+    with pytest.raises(ValueError, match="height"):
+        list(streamer)
+
+    def fail(*args):
+        raise RuntimeError("in the middle")
+
+    in_a_thread(pipe, "red apple", streamer=streamer, callback_on_step_end=fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        list(streamer)
+
+
+@pytest.mark.parametrize("mode", ["text", "image"])
+def test_what_fails_reaches_the_reader_of_transformers_streamers_for_texts(model, mode):
+    processor = tiny_processor()
+    inputs = processor(text=["a dog"], generation_mode=mode, return_tensors="pt")
+
+    def fail(ids, scores, **kwargs):
+        if ids.shape[1] - inputs["input_ids"].shape[1] == 3:
+            raise RuntimeError("in the middle")
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
+    arguments = {"generation_mode": mode, "stopping_criteria": [fail], "max_new_tokens": 9}
+    arguments = {name: value for name, value in arguments.items() if (mode, name) != ("image", "max_new_tokens")}
+    in_a_thread(model.generate, **inputs, streamer=streamer, **arguments)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        list(streamer)
+
+    async def read():
+        streamer = AsyncTextIteratorStreamer(processor.tokenizer)
+        thread = in_a_thread(model.generate, **inputs, streamer=streamer, generation_mode="nothing")
+        try:
+            return [text async for text in streamer]
+        finally:
+            thread.join()
+
+    with pytest.raises(ValueError, match="nothing"):
+        asyncio.run(read())
 
 
 def test_pictures_that_end_early_are_handed_out_as_far_as_they_are(model, inputs):

@@ -133,8 +133,8 @@ class ImageIteratorStreamer(ImageStreamer):
 
     Args:
         model, every, height, width: As in [`ImageStreamer`].
-        timeout (`float`, *optional*): Seconds to wait for the next pictures before `queue.Empty` is raised. Without it
-            the reader waits forever, also for a `generate` that failed.
+        timeout (`float`, *optional*): Seconds to wait for the next pictures before `queue.Empty` is raised. What fails in
+            `generate` is raised here in any case.
 
     Example:
 
@@ -150,13 +150,24 @@ class ImageIteratorStreamer(ImageStreamer):
     def __init__(self, model: LiquidForCausalLM, *args: Any, timeout: float | None = None, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         self.timeout = timeout
-        self.image_queue: Queue[tuple[list[Image.Image], int] | None] = Queue()
+        self.image_queue: Queue[tuple[list[Image.Image], int] | Exception | None] = Queue()
 
     def on_finalized_images(self, images: list[Image.Image], num_codes: int, stream_end: bool = False) -> None:
         """Puts the pictures into the queue, at the end the stop signal `None` too."""
         self.image_queue.put((images, num_codes))
         if stream_end:
             self.image_queue.put(None)
+
+    def put(self, value: torch.LongTensor) -> None:
+        """Begins a drawing; that the one before failed is past, whether it was read or not."""
+        super().put(value)
+        with self.image_queue.mutex:
+            while self.image_queue.queue and isinstance(self.image_queue.queue[-1], Exception):
+                self.image_queue.queue.pop()
+
+    def fail(self, error: Exception) -> None:
+        """Puts what `generate` failed with into the queue, to be raised by the reader."""
+        self.image_queue.put(error)
 
     def __iter__(self) -> ImageIteratorStreamer:
         return self
@@ -165,4 +176,6 @@ class ImageIteratorStreamer(ImageStreamer):
         value = self.image_queue.get(timeout=self.timeout)
         if value is None:
             raise StopIteration
+        if isinstance(value, Exception):
+            raise value
         return value

@@ -26,6 +26,7 @@ from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
 from ..models.liquid.prompts import negative_texts, with_marks
 from ..models.liquid.vocabulary import IMAGE_MARK, as_integers
+from ..utils.streaming import tell_reader, telling_reader
 
 
 logger = logging.get_logger(__name__)
@@ -131,6 +132,7 @@ class LiquidImageGenerationPipeline(Pipeline):
             return torch.stack(images)
         return np.stack(images) if isinstance(images[0], np.ndarray) else images
 
+    @telling_reader
     def stream(self, prompt: str | list[str], **kwargs: Any) -> Iterator[tuple[int, Any]]:
         """Draws pictures and hands out each batch of them as soon as it is done, for more than fit into memory.
 
@@ -376,6 +378,9 @@ class _Watcher(BaseStreamer):
     def end(self) -> None:
         if self.streamer is not None:
             self.streamer.end()
+
+    def fail(self, error: Exception) -> None:
+        tell_reader(self.streamer, error)
 
 
 # Arguments of `generate()` that would change what comes back.

@@ -43,6 +43,7 @@ from ...ops.chunked_loss import (
 from ...ops.few_rows import few_rows_view, is_transposed_faster
 from ...ops.merged_adapters import merged_view
 from ...ops.views import StandIn, is_plain_linear, shallow_copy
+from ...utils.streaming import telling_reader
 from ...utils.versions import CACHE_NAME, CACHE_NAMES
 from .adapters import write_adapter_card, write_cards_of_our_own
 from .configuration_liquid import LiquidConfig
@@ -493,6 +494,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         """Turns codes `(B, grid_height, grid_width)` into pictures `(B, 3, H, W)` in [-1, 1]."""
         return self.model.vq_model.decode_codes(codes, dtype=dtype).clamp(-1, 1)
 
+    @telling_reader
     @torch.no_grad()
     def generate(
         self,
