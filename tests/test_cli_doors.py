@@ -268,15 +268,12 @@ def test_merge_writes_a_model_that_draws_what_the_adapter_draws(config, adapter)
     assert not list(Path("merged").glob("adapter*"))
 
 
-def test_merge_finds_a_base_that_was_moved_where_it_is_told(adapter, capsys):
-    expected = adapter()
+def test_merge_says_where_it_looks_for_a_base_that_was_moved(adapter, capsys):
+    adapter()
     shutil.move("ours", "moved")
     error = error_of("merge adapter --output merged", capsys)
-    assert "adapter is an adapter of ours. There is no 'ours' here" in error and "merge --base" in error
+    assert "an adapter of ours, as its adapter_config.json says. There is no 'ours' here" in error
     assert not Path("merged/config.json").exists()
-    assert run("merge adapter --base moved --output merged --device cpu") == 0
-    with torch.no_grad():
-        torch.testing.assert_close(LiquidForCausalLM.from_pretrained("merged")(IDS).logits, expected(IDS).logits)
 
 
 @pytest.mark.parametrize("other", ["gpt2", "wider", "fewer rows"])
@@ -291,8 +288,9 @@ def test_merge_refuses_a_base_that_the_adapter_was_not_trained_on(other, adapter
         config = tiny_config(text_config, vq_config=TINY_VQ_CONFIG | {"num_vq_embeddings": 8})
     LiquidForCausalLM(config).save_pretrained("other")
     shutil.copytree("ours", "other", ignore=lambda *_: ["config.json", "model.safetensors"], dirs_exist_ok=True)
-    error = error_of("merge adapter --base other --output new", capsys)
-    assert "adapter does not fit other: it was trained on another model" in error
+    edit("adapter/adapter_config.json", lambda config: config.update(base_model_name_or_path="other"))
+    error = error_of("merge adapter --output new", capsys)
+    assert "The adapter adapter does not fit other" in error
     assert not Path("new/config.json").exists()
 
 

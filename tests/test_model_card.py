@@ -67,7 +67,7 @@ def test_the_card_of_an_adapter_names_its_base_and_no_path_of_this_machine(base,
     card = ModelCard.load(folder / "README.md")
     assert f"An adapter of the Liquid model {told} (" in card.text
     assert card.data.base_model == ("org/name" if base == "org/name" else None)
-    assert "# my-lora" in card.text and "LoRA of rank 4 and 20 rows of the vocabulary" in card.text
+    assert "# my-lora" in card.text and ": LORA." in card.text
     assert str(tmp_path) not in card.content and "secret" not in card.content and "$" not in card.content
 
 

@@ -3,10 +3,13 @@
 import importlib.util
 import threading
 
+import diffusers
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from tiny import (
     BOI_ID,
     CODEBOOK_SIZE,
@@ -19,6 +22,7 @@ from tiny import (
 )
 from transformers import AutoProcessor, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY, AnyToAnyPipeline
+from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import logging
 
 from transformers_liquid import (
@@ -27,6 +31,8 @@ from transformers_liquid import (
     LiquidImageGenerationPipeline,
     LiquidModel,
     LiquidProcessor,
+    liquid_lora_config,
+    liquid_rows_config,
 )
 from transformers_liquid.pipelines.text_to_image import _Watcher
 
@@ -539,3 +545,175 @@ def test_threads_share_a_pipeline(pipe):
     for thread in threads:
         thread.join()
     assert all(same(drawn[seed], expected[seed]) for seed in prompts)
+
+
+# Adapters, places
+
+
+@pytest.fixture
+def adapter(checkpoint, tmp_path):
+    """Makes a folder with an adapter of a model, by default of the checkpoint, with weights as after training."""
+    from peft import get_peft_model
+
+    def save(name="adapter", model=None, config=liquid_lora_config, seed=0):
+        model = LiquidForCausalLM.from_pretrained(checkpoint) if model is None else model
+        adapted = get_peft_model(model, config(model))
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        adapted.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return save
+
+
+@pytest.fixture
+def own_pipe(checkpoint):
+    return LiquidImageGenerationPipeline(
+        model=LiquidForCausalLM.from_pretrained(checkpoint), processor=LiquidProcessor.from_pretrained(checkpoint)
+    )
+
+
+@pytest.mark.parametrize("config", [liquid_lora_config, liquid_rows_config])
+def test_adapters_are_put_on_taken_off_and_fused(own_pipe, adapter, config, tmp_path):
+    pipe, bare = own_pipe, own_pipe("red apple", seed=0)
+    before = {name: value.clone() for name, value in pipe.model.state_dict().items()}
+    path = adapter(config=config)
+    pipe.load_lora_weights(path)
+    drawn = pipe("red apple", seed=0)
+    assert not same(drawn, bare)
+    assert same(drawn, pipeline("text-to-image", model=path, device="cpu")("red apple", seed=0))
+    pipe.unload_lora_weights()
+    assert same(pipe("red apple", seed=0), bare)
+    after = pipe.model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    pipe.load_lora_weights(path)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()  # as in diffusers' recipes; nothing is left to unload
+    assert list(pipe.model.state_dict()) == list(before)
+    assert same(pipe("red apple", seed=0), drawn)
+    pipe.save_pretrained(tmp_path / "fused")
+    assert same(pipeline("text-to-image", model=str(tmp_path / "fused"), device="cpu")("red apple", seed=0), drawn)
+    with pytest.raises(ValueError, match="nothing to fuse"):
+        pipe.fuse_lora()
+
+
+def test_an_adapter_that_the_repository_names_is_fused_too(adapter):
+    pipe = pipeline("text-to-image", model=adapter(), device="cpu")
+    drawn = pipe("red apple", seed=0)
+    pipe.fuse_lora()
+    assert not any("lora" in name for name, _ in pipe.model.named_modules())
+    assert same(pipe("red apple", seed=0), drawn)
+
+
+def test_of_several_adapters_the_active_ones_draw(own_pipe, adapter):
+    drawn = []
+    for name, seed in (("one", 1), ("two", 2)):
+        own_pipe.load_lora_weights(adapter(name, seed=seed), adapter_name=name)
+        own_pipe.model.set_adapter(name)
+        drawn.append(own_pipe("red apple", seed=0))
+    assert not same(*drawn)
+    own_pipe.model.set_adapter("one")
+    assert same(own_pipe("red apple", seed=0), drawn[0])
+
+
+@pytest.mark.parametrize("wrong", ["gpt2", "missing", "nothing"])
+def test_a_model_stays_as_it_was_where_an_adapter_does_not_fit(own_pipe, adapter, wrong, tmp_path):
+    path = adapter(model=tiny_model("gpt2") if wrong == "gpt2" else None)
+    if wrong == "missing":
+        weights = load_file(f"{path}/adapter_model.safetensors")
+        weights.pop(next(iter(weights)))
+        save_file(weights, f"{path}/adapter_model.safetensors")
+    path = str(tmp_path / "nowhere") if wrong == "nothing" else path
+    names, drawn = list(own_pipe.model.state_dict()), own_pipe("red apple", seed=0)
+    with pytest.raises((ValueError, OSError), match=r"The adapter .* does not fit|nowhere"):
+        own_pipe.load_lora_weights(path)
+    assert list(own_pipe.model.state_dict()) == names
+    assert same(own_pipe("red apple", seed=0), drawn)
+    own_pipe.load_lora_weights(adapter("right"))
+
+
+def test_to_moves_the_model_and_returns_the_pipeline(own_pipe):
+    assert own_pipe.to(torch.bfloat16) is own_pipe
+    assert own_pipe.dtype == torch.bfloat16 and own_pipe.model.model.vq_model.dtype == torch.float32
+    assert own_pipe.to("cpu", torch.float32).model.dtype == torch.float32
+    own_pipe.to("meta")
+    assert own_pipe.device == torch.device("meta")
+
+
+# What comes one after another, records, and how pictures were drawn
+
+
+class Texts(torch.utils.data.Dataset):
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, index):
+        return {"caption": self.texts[index]}
+
+
+def test_prompts_that_come_one_after_another_are_drawn_by_batches(pipe):
+    prompts, read = ["red apple", "dog", "a cat", "b", "c"], []
+
+    def generate():
+        for prompt in prompts:
+            read.append(prompt)
+            yield prompt
+
+    expected = pipe(prompts, seed=3)
+    pictures = pipe(generate(), seed=3, batch_size=2)
+    assert not read
+    first = next(pictures)
+    assert len(read) == 2
+    assert same([first, *pictures], expected)
+    assert same(list(pipe(KeyDataset(Texts(prompts), "caption"), seed=3)), expected)
+    assert same(pipe(Dataset.from_dict({"text": prompts})["text"], seed=3), expected)
+    assert same(list(pipe(map(str, prompts), seed=3, num_images_per_prompt=1, output_type="pil")), expected)
+    twice = pipe(prompts, seed=3, num_images_per_prompt=2)
+    assert same(list(pipe(iter(prompts), seed=3, num_images_per_prompt=2, batch_size=2)), twice)
+    with pytest.raises(ValueError, match="take one negative_prompt for all"):
+        pipe(generate(), negative_prompt=["a", "b"])
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        next(pipe(iter([""])))
+
+
+def test_records_are_the_arguments_of_each_picture(pipe):
+    records = [
+        {"prompt": "red apple", "seed": 5, "negative_prompt": "dog"},
+        {"prompt": "dog", "seed": 2, "negative_prompt": ""},
+    ]
+    expected = pipe(["red apple", "dog"], seed=[5, 2], negative_prompt=["dog", ""])
+    assert same(pipe(records), expected)
+    assert same(pipe(Dataset.from_list(records)), expected)
+    assert same(list(pipe(iter(records), batch_size=1)), expected)
+    assert same([image for _, image in sorted(pipe.stream(records))], expected)
+    with pytest.raises(ValueError, match="same fields"):
+        pipe([{"prompt": "a"}, {"prompt": "a", "seed": 1}])
+    with pytest.raises(TypeError, match="seed"):
+        pipe(records, seed=1)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"seed": 7, "top_k": None, "guidance_min_p": 0.1}, {"do_sample": False, "height": 4, "width": 12}]
+)
+def test_what_was_drawn_can_be_drawn_again_from_what_is_told(pipe, settings):
+    output = pipe(["red apple", "dog"], num_images_per_prompt=2, return_dict=True, negative_prompt="cat", **settings)
+    assert isinstance(output, diffusers.ImagePipelineOutput)
+    assert len(output.images) == len(output.seeds) == len(output.settings) == 4
+    assert [one["prompt"] for one in output["settings"]] == ["red apple"] * 2 + ["dog"] * 2
+    assert output.seeds == [output.seeds[0] + index for index in range(4)]
+    if "seed" in settings:
+        assert output.seeds[0] == 7
+    for image, one in zip(output.images, output.settings, strict=True):
+        assert same(pipe(**one), [image])
+    one_by_one = list(pipe(iter(["red apple", "dog"]), return_dict=True, seed=output.seeds[0], batch_size=1))
+    assert [one.seeds for one in one_by_one] == [[output.seeds[0]], [output.seeds[1]]]
+
+
+def test_arrays_are_told_about_too_and_seeds_of_generators_are_unknown(pipe):
+    output = pipe(["a", "b"], return_dict=True, output_type="pt", generator=torch.Generator().manual_seed(0))
+    assert output.images.shape == (2, 3, 8, 8) and output.seeds == [None, None]

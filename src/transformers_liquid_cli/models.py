@@ -12,16 +12,15 @@ import torch
 import transformers
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers.utils import PROCESSOR_NAME, cached_file
 
 from transformers_liquid import LiquidForCausalLM, LiquidImageGenerationPipeline, LiquidProcessor
 from transformers_liquid.checkpoints import find_checkpoint
-from transformers_liquid.models.liquid.adapters import load_adapter
 from transformers_liquid.models.liquid.reference import adapter_base
+from transformers_liquid.ops.merged_adapters import unload_adapters
 from transformers_liquid.utils.optional import require
 from transformers_liquid.utils.processes import launched_processes
 
-from .options import PROG, log, one_line, session
+from .options import log, one_line, session
 
 
 def silence_libraries() -> None:
@@ -69,35 +68,30 @@ def reading(name: str) -> Iterator[None]:
 
 
 def load(
-    name: str | None, device: str | None, dtype: str, merge: bool = False, base: str | None = None, **kwargs: Any
+    name: str | None, device: str | None, dtype: str, merge: bool = False, **kwargs: Any
 ) -> LiquidImageGenerationPipeline:
     """Model and processor of a checkpoint in either layout, on the device; of an adapter, on top of its base.
 
     Args:
         merge (`bool`, defaults to `False`): Whether an adapter becomes part of the weights.
-        base (`str`, *optional*): Where the base of an adapter lies, if not where it says.
     """
     silence_libraries()
     name, place = find_checkpoint(name), find_device(device)
     with reading(name):
-        own_base = adapter_base(name)
-        if own_base is None:
-            model = LiquidForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
-        else:
+        base = adapter_base(name)
+        if base is not None:
             require("peft", f"{name} is an adapter: that")
-            try:
-                model = LiquidForCausalLM.from_pretrained(base or own_base, dtype=dtype, **kwargs)
-            except OSError as error:
-                raise OSError(
-                    f"{name} is an adapter of {base or own_base}. {error} `{PROG} merge --base` takes another place."
-                ) from error
-            adapted = load_adapter(model, name)
-            model = adapted.merge_and_unload() if merge else adapted.get_base_model()
-        # Trainers save the processor beside an adapter, PEFT does not.
-        is_elsewhere = (
-            base is not None and cached_file(name, PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False) is None
-        )
-        processor = LiquidProcessor.from_pretrained(base if is_elsewhere else name, **kwargs)
+        try:
+            model = LiquidForCausalLM.from_pretrained(base or name, dtype=dtype, **kwargs)
+        except OSError as error:
+            if base is None:
+                raise
+            raise OSError(f"{name} is an adapter of {base}, as its adapter_config.json says. {error}") from error
+        if base is not None:
+            model.load_adapter(name)
+        if base is not None and merge:
+            unload_adapters(model, merge=True)
+        processor = LiquidProcessor.from_pretrained(name, **kwargs)
     model = model.to(place)
     log.debug(f"{name} is loaded: {model.num_parameters():,} parameters in {model.dtype} on {model.device}.")
     return LiquidImageGenerationPipeline(model=model, processor=processor, device=model.device)

@@ -161,9 +161,8 @@ class ImageIteratorStreamer(ImageStreamer):
     def put(self, value: torch.LongTensor) -> None:
         """Begins a drawing; that the one before failed is past, whether it was read or not."""
         super().put(value)
-        with self.image_queue.mutex:
-            while self.image_queue.queue and isinstance(self.image_queue.queue[-1], Exception):
-                self.image_queue.queue.pop()
+        while (waiting := self.image_queue.queue) and isinstance(waiting[-1], Exception):
+            waiting.pop()
 
     def fail(self, error: Exception) -> None:
         """Puts what `generate` failed with into the queue, to be raised by the reader."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from numbers import Integral
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
+from diffusers import ImagePipelineOutput
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
@@ -21,11 +24,13 @@ from ..generation.image_generation import check_context
 from ..generation.sampling import put_codes
 from ..generation.settings import FILTERS, ImageGenerationConfig
 from ..models.liquid.configuration_liquid import LiquidConfig
+from ..models.liquid.image_processing_liquid import is_column
 from ..models.liquid.model_card import write_model_card
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
 from ..models.liquid.prompts import negative_texts, with_marks
 from ..models.liquid.vocabulary import IMAGE_MARK, as_integers
+from ..ops.merged_adapters import unload_adapters
 from ..utils.streaming import tell_reader, telling_reader
 
 
@@ -91,11 +96,48 @@ class LiquidImageGenerationPipeline(Pipeline):
         self._progress_bar_config: dict[str, Any] = {}
         super().__init__(model, processor=processor, **kwargs)
 
-    def __call__(self, prompt: str | list[str], **kwargs: Any) -> Any:
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Moves the model to a device, to a `dtype`, or both, as `torch.nn.Module.to`; the codec stays in fp32."""
+        self.model.to(*args, **kwargs)
+        self.device = self.model.device
+        return self
+
+    def load_lora_weights(self, path: str, adapter_name: str | None = None, **kwargs: Any) -> None:
+        """Puts an adapter onto the model, its trained rows too; as in diffusers.
+
+        Args:
+            path (`str`): A folder or a name on the Hub.
+            adapter_name (`str`, *optional*): For `pipe.model.set_adapter`, where there are several.
+            kwargs: Of `model.load_adapter`.
+
+        Raises:
+            ValueError: If it is not whole, or of another model, which stays as it was.
+        """
+        self.model.load_adapter(path, adapter_name=adapter_name, **kwargs)
+
+    def unload_lora_weights(self) -> None:
+        """Takes the adapters off: the model is what it was before, or after [`~.fuse_lora`], to the bit."""
+        if getattr(self.model, "peft_config", None):
+            unload_adapters(self.model, merge=False)
+
+    def fuse_lora(self) -> None:
+        """Makes the active adapters a part of the weights, for good: a model without adapters remains.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if not getattr(self.model, "peft_config", None):
+            raise ValueError("There is nothing to fuse: call load_lora_weights first.")
+        unload_adapters(self.model, merge=True)
+
+    def __call__(self, prompt: Any, **kwargs: Any) -> Any:
         """Draws pictures: in the order of the prompts, those of one prompt after each other.
 
         Args:
-            prompt (`str` or `list[str]`): What the pictures show.
+            prompt (`str`, `list[str]` or an iterable): What the pictures show. Also a column of a data set; a list of
+                records (`dict`) with `prompt` and, all or none of them, `negative_prompt`, `image` and `seed`; or what
+                comes one after another, of either: a generator, a `torch.utils.data.Dataset` such as transformers'
+                `KeyDataset`.
             image (picture, or list of pictures or of lists of pictures, *optional*): Pictures in the context of the
                 drawing, as for editing: one for all prompts, or one or several for each. `<image>` marks in a prompt say
                 where they stand; without marks they come first.
@@ -117,22 +159,54 @@ class LiquidImageGenerationPipeline(Pipeline):
                 `callback_kwargs["image_tokens"]` holds the ids so far, `(B, step + 1)`. What it returns is ignored; an
                 exception ends the call. [`partial_pictures`] makes pictures of the ids.
             progress_bar (`bool`, *optional*, defaults to `True`): Whether to show one.
+            return_dict (`bool`, *optional*, defaults to `False`): Whether to tell how each picture was drawn; a seed is
+                then chosen where there is none.
             kwargs: Further settings of [`LiquidForCausalLM.generate`], such as `do_sample`, `temperature`,
                 `top_k`, `top_p` or `guidance_min_p`, of which `None` leaves one out; and `streamer`, such as an [`ImageStreamer`], for one batch.
 
         Returns:
-            For N pictures a list of N `PIL.Image.Image`; or an array `(N, H, W, 3)` or tensor `(N, 3, H, W)` in [0, 1].
+            For N pictures a list of N `PIL.Image.Image`; or an array `(N, H, W, 3)` or tensor `(N, 3, H, W)` in [0, 1];
+            with `return_dict` a [`LiquidImagePipelineOutput`] with them. For what comes one after another, an iterator of
+            as much for each picture, drawn by batches.
 
         Raises:
             ValueError: On inputs that cannot be met, for all prompts, before any drawing.
         """
-        drawn = self.stream(prompt, **kwargs)
-        images = [image for _, image in sorted(drawn, key=lambda indexed: indexed[0])]
-        if isinstance(images[0], torch.Tensor):
-            return torch.stack(images)
-        return np.stack(images) if isinstance(images[0], np.ndarray) else images
+        if _comes_one_after_another(prompt):
+            for name in ("negative_prompt", "image", "seed", "generator"):
+                if is_column(kwargs.get(name)):
+                    raise ValueError(
+                        f"Prompts that come one after another take one {name} for all: give a list, or records."
+                    )
+            return self._one_after_another(prompt, **kwargs)
+        output, return_dict = self._draw_all(prompt, **kwargs)
+        if isinstance(output.images[0], torch.Tensor):
+            output.images = torch.stack(output.images)
+        elif isinstance(output.images[0], np.ndarray):
+            output.images = np.stack(output.images)
+        return output if return_dict else output.images
 
-    @telling_reader
+    def _one_after_another(self, prompts: Any, seed: int | None = None, **kwargs: Any) -> Iterator[Any]:
+        """As many prompts as fill a batch are drawn, and their pictures handed out."""
+        size = kwargs.get("batch_size") or self._batch_size or DEFAULT_BATCH_SIZE
+        seed, number = self._preprocess_params.get("seed") if seed is None else seed, 0
+        # A torch data set may have an index alone.
+        prompts = iter(prompts) if hasattr(prompts, "__iter__") else map(prompts.__getitem__, range(len(prompts)))
+        while chunk := list(islice(prompts, size)):
+            seeded = {} if seed is None else {"seed": seed + number}
+            output, return_dict = self._draw_all(chunk, **seeded, **kwargs)
+            number += len(output.images)
+            for of_one in zip(output.images, output.seeds, output.settings, strict=True):
+                yield LiquidImagePipelineOutput(*([value] for value in of_one)) if return_dict else of_one[0]
+
+    def _draw_all(self, prompt: Any, **kwargs: Any) -> tuple[LiquidImagePipelineOutput, bool]:
+        """The pictures in order and how each was drawn, and whether the caller wants to hear that."""
+        batches, settings, after, others, of_each = self._prepare(prompt, **kwargs)
+        return_dict = after.pop("return_dict", False)
+        drawn = sorted(self._draw(batches, settings, after, **others), key=lambda indexed: indexed[0])
+        images, seeds = [image for _, image in drawn], [one["seed"] for one in of_each]
+        return LiquidImagePipelineOutput(images=images, seeds=seeds, settings=of_each), return_dict
+
     def stream(self, prompt: str | list[str], **kwargs: Any) -> Iterator[tuple[int, Any]]:
         """Draws pictures and hands out each batch of them as soon as it is done, for more than fit into memory.
 
@@ -175,6 +249,18 @@ class LiquidImageGenerationPipeline(Pipeline):
         Raises:
             ValueError: As there.
         """
+        batches, settings, after, others, _ = self._prepare(prompt, **kwargs)
+        after.pop("return_dict", None)
+        return batches, settings, after, others
+
+    @telling_reader
+    def _prepare(self, prompt: Any, **kwargs: Any) -> tuple[list[dict], ImageGenerationConfig, dict, dict, list[dict]]:
+        """As [`~.prepare`], with the argument `return_dict` among those of `postprocess`; and how each picture is drawn."""
+        if is_column(prompt) and isinstance(next(iter(prompt), None), Mapping):
+            records = list(prompt)
+            if any(not isinstance(one, Mapping) or one.keys() != records[0].keys() for one in records):
+                raise ValueError("Records must be dictionaries with the same fields each.")
+            return self._prepare(**{name: [one[name] for one in records] for name in records[0]}, **kwargs)
         if kwargs.get("batch_size") is None:
             kwargs["batch_size"] = self._batch_size
         before, during, after = self._sanitize_parameters(**kwargs)
@@ -188,8 +274,10 @@ class LiquidImageGenerationPipeline(Pipeline):
             raise ValueError(
                 "The pipeline draws whole pictures: for max_time and stopping_criteria call model.generate()."
             )
-        self.postprocess(torch.zeros(1, 3, 1, 1), **after)
+        self.postprocess(torch.zeros(1, 3, 1, 1), **{name: after[name] for name in after if name != "return_dict"})
         before = {**self._preprocess_params, **before, "height": settings.height, "width": settings.width}
+        if after.get("return_dict") and before.get("seed") is before.get("generator") is None:
+            before["seed"] = int(torch.randint(2**31, ()))
         batches = self.preprocess(prompt, **before)
         negatives = negative_texts(before.get("negative_prompt"))
         has_guidance = settings.guidance_scale > 1 or settings.image_guidance_scale is not None
@@ -202,14 +290,24 @@ class LiquidImageGenerationPipeline(Pipeline):
                 f"A streamer follows one batch, but these are {len(batches)}: pass a batch_size of at least the number "
                 "of pictures, or draw them in several calls."
             )
-        return batches, settings, after, others
+        texts, copies = self.processor.check_texts(prompt, "prompt"), before.get("num_images_per_prompt", 1)
+        negatives = [negatives] * len(texts) if isinstance(negatives, str) else negatives
+        of_each = [
+            {"prompt": text, "negative_prompt": negative or None, "seed": None, **settings.to_dict()}
+            for text, negative in zip(texts, negatives, strict=True)
+            for _ in range(copies)
+        ]
+        for batch in batches if before.get("seed") is not None else ():
+            for index, generator in zip(batch["indices"], batch["generator"], strict=True):
+                of_each[index]["seed"] = generator.initial_seed()
+        return batches, settings, after, others, of_each
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         kwargs = {name: value for name, value in kwargs.items() if value is not None or name in FILTERS}
         for name, instead in _NOT_HERE.items():
             if name in kwargs:
                 raise ValueError(f"The pipeline takes no {name}: {instead}.")
-        postprocess = {"output_type": kwargs.pop("output_type")} if "output_type" in kwargs else {}
+        postprocess = {name: kwargs.pop(name) for name in ("output_type", "return_dict") if name in kwargs}
         only_before = ("image", "negative_prompt", "num_images_per_prompt", "seed", "generator", "batch_size")
         preprocess = {name: kwargs.pop(name) for name in only_before if name in kwargs}
         return preprocess, kwargs, postprocess
@@ -348,6 +446,26 @@ class LiquidImageGenerationPipeline(Pipeline):
         """
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
+
+
+@dataclass
+class LiquidImagePipelineOutput(ImagePipelineOutput):
+    """Pictures, and how each was drawn: `pipe(**output.settings[i])` draws picture i again.
+
+    Args:
+        images (list of `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): As in a call.
+        seeds (list of `int`): Of each picture; `None` where generators were given.
+        settings (list of `dict`): Of each picture: `prompt`, `negative_prompt`, `seed` and all settings. Pictures of its
+            context are not there.
+    """
+
+    seeds: list[int | None]
+    settings: list[dict[str, Any]]
+
+
+def _comes_one_after_another(prompt: Any) -> bool:
+    is_one = isinstance(prompt, (str, bytes, Mapping, np.ndarray, torch.Tensor)) or is_column(prompt)
+    return isinstance(prompt, Dataset) or (isinstance(prompt, Iterable) and not is_one)
 
 
 @dataclass

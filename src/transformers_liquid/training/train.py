@@ -23,10 +23,10 @@ from ..codecs.vq_model import codec_identity
 from ..data.collator import LiquidDataCollator
 from ..data.mixture import drop_too_long, load_records, mix_records
 from ..data.records import check_datasets_installed, content_of
-from ..models.liquid.adapters import adapter_kind, load_adapter
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor
 from ..models.liquid.reference import adapter_base
+from ..ops.merged_adapters import unload_adapters
 from ..utils.files import differences, read_json, write_json
 from .adapters import liquid_lora_config, liquid_rows_config
 from .arguments import DataArguments, LiquidTrainingArguments, ModelArguments, parse_arguments
@@ -96,12 +96,16 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Li
         # Loaded whole, and spread over the processes later: before, its codec and its packing are looked at.
         unset_hf_deepspeed_config()
     base = adapter_base(model_args.model)
-    own = "full" if base is None else adapter_kind(model_args.model)
-    if base is not None and model_args.trainable not in (None, own):
-        raise ValueError(
-            f"{model_args.model} is an adapter: give trainable={own} to train it on, or train what `transformers-liquid merge` "
-            "makes of it."
-        )
+    own = "full"
+    if base is not None:
+        from peft import PeftConfig, PeftModel
+
+        own = "rows" if PeftConfig.from_pretrained(model_args.model).peft_type == "TRAINABLE_TOKENS" else "lora"
+        if model_args.trainable not in (None, own):
+            raise ValueError(
+                f"{model_args.model} is an adapter: give trainable={own} to train it on, or train what "
+                "`transformers-liquid merge` makes of it."
+            )
     model_args.trainable = model_args.trainable or own
     model = LiquidForCausalLM.from_pretrained(
         base or model_args.model, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
@@ -125,7 +129,9 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Li
 
     # 3. The trainer
     if base is not None:
-        model = load_adapter(model, model_args.model, is_trainable=True)
+        model.load_adapter(model_args.model)  # says what is wrong with it
+        unload_adapters(model, merge=False)
+        model = PeftModel.from_pretrained(model, model_args.model, is_trainable=True)
     elif model_args.trainable != "full":
         from peft import get_peft_model
 

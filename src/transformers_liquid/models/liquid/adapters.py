@@ -1,94 +1,57 @@
-"""Adapters (PEFT) on disk: loaded whole onto their base, and saved with a card that says what they belong to."""
+"""Adapters (PEFT): loaded whole or not at all, and saved with a card that says what they belong to."""
 
 from __future__ import annotations
 
 import functools
-import os
-import warnings
-from pathlib import Path
-from string import Template
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from ...checkpoints import EMOJI_CHECKPOINT
-from .model_card import write_card
+from transformers.utils import logging
+
+from ...ops.adapter_rows import combine_rows_too
+from ...ops.merged_adapters import unload_adapters
+from .model_card import write_adapter_card
 from .reference import check_loading_info
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel
+    from peft import PeftModel
+
+    from .modeling_liquid import LiquidPreTrainedModel
 
 
-def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = False) -> PeftModel:
-    """Puts a saved adapter onto its base, in place.
-
-    Args:
-        model ([`LiquidForCausalLM`]): The base.
-        adapter (`str`): A folder or a name on the Hub.
-        is_trainable (`bool`, defaults to `False`): Whether it is to be trained on.
+def load_whole_adapter(
+    load: Callable[..., Any], model: LiquidPreTrainedModel, adapter: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """The loading info of transformers' `load_adapter`, which draws what is missing at random.
 
     Raises:
-        ValueError: If the adapter is of another model, or is not whole.
+        ValueError: If weights of the adapter are missing, or are not the model's, which then stays as it was.
     """
-    from peft import PeftConfig, PeftModel
-
-    config = PeftConfig.from_pretrained(adapter)
-    config.inference_mode = not is_trainable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of PEFT's own calls
-        try:
-            # As `PeftModel.from_pretrained` does it, which does not tell what the file holds beyond the configuration.
-            adapted = PeftModel(model, config, autocast_adapter_dtype=is_trainable)
-            info = adapted.load_adapter(
-                adapter, "default", is_trainable=is_trainable, autocast_adapter_dtype=is_trainable
-            )
-        except (ValueError, RuntimeError, IndexError) as error:
-            raise ValueError(
-                f"The adapter {adapter} does not fit {model.name_or_path}: it was trained on another model. {error}"
-            ) from error
-    found = {"missing_keys": info.missing_keys, "unexpected_keys": info.unexpected_keys, "mismatched_keys": ()}
-    check_loading_info(f"The adapter {adapter}", found)
-    return adapted
-
-
-def adapter_kind(adapter: str) -> str:
-    """What a saved adapter trains, in the words of `train --trainable`: `"lora"`, or `"rows"` alone."""
-    from peft import PeftConfig
-
-    return "rows" if PeftConfig.from_pretrained(adapter).peft_type == "TRAINABLE_TOKENS" else "lora"
+    is_first, conversions = not model._hf_peft_config_loaded, getattr(model, "_weight_conversions", None)
+    before = dict(model.named_parameters())
+    logger = logging.get_logger("transformers.integrations.peft")
+    try:
+        logger.disabled = True  # it reports trained rows of a tied head as missing: they are the embeddings'
+        info = load(adapter, *args, **kwargs)
+        info.missing_keys = info.missing_keys & (dict(model.named_parameters()).keys() - before)
+        check_loading_info(f"The adapter {adapter}", vars(info))
+    except (ValueError, RuntimeError, IndexError) as error:
+        if is_first:
+            unload_adapters(model, merge=False)
+        raise ValueError(
+            f"The adapter {adapter} does not fit {model.name_or_path}, or is not whole. {error}"
+        ) from error
+    finally:
+        logger.disabled = False
+        model._weight_conversions = conversions  # the adapter's would be undone where the whole model is saved
+    return info
 
 
-def write_adapter_card(config: PeftConfig, base: PreTrainedModel, directory: str | Path) -> None:
-    """Writes the card of a saved adapter as `README.md`, unless one is there that was written by hand.
-
-    Args:
-        config (`PeftConfig`): The adapter's.
-        base ([`LiquidForCausalLM`]): What it was trained on.
-        directory (`str` or `Path`): Where it is saved.
-    """
-    name = config.base_model_name_or_path or base.name_or_path
-    is_on_hub = name.count("/") == 1 and not os.path.exists(name)
-    if not is_on_hub and name:
-        # Of a path, no more than helps on another machine: where the base lies beside the adapter.
-        *up, last = Path(os.path.relpath(name, directory)).parts
-        is_beside = set(up) == {".."} and Path(name).resolve() != Path(EMOJI_CHECKPOINT).resolve()
-        name = "/".join([*up, last]) if is_beside else last
-    rows = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
-    rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
-    rank = f"LoRA of rank {config.r}" if getattr(config, "r", None) else ""
-    trained = f"{len(rows):,} rows of the vocabulary" if rows else ""
-    template = Path(__file__).parent / "adapter_card_template.md"
-    text = Template(template.read_text(encoding="utf-8")).substitute(
-        base_metadata=f"base_model: {name}\n" if is_on_hub else "",
-        name=Path(directory).resolve().name,
-        base=f"`{name}`" if name else "a model that was not saved before",
-        kind=" and ".join(filter(None, (rank, trained))) or config.peft_type.value,
-    )
-    write_card(text, directory)
-
-
-def write_cards_of_our_own() -> None:
-    """Has PEFT write [`write_adapter_card`] beside adapters of this package's models: its own names paths and empty fields."""
+def adjust_peft() -> None:
+    """Before a model gets its first adapter: PEFT's sums of adapters combine rows too, and of this package's models it writes
+    [`write_adapter_card`], since its own card names paths and empty fields."""
+    combine_rows_too()
     from peft import PeftModel
 
     from .modeling_liquid import LiquidPreTrainedModel

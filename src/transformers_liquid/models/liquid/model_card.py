@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard
 
+from ...checkpoints import EMOJI_CHECKPOINT
 from ...generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
+
     from .modeling_liquid import LiquidPreTrainedModel
 
 # What the empty card says that transformers, or diffusers, puts into a repository when it pushes one without a card.
@@ -53,12 +57,41 @@ def model_card(model: LiquidPreTrainedModel, name: str) -> str:
 def write_model_card(model: LiquidPreTrainedModel, directory: str | Path, name: str | None = None) -> None:
     """Writes `README.md` into a saved repository, unless one is there: a card written by hand is never replaced.
 
+    A model that has adapters saves these alone.
+
     Args:
         model ([`LiquidPreTrainedModel`]): The model that is saved.
         directory (`str` or `Path`): Where it is saved.
         name (`str`, *optional*): What the repository is called. Defaults to the name of the directory.
     """
+    if model._hf_peft_config_loaded:
+        return write_adapter_card(model.peft_config[model.active_adapters()[0]], model, directory)
     write_card(model_card(model, name or Path(directory).resolve().name), directory)
+
+
+def write_adapter_card(config: PeftConfig, base: LiquidPreTrainedModel, directory: str | Path) -> None:
+    """Writes the card of a saved adapter as `README.md`, unless one is there that was written by hand.
+
+    Args:
+        config (`PeftConfig`): The adapter's.
+        base ([`LiquidForCausalLM`]): What it was trained on.
+        directory (`str` or `Path`): Where it is saved.
+    """
+    name = config.base_model_name_or_path or base.name_or_path
+    is_on_hub = name.count("/") == 1 and not os.path.exists(name)
+    if not is_on_hub and name:
+        # Of a path, no more than helps on another machine: where the base lies beside the adapter.
+        *up, last = Path(os.path.relpath(name, directory)).parts
+        is_beside = set(up) == {".."} and Path(name).resolve() != Path(EMOJI_CHECKPOINT).resolve()
+        name = "/".join([*up, last]) if is_beside else last
+    template = Path(__file__).parent / "adapter_card_template.md"
+    text = Template(template.read_text(encoding="utf-8")).substitute(
+        base_metadata=f"base_model: {name}\n" if is_on_hub else "",
+        name=Path(directory).resolve().name,
+        base=f"`{name}`" if name else "a model that was not saved before",
+        kind=config.peft_type.value,
+    )
+    write_card(text, directory)
 
 
 def write_card(text: str, directory: str | Path) -> None:

@@ -25,14 +25,13 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import ModelOutput, can_return_tuple
 
 from ...codecs.vq_model import LiquidVQModel
 from ...generation.guidance import SuppressImageTokensLogitsProcessor
 from ...generation.image_generation import generate_image_tokens
 from ...generation.interleaved import generate_interleaved
 from ...generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
-from ...ops.adapter_rows import combine_rows_too
 from ...ops.chunked_loss import (
     LiquidCausalLMOutputWithPast,
     chunked_causal_lm_loss,
@@ -45,10 +44,10 @@ from ...ops.merged_adapters import merged_view
 from ...ops.views import StandIn, is_plain_linear, shallow_copy
 from ...utils.streaming import telling_reader
 from ...utils.versions import CACHE_NAME, CACHE_NAMES
-from .adapters import write_adapter_card, write_cards_of_our_own
+from .adapters import adjust_peft, load_whole_adapter
 from .configuration_liquid import LiquidConfig
 from .model_card import write_model_card
-from .reference import ReferenceCheckpoint, check_loading_info, load_whole
+from .reference import ReferenceCheckpoint, load_whole
 from .vocabulary import check_generation_mode
 
 
@@ -127,32 +126,20 @@ class LiquidPreTrainedModel(PreTrainedModel):
         if self.can_generate():
             self.config.image_generation_config = self.generation_config.image_generation_config
         super().save_pretrained(save_directory, *args, **kwargs)
-        if self._hf_peft_config_loaded:  # saves the adapter alone
-            write_adapter_card(self.peft_config[self.active_adapters()[0]], self, save_directory)
-        else:
-            write_model_card(self, save_directory)
+        write_model_card(self, save_directory)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "peft_config":  # the first thing that PEFT does to a model
-            combine_rows_too()
-            write_cards_of_our_own()
+            adjust_peft()
         super().__setattr__(name, value)
 
     def load_adapter(self, peft_model_id=None, *args, **kwargs):
         """As in transformers, but an adapter is loaded whole or not at all.
 
         Raises:
-            ValueError: If weights of the adapter are missing, or are not the model's.
+            ValueError: If weights of the adapter are missing, or are not the model's, which then stays as it was.
         """
-        logger = logging.get_logger("transformers.integrations.peft")
-        try:
-            logger.disabled = True  # it reports trained rows of a tied head as missing: they are the embeddings'
-            info = super().load_adapter(peft_model_id, *args, **kwargs)
-        finally:
-            logger.disabled = False
-        info.missing_keys = info.missing_keys & {name for name, _ in self.named_parameters()}
-        check_loading_info(f"The adapter {peft_model_id}", vars(info))
-        return info
+        return load_whole_adapter(super().load_adapter, self, peft_model_id, *args, **kwargs)
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         write_model_card(self, working_dir, repo_id.rpartition("/")[2])
