@@ -54,7 +54,8 @@ def vokens(tmp_path_factory):
 @pytest.fixture
 def folder(codec, vokens, tmp_path, monkeypatch):
     """What the examples speak of: a model, a codec, pictures, texts, prompts."""
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "picture.png")
+    for name in ("picture.png", "apple.png"):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / name)
     (tmp_path / "prompts.txt").write_text("red apple\ndog face\n")
     (tmp_path / "path" / "to").mkdir(parents=True)
     for name in ("my-liquid", "path/to/liquid"):
