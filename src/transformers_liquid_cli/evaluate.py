@@ -12,7 +12,9 @@ from . import options
 def evaluate(
     benchmarks: Annotated[
         list[str] | None,
-        Argument(help="vqav2, gqa, textvqa, pope, mme, loss, folder, mjhq, genai-bench, wise, language or its tasks."),
+        Argument(
+            help="emoji, vqav2, gqa, textvqa, pope, mme, loss, folder, mjhq, genai-bench, wise, language or its tasks."
+        ),
     ] = None,
     data: Annotated[Path | None, Option(help="The folder with the benchmarks' files, as they are published.")] = None,
     output: Annotated[
@@ -41,7 +43,7 @@ def evaluate(
     """
     if compare is not None and (benchmarks or data or output):
         raise ValueError("--compare reads two runs that are there: leave out benchmarks, --data and --output.")
-    if compare is None and (not benchmarks or data is None or output is None):
+    if compare is None and (not benchmarks or (data is None and benchmarks != ["emoji"]) or output is None):
         raise ValueError("Give benchmarks, --data and --output; or --compare and results.json of two runs.")
     from transformers_liquid.evaluation import run
     from transformers_liquid.evaluation.benchmarks import TASKS, check_benchmarks, read_samples
@@ -53,10 +55,11 @@ def evaluate(
     if compare is not None:
         print(run.table(run.compare(*compare)))
         return
+    data = Path(run.__file__).parent if data is None else data  # the tasks of emoji, without pictures
     benchmarks = list(dict.fromkeys(one for name in benchmarks for one in (TASKS if name == "language" else [name])))
     set_here = {name for name, value in given.items() if value not in (None, False)} - {"model", "device", "dtype"}
     kinds = check_benchmarks(benchmarks, {"judge": judge, "features": features})
-    if set_here and not kinds & {"judge", "features"}:
+    if set_here and not kinds & {"judge", "features", "emoji"}:
         raise ValueError(f"Answers are greedy, nothing is drawn: leave out {', '.join(sorted(set_here))}.")
     is_plain = (given["dtype"], limit, max_new_tokens, set_here - {"seed"}) == ("auto", None, 128, set())
     if as_paper and not (is_plain and (batch_size == 1 or "answers" not in kinds)):

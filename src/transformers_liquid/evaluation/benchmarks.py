@@ -69,6 +69,13 @@ class Measure(NamedTuple):
     strata: np.ndarray | None = None
 
 
+class Picture(NamedTuple):
+    """What tasks of `emoji` are about: the true picture, if it is at hand, and words for it beside its name."""
+
+    file: Path | None
+    words: Sequence[str]
+
+
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -110,7 +117,7 @@ class Benchmark:
     samples: Callable[[Path], list[Sample]]
     score: Callable[[Sample, str], dict[str, float]] | None = None
     measures: Callable[[Rows], dict[str, Measure]] = mean_measures
-    kind: Literal["answers", "loss", "judge", "features", "language"] = "answers"
+    kind: Literal["answers", "loss", "judge", "features", "language", "emoji"] = "answers"
     judged: tuple[str, ...] = ()
 
 
@@ -278,6 +285,38 @@ def _loss_measures(rows: Rows) -> dict[str, Measure]:
     return measures
 
 
+def read_pictures(data: Path) -> dict[str, Picture]:
+    """All pictures that tasks of `emoji` are about, by name; either each has a file, or none has."""
+    path, pictures = data / FILES["emoji"][1], {}
+    lines = read_rows(path)
+    for one in lines:
+        file = data / "emoji" / one["file_name"] if "file_name" in one else None
+        if file is not None and not file.is_file():
+            raise ValueError(f"{path} speaks of {file}, which is not there.")
+        pictures[one["text"]] = Picture(file, one.get("words", ()))
+    if len(pictures) < len(lines) or len({one.file is None for one in pictures.values()}) > 1:
+        raise ValueError(f"{path} must have each text once, and a file_name in all lines or in none.")
+    return pictures
+
+
+def _emoji(data: Path) -> list[Sample]:
+    path, pictures, samples = data / FILES["emoji"][0], read_pictures(data), []
+    for number, one in enumerate(read_rows(path), start=1):
+        place, shown, text = f"Line {number} of {path}", one.setdefault("pictures", []), one.setdefault("text", "")
+        if unknown := one.keys() - {"id", "measure", "parts", "text", "pictures", "shows", "says", "rather"}:
+            raise ValueError(f"{place} has {min(unknown)}, which no task has.")
+        if unknown := {*shown, *one.get("shows", ())} - pictures.keys():
+            raise ValueError(f"{place} speaks of {min(unknown)!r}, which {FILES['emoji'][1]} does not have.")
+        if ("shows" in one and "says" in one) or ("rather" in one and "says" not in one):
+            raise ValueError(f"{place} must have shows, or says, which may have rather beside it, or none of them.")
+        is_caption = not text and len(shown) == 1 and "shows" not in one
+        if (text.count("<image>") != len(shown) and not is_caption) or not (text or shown):
+            raise ValueError(f"{place} must have an <image> in its text for each picture, or one picture and no text.")
+        image = pictures[shown[0]].file if shown else None
+        samples.append(Sample(one["id"], image, text, one, one.get("parts", {})))
+    return samples
+
+
 def _mjhq(data: Path) -> list[Sample]:
     samples = []
     for name, one in read_json(data / FILES["mjhq"][0]).items():
@@ -328,6 +367,7 @@ BENCHMARKS = {
     "textvqa": Benchmark(_textvqa, lambda sample, answer: {"eval_ai": eval_ai(answer, sample.true)}),
     "pope": Benchmark(_pope, _pope_score, _pope_measures),
     "mme": Benchmark(_mme, lambda sample, answer: {"right": float(mme_says(answer) == sample.true)}, _mme_measures),
+    "emoji": Benchmark(_emoji, kind="emoji"),
     "loss": Benchmark(_pairs, measures=_loss_measures, kind="loss"),
     "folder": Benchmark(_pairs, kind="features"),
     "mjhq": Benchmark(_mjhq, kind="features"),

@@ -26,7 +26,18 @@ from tqdm import tqdm
 from ..models.liquid.image_processing_liquid import load_image
 from ..pipelines.text_to_image import LiquidImageGenerationPipeline
 from ..utils.files import UNFINISHED, alone_in, check_keys, differences, read_json, whole, write_json
-from .benchmarks import BENCHMARKS, FILES, PAPER, Measure, Sample, check_benchmarks, read_rows, read_samples
+from .benchmarks import (
+    BENCHMARKS,
+    FILES,
+    PAPER,
+    Measure,
+    Sample,
+    check_benchmarks,
+    read_pictures,
+    read_rows,
+    read_samples,
+)
+from .examiner import Examiner
 from .intervals import bootstrap_interval, clustered_mean
 from .judges import Judge, load_judge, measure_losses
 from .language import measure_language
@@ -78,6 +89,9 @@ def evaluate(
     measured_by, workers = {"judge": judge, "features": features}, 1
     check_benchmarks(names, measured_by)
     samples = {name: read_samples(name, data, limit) for name in names}
+    if "emoji" in samples:
+        has_files = any(one.file for one in read_pictures(data).values())
+        measured_by["emoji"] = "nearest" if has_files else "self"
     shared = {"model": identity, "dtype": str(pipe.dtype).removeprefix("torch.")}
     shared |= {"limit": limit, "batch_size": batch_size}
     shared["versions"] = {one: version(one) for one in ("torch", "transformers", "transformers-liquid")}
@@ -88,7 +102,9 @@ def evaluate(
         key = name if by is None else f"{name}/" + re.sub(r"[^\w.]+", "-", by).strip("-.")
         runs[key] = {"benchmark": name, **shared, "data": {file: _digest(data / file) for file in FILES[name]}}
         runs[key] |= {"max_new_tokens": max_new_tokens} if by is None else {"drawing": drawing}
-        if benchmark.kind == "judge":
+        if benchmark.kind == "emoji":
+            runs[key]["max_new_tokens"] = max_new_tokens
+        elif benchmark.kind == "judge":
             tools[key] = load_judge(by, pipe, samples[name], benchmark.judged)
             workers = batch_size if by.startswith("openai:") else 1
         elif benchmark.kind == "features":
@@ -109,6 +125,8 @@ def evaluate(
                 path = folder / SCORES_NAME
                 if "judge" in run:
                     judge_all(tools[key], of, pictures, path, batch_size, workers)
+                elif "emoji" in run:
+                    examine(pipe, of, data, output / name, path, batch_size, max_new_tokens, drawing)
                 elif BENCHMARKS[name].kind == "loss":
                     judge_all(partial(measure_losses, pipe), of, [sample.image for sample in of], path, batch_size)
                 else:
@@ -225,7 +243,12 @@ def _extend(
 
 
 def draw(
-    pipe: LiquidImageGenerationPipeline, samples: Sequence[Sample], folder: Path, batch_size: int, **settings: Any
+    pipe: LiquidImageGenerationPipeline,
+    samples: Sequence[Sample],
+    folder: Path,
+    batch_size: int,
+    context: Sequence[Sequence[str]] | None = None,
+    **settings: Any,
 ) -> list[Path]:
     """Draws the texts of samples into a folder, each from a seed of its own; batches that are there stay as they are.
 
@@ -239,9 +262,11 @@ def draw(
     left = [start for start in batches if not all(path.is_file() for path in paths[start : start + batch_size])]
     settings |= {"batch_size": batch_size, "progress_bar": False}
     if left:
-        pipe.stream(prompts, seed=seed, **settings)  # says what is wrong with any of them
+        pipe.stream(prompts, image=context, seed=seed, **settings)  # says what is wrong with any of them
     for start in tqdm(left, disable=None, desc=folder.parent.name):
-        for index, image in pipe.stream(prompts[start : start + batch_size], seed=seed + start, **settings):
+        batch = slice(start, start + batch_size)
+        images = None if context is None else context[batch]
+        for index, image in pipe.stream(prompts[batch], image=images, seed=seed + start, **settings):
             with whole(paths[start + index]) as unfinished:
                 image.save(unfinished, format="PNG")
     return paths
@@ -261,6 +286,31 @@ def judge_all(
         ]
 
     _extend(path, _read_done(path, samples, batch_size, "scores"), samples, batch_size, write)
+
+
+def examine(
+    pipe: LiquidImageGenerationPipeline,
+    samples: Sequence[Sample],
+    data: Path,
+    folder: Path,
+    path: Path,
+    batch_size: int,
+    max_new_tokens: int,
+    drawing: Mapping[str, Any],
+) -> None:
+    """Writes what the model's work on the tasks of `emoji` is worth, after it has drawn what they ask for."""
+    pictures = read_pictures(data)
+    shown = {name: pictures[name].file for sample in samples for name in sample.true["pictures"]}
+    if None in shown.values():
+        named = [Sample(name, None, name) for name in shown]
+        shown = dict(zip(shown, draw(pipe, named, folder / "shown", batch_size, **drawing), strict=True))
+    asked = [sample for sample in samples if "shows" in sample.true]
+    context = [[str(shown[name]) for name in sample.true["pictures"]] for sample in asked]
+    drawn = draw(pipe, asked, folder / PICTURES_NAME, batch_size, context, **drawing)
+    about = {sample.id: shown[sample.true["pictures"][0]] for sample in samples if sample.true["pictures"]}
+    about |= {sample.id: picture for sample, picture in zip(asked, drawn, strict=True)}
+    judge = Examiner(pipe, pictures, shown, max_new_tokens, drawing["seed"])
+    judge_all(judge, samples, [about.get(sample.id, Path(sample.id)) for sample in samples], path, batch_size)
 
 
 @torch.no_grad()
