@@ -69,13 +69,6 @@ class Measure(NamedTuple):
     strata: np.ndarray | None = None
 
 
-class Picture(NamedTuple):
-    """What tasks of `emoji` are about: the true picture, if it is at hand, and words for it beside its name."""
-
-    file: Path | None
-    words: Sequence[str]
-
-
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -285,34 +278,39 @@ def _loss_measures(rows: Rows) -> dict[str, Measure]:
     return measures
 
 
-def read_pictures(data: Path) -> dict[str, Picture]:
-    """All pictures that tasks of `emoji` are about, by name; either each has a file, or none has."""
-    path, pictures = data / FILES["emoji"][1], {}
-    lines = read_rows(path)
-    for one in lines:
-        file = data / "emoji" / one["file_name"] if "file_name" in one else None
-        if file is not None and not file.is_file():
-            raise ValueError(f"{path} speaks of {file}, which is not there.")
-        pictures[one["text"]] = Picture(file, one.get("words", ()))
-    if len(pictures) < len(lines) or len({one.file is None for one in pictures.values()}) > 1:
+def read_pictures(data: Path) -> dict[str, Mapping[str, Any]]:
+    """All that tasks of `emoji` are about, by `text`: with the `file_name` of a true picture or, all of them, without; and
+    maybe other `words` for it."""
+    path = data / FILES["emoji"][1]
+    pictures = {one["text"]: one for one in read_rows(path)}
+    files = [path.with_name(one["file_name"]) for one in pictures.values() if "file_name" in one]
+    if len(pictures) < len(read_rows(path)) or len(files) not in (0, len(pictures)):
         raise ValueError(f"{path} must have each text once, and a file_name in all lines or in none.")
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise ValueError(f"{len(missing)} pictures of {path} are missing, such as {missing[0]}.")
     return pictures
 
 
 def _emoji(data: Path) -> list[Sample]:
     path, pictures, samples = data / FILES["emoji"][0], read_pictures(data), []
     for number, one in enumerate(read_rows(path), start=1):
-        place, shown, text = f"Line {number} of {path}", one.setdefault("pictures", []), one.setdefault("text", "")
-        if unknown := one.keys() - {"id", "measure", "parts", "text", "pictures", "shows", "says", "rather"}:
-            raise ValueError(f"{place} has {min(unknown)}, which no task has.")
-        if unknown := {*shown, *one.get("shows", ())} - pictures.keys():
-            raise ValueError(f"{place} speaks of {min(unknown)!r}, which {FILES['emoji'][1]} does not have.")
-        if ("shows" in one and "says" in one) or ("rather" in one and "says" not in one):
-            raise ValueError(f"{place} must have shows, or says, which may have rather beside it, or none of them.")
+        shown, text = one.setdefault("pictures", []), one.setdefault("text", "")
         is_caption = not text and len(shown) == 1 and "shows" not in one
-        if (text.count("<image>") != len(shown) and not is_caption) or not (text or shown):
-            raise ValueError(f"{place} must have an <image> in its text for each picture, or one picture and no text.")
-        image = pictures[shown[0]].file if shown else None
+        kinds = one.keys() - {"id", "measure", "parts", "text", "pictures"}
+        if kinds not in (set(), {"shows"}, {"says"}, {"says", "rather"}):
+            raise ValueError(
+                f"Line {number} of {path} must have shows, or says, which may have rather beside it, or none."
+            )
+        if unknown := {*shown, *one.get("shows", ())} - pictures.keys():
+            raise ValueError(
+                f"Line {number} of {path} speaks of {min(unknown)!r}, which is not in {FILES['emoji'][1]}."
+            )
+        if (text.count("<image>") != len(shown) or not text) and not is_caption:
+            raise ValueError(
+                f"Line {number} of {path} must have a text with an <image> for each picture, or one picture."
+            )
+        file = pictures[shown[0]].get("file_name") if shown else None
+        image = path.with_name(file) if file else None
         samples.append(Sample(one["id"], image, text, one, one.get("parts", {})))
     return samples
 

@@ -8,49 +8,99 @@ mistake.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ..models.liquid.image_processing_liquid import load_image
 from ..pipelines.conversation import LiquidConversation
 from ..pipelines.text_to_image import LiquidImageGenerationPipeline
-from .benchmarks import Picture, Sample
+from ..utils.files import whole
+from .benchmarks import Sample, read_pictures
 from .judges import measure_losses
 
 
-NEAREST = 5
+PICTURES_NAME, NEAREST = "pictures", 5
 # What a story names last before a picture; and how it goes on.
 NAMED = re.compile(r"\b(?:a|an|the) ([^.]+?)(?: who.*)?$")
 STORY = {"max_images": 3, "max_new_tokens": 60, "do_sample": True, "top_p": 0.8}
 
 
+def draw(
+    pipe: LiquidImageGenerationPipeline, samples: Sequence[Sample], folder: Path, batch_size: int, **settings: Any
+) -> list[Path]:
+    """Draws the texts of samples into a folder, each from a seed of its own; batches that are there stay as they are.
+
+    Args:
+        settings: What the pipeline is told, with `seed`; `image` has those that marks in the texts stand for.
+
+    Raises:
+        ValueError: If a text or a setting is none to draw with, before the first picture.
+    """
+    folder.mkdir(exist_ok=True)
+    paths, seed = [folder / f"{number:06}.png" for number in range(1, len(samples) + 1)], settings.pop("seed")
+    prompts, images = [sample.question for sample in samples], settings.pop("image", None)
+    batches = range(0, len(paths), batch_size)
+    left = [start for start in batches if not all(path.is_file() for path in paths[start : start + batch_size])]
+    settings |= {"batch_size": batch_size, "progress_bar": False}
+    if left:
+        pipe.stream(prompts, image=images, seed=seed, **settings)  # says what is wrong with any of them
+    for start in tqdm(left, disable=None, desc=folder.parent.name):
+        batch = slice(start, start + batch_size)
+        shown = images and images[batch]
+        for index, image in pipe.stream(prompts[batch], image=shown, seed=seed + start, **settings):
+            with whole(paths[start + index]) as unfinished:
+                image.save(unfinished, format="PNG")
+    return paths
+
+
 class Examiner:
-    """Has a model do the tasks and says what that is worth: a [`Judge`].
+    """Has a model draw what tasks ask for and, as a [`Judge`], do the rest of each, and says what it is worth.
 
     Args:
         pipe ([`LiquidImageGenerationPipeline`]): The model and its processor.
-        pictures (`Mapping`): All that tasks are about, by name.
-        shown (`Mapping`): The files of those that tasks show, by name.
+        samples (sequence of [`Sample`]): The tasks.
+        data (`Path`): Holds the pictures: see [`read_pictures`].
+        folder (`Path`): Where drawings go.
+        batch_size (`int`): Pictures drawn side by side.
         max_new_tokens (`int`): Of an answer.
-        seed (`int`): Of stories.
+        drawing (`Mapping`): What the pipeline is told.
     """
 
     def __init__(
         self,
         pipe: LiquidImageGenerationPipeline,
-        pictures: Mapping[str, Picture],
-        shown: Mapping[str, Path],
+        samples: Sequence[Sample],
+        data: Path,
+        folder: Path,
+        batch_size: int,
         max_new_tokens: int,
-        seed: int,
+        drawing: Mapping[str, Any],
     ) -> None:
-        self.pipe, self.pictures, self.shown, self.seed = pipe, pictures, shown, seed
-        self.max_new_tokens, self.known = max_new_tokens, None
-        if files := [one.file for one in pictures.values() if one.file]:
+        self.pipe, self.pictures, self.known = pipe, read_pictures(data), None
+        self.max_new_tokens, self.seed = max_new_tokens, drawing["seed"]
+        shown = list(dict.fromkeys(name for sample in samples for name in sample.true["pictures"]))
+        if all("file_name" in one for one in self.pictures.values()):
+            self.files = {name: data / "emoji" / one["file_name"] for name, one in self.pictures.items()}
             # As the codec has them, which no drawing can be better than.
-            self.known = torch.cat([self._decoded(self._ids(load_image(str(file)))) for file in files]).flatten(1)
+            decoded = [self._decoded(self._ids(load_image(str(file)))) for file in self.files.values()]
+            self.known = torch.cat(decoded).flatten(1)
+        else:
+            named = [Sample(name, None, name) for name in shown]
+            self.files = dict(zip(shown, draw(pipe, named, folder / "shown", batch_size, **drawing), strict=True))
+        asked = [sample for sample in samples if "shows" in sample.true]
+        images = [[str(self.files[name]) for name in sample.true["pictures"]] for sample in asked]
+        drawn = iter(draw(pipe, asked, folder / PICTURES_NAME, batch_size, image=images, **drawing))
+        # The picture that a task is about: what was drawn for it, or the first that it shows.
+        self.about = [
+            next(drawn) if "shows" in task else self.files[task["pictures"][0]] if task["pictures"] else Path(sample.id)
+            for sample in samples
+            for task in [sample.true]
+        ]
 
     @torch.no_grad()
     def __call__(self, sample: Sample, picture: Path) -> dict[str, float]:
@@ -62,13 +112,13 @@ class Examiner:
                 scores[f"_top{NEAREST}"] = not {*named}.isdisjoint(task["shows"])
         elif "rather" in task:
             told = [replace(sample, question=text) for text in (task["says"][0], task["rather"])]
-            losses = [measure_losses(self.pipe, one, self.shown[task["pictures"][0]]) for one in told]
+            losses = [measure_losses(self.pipe, one, self.files[task["pictures"][0]]) for one in told]
             scores[""] = losses[0]["text_loss"] < losses[1]["text_loss"]
         elif "says" in task:
-            ids = [self._ids(load_image(str(self.shown[name]))) for name in task["pictures"]]
+            ids = [self._ids(load_image(str(self.files[name]))) for name in task["pictures"]]
             scores[""] = self._said(sample.question, ids) in task["says"]
         elif task["pictures"]:
-            ids = self._ids(load_image(str(self.shown[task["pictures"][0]])))
+            ids = self._ids(load_image(str(self.files[task["pictures"][0]])))
             again = self.pipe.model.encode_images(self._decoded(ids))[0]
             scores[""] = (again == ids).float().mean()
         else:
@@ -108,7 +158,7 @@ class Examiner:
                 text += event["text"]
             elif event["type"] == "image":
                 named, (shows, *_) = NAMED.search(text.strip().rstrip(".")), self._named(event["image"])
-                words = self.pictures[shows].words if shows in self.pictures else ()
+                words = self.pictures.get(shows, {}).get("words", ())
                 right.append(named is not None and (named[1] in words or {*named[1].split()} <= {*shows.split()}))
                 text = ""
         return sum(right) / len(right) if right else 0.0

@@ -26,18 +26,8 @@ from tqdm import tqdm
 from ..models.liquid.image_processing_liquid import load_image
 from ..pipelines.text_to_image import LiquidImageGenerationPipeline
 from ..utils.files import UNFINISHED, alone_in, check_keys, differences, read_json, whole, write_json
-from .benchmarks import (
-    BENCHMARKS,
-    FILES,
-    PAPER,
-    Measure,
-    Sample,
-    check_benchmarks,
-    read_pictures,
-    read_rows,
-    read_samples,
-)
-from .examiner import Examiner
+from .benchmarks import BENCHMARKS, FILES, PAPER, Measure, Sample, check_benchmarks, read_rows, read_samples
+from .examiner import PICTURES_NAME, Examiner, draw
 from .intervals import bootstrap_interval, clustered_mean
 from .judges import Judge, load_judge, measure_losses
 from .language import measure_language
@@ -45,7 +35,8 @@ from .pictures import Extractor, frechet_distance, frechet_estimate, kernel_dist
 
 
 RUN_NAME, ANSWERS_NAME, SCORES_NAME, RESULTS_NAME = "run.json", "answers.jsonl", "scores.jsonl", "results.json"
-PICTURES_NAME, FEATURES_NAME = "pictures", "features.safetensors"
+FEATURES_NAME = "features.safetensors"
+VERSIONS = ("torch", "transformers", "transformers-liquid")
 EXTRACTED_AT_ONCE, TEXTS = 16, (".txt", ".json", ".jsonl", ".parquet")
 
 
@@ -86,27 +77,24 @@ def evaluate(
         ValueError: On bad data, or a folder of another run, before any answer or picture.
     """
     output, data, drawing = Path(output), Path(data), {"seed": 0, **(drawing or {})}
-    measured_by, workers = {"judge": judge, "features": features}, 1
+    measured_by = {"judge": judge, "features": features}
     check_benchmarks(names, measured_by)
     samples = {name: read_samples(name, data, limit) for name in names}
     if "emoji" in samples:
-        has_files = any(one.file for one in read_pictures(data).values())
-        measured_by["emoji"] = "nearest" if has_files else "self"
-    shared = {"model": identity, "dtype": str(pipe.dtype).removeprefix("torch.")}
-    shared |= {"limit": limit, "batch_size": batch_size}
-    shared["versions"] = {one: version(one) for one in ("torch", "transformers", "transformers-liquid")}
+        measured_by["emoji"] = "nearest" if "file_name" in read_rows(data / FILES["emoji"][1])[0] else "self"
+    shared = {"model": identity, "dtype": str(pipe.dtype).removeprefix("torch."), "limit": limit}
+    shared |= {"batch_size": batch_size, "versions": {one: version(one) for one in VERSIONS}}
     runs, tools = {}, {}
     for name in names:
-        benchmark = BENCHMARKS[name]
-        by = measured_by.get(benchmark.kind)
+        benchmark, by = BENCHMARKS[name], measured_by.get(BENCHMARKS[name].kind)
         key = name if by is None else f"{name}/" + re.sub(r"[^\w.]+", "-", by).strip("-.")
         runs[key] = {"benchmark": name, **shared, "data": {file: _digest(data / file) for file in FILES[name]}}
-        runs[key] |= {"max_new_tokens": max_new_tokens} if by is None else {"drawing": drawing}
-        if benchmark.kind == "emoji":
-            runs[key]["max_new_tokens"] = max_new_tokens
+        runs[key] |= {"drawing": drawing} if by else {}
+        runs[key] |= {} if benchmark.kind in ("judge", "features") else {"max_new_tokens": max_new_tokens}
+        if benchmark.kind == "loss":
+            tools[key] = partial(measure_losses, pipe)
         elif benchmark.kind == "judge":
             tools[key] = load_judge(by, pipe, samples[name], benchmark.judged)
-            workers = batch_size if by.startswith("openai:") else 1
         elif benchmark.kind == "features":
             tools[key] = load_extractor(by, pipe.device)
     output.mkdir(parents=True, exist_ok=True)
@@ -114,7 +102,8 @@ def evaluate(
         runs, results = begin_all(output, runs, measured_by), {}
         for key, run in runs.items():
             name, folder, of = run["benchmark"], output / key, samples[run["benchmark"]]
-            if key in tools:
+            path, pictures = folder / SCORES_NAME, [sample.image for sample in of]
+            if {"judge", "features"} & run.keys():
                 pictures = draw(pipe, of, output / name / PICTURES_NAME, batch_size, **drawing)
             if "features" in run:
                 compared = extract(tools[key], pictures, [sample.image for sample in of], folder / FEATURES_NAME)
@@ -122,16 +111,14 @@ def evaluate(
             elif BENCHMARKS[name].kind == "language":
                 found = {"measures": measure_language(pipe, name, data, folder, limit, batch_size)}
             else:
-                path = folder / SCORES_NAME
-                if "judge" in run:
+                if key in tools:
+                    workers = batch_size if run.get("judge", "").startswith("openai:") else 1
                     judge_all(tools[key], of, pictures, path, batch_size, workers)
                 elif "emoji" in run:
-                    examine(pipe, of, data, output / name, path, batch_size, max_new_tokens, drawing)
-                elif BENCHMARKS[name].kind == "loss":
-                    judge_all(partial(measure_losses, pipe), of, [sample.image for sample in of], path, batch_size)
+                    tool = Examiner(pipe, of, data, output / name, batch_size, max_new_tokens, drawing)
+                    judge_all(tool, of, tool.about, path, batch_size)
                 else:
-                    answers = answer(pipe, of, folder / ANSWERS_NAME, batch_size, max_new_tokens)
-                    score(name, of, answers, data, path)
+                    score(name, of, answer(pipe, of, folder / ANSWERS_NAME, batch_size, max_new_tokens), data, path)
                 found = summary(name, read_rows(path))
             results[key] = {"run": run, **found}
         path = output / RESULTS_NAME
@@ -242,36 +229,6 @@ def _extend(
     return done
 
 
-def draw(
-    pipe: LiquidImageGenerationPipeline,
-    samples: Sequence[Sample],
-    folder: Path,
-    batch_size: int,
-    context: Sequence[Sequence[str]] | None = None,
-    **settings: Any,
-) -> list[Path]:
-    """Draws the texts of samples into a folder, each from a seed of its own; batches that are there stay as they are.
-
-    Raises:
-        ValueError: If a text or a setting is none to draw with, before the first picture.
-    """
-    folder.mkdir(exist_ok=True)
-    paths, seed = [folder / f"{number:06}.png" for number in range(1, len(samples) + 1)], settings.pop("seed")
-    prompts = [sample.question for sample in samples]
-    batches = range(0, len(paths), batch_size)
-    left = [start for start in batches if not all(path.is_file() for path in paths[start : start + batch_size])]
-    settings |= {"batch_size": batch_size, "progress_bar": False}
-    if left:
-        pipe.stream(prompts, image=context, seed=seed, **settings)  # says what is wrong with any of them
-    for start in tqdm(left, disable=None, desc=folder.parent.name):
-        batch = slice(start, start + batch_size)
-        images = None if context is None else context[batch]
-        for index, image in pipe.stream(prompts[batch], image=images, seed=seed + start, **settings):
-            with whole(paths[start + index]) as unfinished:
-                image.save(unfinished, format="PNG")
-    return paths
-
-
 def judge_all(
     judge: Judge, samples: Sequence[Sample], pictures: Sequence[Path], path: Path, batch_size: int, workers: int = 1
 ) -> None:
@@ -286,31 +243,6 @@ def judge_all(
         ]
 
     _extend(path, _read_done(path, samples, batch_size, "scores"), samples, batch_size, write)
-
-
-def examine(
-    pipe: LiquidImageGenerationPipeline,
-    samples: Sequence[Sample],
-    data: Path,
-    folder: Path,
-    path: Path,
-    batch_size: int,
-    max_new_tokens: int,
-    drawing: Mapping[str, Any],
-) -> None:
-    """Writes what the model's work on the tasks of `emoji` is worth, after it has drawn what they ask for."""
-    pictures = read_pictures(data)
-    shown = {name: pictures[name].file for sample in samples for name in sample.true["pictures"]}
-    if None in shown.values():
-        named = [Sample(name, None, name) for name in shown]
-        shown = dict(zip(shown, draw(pipe, named, folder / "shown", batch_size, **drawing), strict=True))
-    asked = [sample for sample in samples if "shows" in sample.true]
-    context = [[str(shown[name]) for name in sample.true["pictures"]] for sample in asked]
-    drawn = draw(pipe, asked, folder / PICTURES_NAME, batch_size, context, **drawing)
-    about = {sample.id: shown[sample.true["pictures"][0]] for sample in samples if sample.true["pictures"]}
-    about |= {sample.id: picture for sample, picture in zip(asked, drawn, strict=True)}
-    judge = Examiner(pipe, pictures, shown, max_new_tokens, drawing["seed"])
-    judge_all(judge, samples, [about.get(sample.id, Path(sample.id)) for sample in samples], path, batch_size)
 
 
 @torch.no_grad()
