@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..utils.files import parse_json, read_json, read_text, read_yaml
+from ..utils.files import check_keys, parse_json, read_json, read_text, read_yaml
 from ..utils.optional import require
 from .answers import eval_ai, gqa_right, mme_says, pope_says_yes, vqa_v2
 from .pictures import GROUPS
@@ -294,6 +294,7 @@ def read_pictures(data: Path) -> dict[str, Mapping[str, Any]]:
 def _emoji(data: Path) -> list[Sample]:
     path, pictures, samples = data / FILES["emoji"][0], read_pictures(data), []
     for number, one in enumerate(read_rows(path), start=1):
+        check_keys(f"Line {number} of {path}", one, ("id", "measure"))
         shown, text = one.setdefault("pictures", []), one.setdefault("text", "")
         is_caption = not text and len(shown) == 1 and "shows" not in one
         kinds = one.keys() - {"id", "measure", "parts", "text", "pictures"}

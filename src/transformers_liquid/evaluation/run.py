@@ -99,7 +99,7 @@ def evaluate(
             tools[key] = load_extractor(by, pipe.device)
     output.mkdir(parents=True, exist_ok=True)
     with alone_in(output):
-        runs, results = begin_all(output, runs, measured_by), {}
+        runs, results, file = begin_all(output, runs, measured_by), {}, output / RESULTS_NAME
         for key, run in runs.items():
             name, folder, of = run["benchmark"], output / key, samples[run["benchmark"]]
             path, pictures = folder / SCORES_NAME, [sample.image for sample in of]
@@ -121,8 +121,7 @@ def evaluate(
                     score(name, of, answer(pipe, of, folder / ANSWERS_NAME, batch_size, max_new_tokens), data, path)
                 found = summary(name, read_rows(path))
             results[key] = {"run": run, **found}
-        path = output / RESULTS_NAME
-        write_json(path, (read_json(path) if path.is_file() else {}) | results)
+        write_json(file, (read_json(file) if file.is_file() else {}) | results)
     return results
 
 

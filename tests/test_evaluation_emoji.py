@@ -1,0 +1,139 @@
+"""`evaluate emoji`: tasks on true pictures, or on what the model has drawn itself; each by what is right."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_checkpoint
+
+from transformers_liquid.evaluation import benchmarks
+from transformers_liquid.evaluation.benchmarks import BENCHMARKS, read_rows, read_samples
+from transformers_liquid.evaluation.judges import measure_losses
+from transformers_liquid_cli import main
+from transformers_liquid_cli.models import load
+
+
+NAMES = ["red cat", "blue dog", "green fish", "old house"]
+TASKS = [
+    {"id": "n0", "measure": "names", "text": "red cat", "shows": ["red cat"], "parts": {"split": "seen"}},
+    {"id": "n1", "measure": "names", "text": "blue dog", "shows": ["blue dog"], "parts": {"split": "unseen"}},
+    {"id": "c0", "measure": "captions", "pictures": ["red cat"], "says": ["red cat"]},
+    {"id": "q0", "measure": "questions", "text": "<image>which colour?", "pictures": ["blue dog"], "says": ["blue"]},
+    {"id": "f0", "measure": "choices", "pictures": ["red cat"], "says": ["red cat"], "rather": "old house"},
+    {"id": "f1", "measure": "choices", "pictures": ["red cat"], "says": ["old house"], "rather": "red cat"},
+    {"id": "e0", "measure": "edits", "text": "<image> in green", "pictures": ["red cat"], "shows": NAMES},
+    {"id": "r0", "measure": "round_trip", "pictures": ["green fish"]},
+    {"id": "s0", "measure": "stories", "text": "once there was a red cat."},
+]
+
+
+def write(folder: Path, tasks=TASKS, pictures=None) -> Path:
+    pictures = [{"text": name} for name in NAMES] if pictures is None else pictures
+    (folder / "emoji").mkdir(parents=True, exist_ok=True)
+    for name, lines in {"tasks": tasks, "metadata": pictures}.items():
+        (folder / "emoji" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def with_files(folder: Path, size: int) -> list[dict]:
+    (folder / "emoji").mkdir(parents=True)
+    lines = []
+    for index, name in enumerate(NAMES):
+        pixels = np.random.default_rng(index).integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "emoji" / f"{index}.png")
+        lines.append({"file_name": f"{index}.png", "text": name, "words": [name.split()[-1]]})
+    return lines
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def run(checkpoint: str, data: Path, output: Path, *more: str) -> int:
+    where = ["--model", checkpoint, "--data", str(data), "--output", str(output), "--device", "cpu"]
+    return main(["evaluate", "emoji", *where, "--max-new-tokens", "8", *more])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_drawings_are_what_the_nearest_true_picture_shows(checkpoint, tmp_path, capsys):
+    pipe = load(checkpoint, "cpu", "auto")
+    size = pipe.model.config.image_size
+    data = write(tmp_path / "data", pictures=with_files(tmp_path / "data", size))
+    assert run(checkpoint, data, tmp_path / "out") == 0
+    rows = {row["id"]: row["scores"] for row in read_rows(tmp_path / "out" / "emoji" / "nearest" / "scores.jsonl")}
+    # By hand: the codec's own pictures, squares over pixels.
+    known = []
+    for index in range(len(NAMES)):
+        pixels = torch.from_numpy(np.asarray(Image.open(data / "emoji" / f"{index}.png")).copy()).permute(2, 0, 1)[None]
+        codes = pipe.model.model.vq_model.encode_codes(pixels / 127.5 - 1)
+        known.append(pipe.model.model.vq_model.decode_codes(codes)[0].clamp(-1, 1))
+    drawn = sorted((tmp_path / "out" / "emoji" / "pictures").iterdir())
+    for file, name, index in zip(drawn, ("n0", "n1"), range(2), strict=False):
+        picture = torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1) / 127.5 - 1
+        nearest = int(torch.stack([(one - picture).square().sum() for one in known]).argmin())
+        assert rows[name] == {"names": float(nearest == index), "names_top5": 1.0}
+    assert rows["e0"] == {"edits": 1.0, "edits_top5": 1.0}  # any of them is right
+    sample = next(sample for sample in read_samples("emoji", data) if sample.id == "f0")
+    assert rows["f0"]["choices"] + rows["f1"]["choices"] == 1
+    losses = {}
+    for text in ("red cat", "old house"):
+        losses[text] = measure_losses(pipe, type(sample)("x", None, text), data / "emoji" / "0.png")["text_loss"]
+    assert rows["f0"]["choices"] == float(losses["red cat"] < losses["old house"])
+    assert "emoji/nearest" in capsys.readouterr().out
+
+
+def test_without_true_pictures_the_model_is_judged_by_itself_and_that_is_said(checkpoint, tmp_path, capsys):
+    data = write(tmp_path / "data")
+    assert run(checkpoint, data, tmp_path / "out") == 0
+    assert "emoji/self" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["emoji/self"]
+    assert results["measures"]["choices"]["n"] == 2 and "names_top5" not in results["measures"]
+    assert {"names/split/seen", "round_trip", "stories"} <= results["measures"].keys()
+    # Pictures that tasks show were drawn from their names.
+    assert len([*(tmp_path / "out" / "emoji" / "shown").iterdir()]) == 3
+    before = contents(tmp_path / "out")
+    assert run(checkpoint, data, tmp_path / "out") == 0 and contents(tmp_path / "out") == before
+    # As after a kill: drawings are there in part, and scores with a torn line.
+    scores = tmp_path / "out" / "emoji" / "self" / "scores.jsonl"
+    scores.write_text("".join(scores.read_text().splitlines(keepends=True)[:4]) + '{"id": "f')
+    (tmp_path / "out" / "emoji" / "pictures" / "000002.png").unlink()
+    (tmp_path / "out" / "results.json").unlink()
+    assert run(checkpoint, data, tmp_path / "out") == 0 and contents(tmp_path / "out") == before
+    assert run(checkpoint, data, tmp_path / "out", "--seed", "3") == 2
+    assert "another run" in capsys.readouterr().err
+
+
+def test_the_tasks_of_the_package_are_there_and_need_no_data(tmp_path, capsys):
+    samples = read_samples("emoji", Path(benchmarks.__file__).parent)
+    measures = {sample.true["measure"] for sample in samples}
+    assert measures == {"captions", "questions", "choices", "edits", "in_context", "stories", "round_trip"}
+    assert not any(sample.image for sample in samples) and BENCHMARKS["emoji"].kind == "emoji"
+    assert main(["evaluate", "emoji", "pope", "--output", str(tmp_path / "out")]) == 2
+    assert "--data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "tasks, pictures, says",
+    [
+        ([TASKS[0] | {"says": ["x"]}], None, "Line 1 of .* must have shows, or says"),
+        ([TASKS[2] | {"sayz": ["x"]}], None, "Line 1 of .* must have shows, or says"),
+        ([TASKS[0] | {"shows": ["moon"]}], None, "'moon'"),
+        ([TASKS[3] | {"text": "which colour?"}], None, "an <image> for each picture"),
+        ([{"id": "x", "measure": "m"}], None, "an <image> for each picture"),
+        ([{"id": "x", "text": "a cat"}], None, "Line 1 of .*measure"),
+        ([TASKS[0], TASKS[0]], None, "come twice, such as n0"),
+        (TASKS, [{"text": "a"}, {"text": "a"}], "each text once"),
+        (TASKS, [{"text": "a"}, {"text": "b", "file_name": "b.png"}], "in all lines or in none"),
+        (TASKS, [{"text": "b", "file_name": "b.png"}], "1 pictures .* missing, such as .*b.png"),
+    ],
+)
+def test_bad_tasks_are_told_before_the_model_is_loaded(tasks, pictures, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        read_samples("emoji", write(tmp_path, tasks, pictures))
