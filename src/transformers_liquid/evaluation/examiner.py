@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +82,12 @@ class Examiner:
         max_new_tokens: int,
         drawing: Mapping[str, Any],
     ) -> None:
-        self.pipe, self.pictures, self.known = pipe, read_pictures(data), None
+        self.pipe, self.pictures = pipe, read_pictures(data)
         self.max_new_tokens, self.seed = max_new_tokens, drawing["seed"]
         shown = list(dict.fromkeys(name for sample in samples for name in sample.true["pictures"]))
-        if all("file_name" in one for one in self.pictures.values()):
+        self.has_files = all("file_name" in one for one in self.pictures.values())
+        if self.has_files:
             self.files = {name: data / "emoji" / one["file_name"] for name, one in self.pictures.items()}
-            # As the codec has them, which no drawing can be better than.
-            decoded = [self._decoded(self._ids(load_image(str(file)))) for file in self.files.values()]
-            self.known = torch.cat(decoded).flatten(1)
         else:
             named = [Sample(name, None, name) for name in shown]
             self.files = dict(zip(shown, draw(pipe, named, folder / "shown", batch_size, **drawing), strict=True))
@@ -108,7 +107,7 @@ class Examiner:
         if "shows" in task:
             named = self._named(load_image(str(picture)))
             scores[""] = named[0] in task["shows"]
-            if self.known is not None:
+            if self.has_files:
                 scores[f"_top{NEAREST}"] = not {*named}.isdisjoint(task["shows"])
         elif "rather" in task:
             told = [replace(sample, question=text) for text in (task["says"][0], task["rather"])]
@@ -124,6 +123,11 @@ class Examiner:
         else:
             scores[""] = self._told(sample.question)
         return {task["measure"] + name: float(value) for name, value in scores.items()}
+
+    @cached_property
+    def known(self) -> torch.Tensor:
+        """All true pictures `(N, 3 * H * W)` as the codec has them, which no drawing can be better than."""
+        return torch.cat([self._decoded(self._ids(load_image(str(file)))) for file in self.files.values()]).flatten(1)
 
     def _ids(self, image) -> torch.Tensor:
         pixels = self.pipe.processor.image_processor(image, framing="pad")["pixel_values"]
@@ -143,7 +147,7 @@ class Examiner:
 
     def _named(self, image) -> list[str]:
         """What a drawing shows: the nearest pictures, by squares over pixels, or the model's own name for it."""
-        if self.known is None:
+        if not self.has_files:
             return [self._said("", [self._ids(image)])]
         pixels = self.pipe.processor.image_processor(image, framing="pad")["pixel_values"].to(self.known.device)
         order = (self.known - pixels.flatten(1)).square().sum(1).argsort()
