@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from ..models.liquid.image_processing_liquid import load_image
@@ -114,12 +115,12 @@ class Examiner:
             losses = [measure_losses(self.pipe, one, self.files[task["pictures"][0]]) for one in told]
             scores[""] = losses[0]["text_loss"] < losses[1]["text_loss"]
         elif "says" in task:
-            ids = [self._ids(load_image(str(self.files[name]))) for name in task["pictures"]]
+            ids = self._ids([load_image(str(self.files[name])) for name in task["pictures"]])
             scores[""] = self._said(sample.question, ids) in task["says"]
         elif task["pictures"]:
-            ids = self._ids(load_image(str(self.files[task["pictures"][0]])))
+            ids = self._ids([load_image(str(self.files[task["pictures"][0]]))])
             again = self.pipe.model.encode_images(self._decoded(ids))[0]
-            scores[""] = (again == ids).float().mean()
+            scores[""] = (again == ids[0]).float().mean()
         else:
             scores[""] = self._told(sample.question)
         return {task["measure"] + name: float(value) for name, value in scores.items()}
@@ -127,28 +128,30 @@ class Examiner:
     @cached_property
     def known(self) -> torch.Tensor:
         """All true pictures `(N, 3 * H * W)` as the codec has them, which no drawing can be better than."""
-        return torch.cat([self._decoded(self._ids(load_image(str(file)))) for file in self.files.values()]).flatten(1)
+        images = [load_image(str(file)) for file in self.files.values()]
+        batches = [self._ids(images[start : start + 64]) for start in range(0, len(images), 64)]
+        return torch.cat([self._decoded(ids) for ids in batches]).flatten(1)
 
-    def _ids(self, image) -> torch.Tensor:
-        pixels = self.pipe.processor.image_processor(image, framing="pad")["pixel_values"]
-        return self.pipe.model.encode_images(pixels.to(self.pipe.device))[0]
+    def _ids(self, images: list[Image.Image]) -> torch.Tensor:
+        pixels = self.pipe.processor.image_processor(images, framing="pad")["pixel_values"]
+        return torch.stack(self.pipe.model.encode_images(pixels.to(self.pipe.device)))
 
     def _decoded(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.pipe.model.decode_image_tokens(ids[None]).clamp(-1, 1)
+        return self.pipe.model.decode_image_tokens(ids).clamp(-1, 1)
 
-    def _said(self, text: str, images: list[torch.Tensor]) -> str:
+    def _said(self, text: str, images: torch.Tensor) -> str:
         """The greedy answer to a text with pictures; a caption if there is no text."""
         processor, layout = self.pipe.processor, self.pipe.model.config.image_layout
-        codes = [layout.ids_to_codes(ids).tolist() for ids in images]
+        codes = layout.ids_to_codes(images).tolist()
         prompt = processor.interleaved_ids(text, codes) if text else processor.caption_ids(codes[0])
         inputs = self.pipe.ensure_tensor_on_device(input_ids=torch.tensor([prompt]))
         out = self.pipe.model.generate(**inputs, do_sample=False, max_new_tokens=self.max_new_tokens)
         return processor.decode(out[0, len(prompt) :], skip_special_tokens=True).strip()
 
-    def _named(self, image) -> list[str]:
+    def _named(self, image: Image.Image) -> list[str]:
         """What a drawing shows: the nearest pictures, by squares over pixels, or the model's own name for it."""
         if not self.has_files:
-            return [self._said("", [self._ids(image)])]
+            return [self._said("", self._ids([image]))]
         pixels = self.pipe.processor.image_processor(image, framing="pad")["pixel_values"].to(self.known.device)
         order = (self.known - pixels.flatten(1)).square().sum(1).argsort()
         return [[*self.pictures][index] for index in order[:NEAREST].tolist()]
