@@ -2,32 +2,29 @@
 
     python examples/emoji/evaluate.py --data_dir emoji-data --model emoji-checkpoint --output emoji-evaluation
 
-Writes tasks and the pictures of all 3,786 emoji to OUTPUT/data, for `transformers-liquid evaluate emoji --data OUTPUT/data`
-too; what they are worth to OUTPUT.json, each with a 95 % interval; and OUTPUT.png: prompts of ordinary people with what was
-drawn. What a picture shows is told from the nearest of the codec's reconstructions of all emoji, by squared error over
-pixels; emoji whose originals are the same in every pixel count as one. Stopped and started again, it goes on.
+Writes OUTPUT.json, each measure with its number and a 95 % interval (Wilson's), and OUTPUT.png: prompts of ordinary
+people with what was drawn. What a picture shows is told from the nearest of the codec's reconstructions of all 3,786
+emoji, by squared error over pixels; emoji whose originals are the same in every pixel count as one.
 
-- names (seen, unseen compositions, unseen flags): the nearest is the emoji named, or among the nearest five;
+- seen, unseen compositions, unseen flags: the nearest is the emoji named (top-1), among the nearest five (top-5);
 - current names: the same for Unicode's name where the data set has an older one;
 - phrasings, words, everyday: prompts that were held out, words that were never trained on, and `EVERYDAY`. Right is a
   picture whose emoji carries the word in Unicode's or emojilib's lists; skin tones nobody asked for count as right;
 - captions: the greedy answer is the name, letter for letter, by group; and that a picture is no emoji;
 - questions: skin tone, role, gender, colour;
-- choices: the name is more probable than another one, and than that of another skin tone;
-- edits: pairs that were held out; persons: who becomes something keeps skin tone and gender;
-- stories: pictures that show what the text before them says;
-- in context: the label of a third picture after two labelled ones, and without them;
-- round trip: codes that the codec gives again for what it has made of them. Losses are those of unseen emoji.
+- edits: pairs that were held out;
+- stories: pictures that show what the text before them says; persons who keep skin tone and gender;
+- in context: the label of a third picture after two labelled ones, and without them.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
-from collections import defaultdict
-from collections.abc import Iterator
+import re
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +33,11 @@ from emoji_data import load_emoji, load_pixels, split_tones
 from icons import load_icons
 from PIL import Image
 from records import EDIT_WISHES, NO_EMOJI, QUESTIONS, World, heldout_edit, in_context, is_kept_out
+from tqdm import tqdm
 from words import PHRASINGS, is_heldout, is_heldout_word, load_words
 
-from transformers_liquid import LiquidForCausalLM, LiquidImageGenerationPipeline, LiquidProcessor
-from transformers_liquid.evaluation.run import evaluate, table
-from transformers_liquid.models.liquid.image_processing_liquid import contact_sheet, load_image
-from transformers_liquid.utils.files import write_json, write_text
+from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM
+from transformers_liquid.models.liquid.processing_liquid import LiquidProcessor
 
 
 # As people type them, and words of which the emoji must carry one.
@@ -110,213 +106,321 @@ EVERYDAY = {
 TEMPLATES = ("once there was a {}.", "once upon a time there was a {}.")
 
 
-class Tasks:
-    """What is asked, and what is right: lines of `tasks.jsonl` but for their ids, by measure.
+def main(args: argparse.Namespace) -> None:
+    model = LiquidForCausalLM.from_pretrained(args.model).eval()
+    processor = LiquidProcessor.from_pretrained(args.model)
+    emoji = load_emoji(args.data_dir)
+    world = World(emoji, load_words(args.data_dir, emoji), load_icons(args.data_dir)[1])
+    examiner = Examiner(model, processor, world, load_pixels(emoji), args)
+    result: dict[str, Any] = {"settings": model.generation_config.image_generation_config, "number": args.number}
+    for name in args.measures:
+        start = time.perf_counter()
+        result[name] = getattr(examiner, name)()
+        print(f"{name} ({time.perf_counter() - start:.0f} s): {json.dumps(result[name])[:1500]}", flush=True)
+        Path(args.output).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def rate(right: list[bool]) -> dict[str, float]:
+    """The share of what is right, the number, and Wilson's 95 % interval."""
+    if not right:
+        return {"rate": float("nan"), "n": 0, "low": 0.0, "high": 1.0}
+    n, p, z = len(right), sum(right) / len(right), 1.96
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return {
+        "rate": round(p, 4),
+        "n": n,
+        "low": round((middle - half) / (1 + z * z / n), 4),
+        "high": round((middle + half) / (1 + z * z / n), 4),
+    }
+
+
+class Examiner:
+    """Draws and asks, and tells from the nearest emoji what came of it.
 
     Args:
+        model ([`LiquidForCausalLM`]), processor ([`LiquidProcessor`]): What is measured.
         world ([`World`]): All emoji and their words.
-        pixels (`torch.Tensor` of shape `(N, 3, 64, 64)`): Their pictures.
-        number (`int`): Of each measure (-1: all).
+        pixels (`torch.Tensor` of shape `(N, 3, 64, 64)`): Their pictures in [-1, 1].
+        args (`argparse.Namespace`): `number` of each measure (-1: all), `batch_size`, `seed`, `output`.
     """
 
-    def __init__(self, world: World, pixels: torch.Tensor, number: int) -> None:
-        self.world, self.number = world, number
-        same = defaultdict(list)
-        for item, picture in zip(world.emoji, pixels, strict=True):
-            same[picture.numpy().tobytes()].append(item.name)
-        self.same = {name: names for names in same.values() for name in names}
-        self.carrying = defaultdict(set)  # word -> all emoji that carry it, whatever their skin tone
-        for item in world.emoji:
-            for word in self.words_of(item.name):
-                self.carrying[word].update(self.same[item.name])
-
-    def words_of(self, name: str) -> set[str]:
-        """All that an emoji, or one of the same picture, is called."""
-        bases = {split_tones(one)[0] for one in self.same[name]}
-        return {word for base in bases if base in self.world.words for word in self.world.words[base].carried}
+    def __init__(self, model, processor, world: World, pixels: torch.Tensor, args: argparse.Namespace) -> None:
+        self.model, self.processor, self.world, self.pixels, self.args = model, processor, world, pixels, args
+        codec = model.model.vq_model
+        self.codes = torch.cat([codec.encode_codes(batch) for batch in pixels.split(128)])
+        self.known = torch.cat([codec.decode_codes(batch).clamp(-1, 1) for batch in self.codes.split(128)])
+        groups: dict[bytes, int] = {}
+        self.group = torch.tensor([groups.setdefault(picture.numpy().tobytes(), len(groups)) for picture in pixels])
 
     def sample(self, items: list, number: int | None = None) -> list:
         """A fixed random sample, in order."""
-        number = self.number if number is None else number
+        number = self.args.number if number is None else number
         if number < 0 or number >= len(items):
             return items
         return [items[index] for index in sorted(random.Random(0).sample(range(len(items)), number))]
 
-    def name(self, number: int) -> str:
-        return self.world.emoji[number].name
+    def draw(self, prompts: list[str], images: list[int] | None = None) -> torch.Tensor:
+        """A picture `(N, 3, 64, 64)` for each prompt; of edits, from emoji; a picture does not depend on the others."""
+        found = []
+        for start in tqdm(range(0, len(prompts), self.args.batch_size), desc="draw", leave=False, mininterval=5):
+            part = slice(start, start + self.args.batch_size)
+            pictures = {} if images is None else {"images": [[self.shown(one)] for one in images[part]]}
+            inputs = self.processor(text=prompts[part], generation_mode="image", return_tensors="pt", **pictures)
+            seeds = range(self.args.seed + start, self.args.seed + start + len(prompts[part]))
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            ids = self.model.generate(**inputs, generation_mode="image", generator=generators)
+            found.append(self.model.decode_image_tokens(ids))
+        return torch.cat(found)
 
-    def names(self) -> Iterator[dict[str, Any]]:
+    def shown(self, number: int) -> torch.Tensor:
+        """The picture of an emoji as a processor takes it: in [0, 1]."""
+        return (self.pixels[number] + 1) / 2
+
+    def distances(self, drawn: torch.Tensor) -> torch.Tensor:
+        known = self.known.flatten(1)
+        return known.square().sum(1) - 2 * drawn.flatten(1) @ known.T
+
+    def nearest(self, drawn: torch.Tensor) -> list[int]:
+        return self.distances(drawn).argmin(1).tolist()
+
+    def is_among(self, drawn: torch.Tensor, wanted: list[int], number: int = 1) -> list[bool]:
+        """Whether fewer than `number` other emoji are nearer than the one that was wanted."""
+        distances = self.distances(drawn)
+        own = distances.gather(1, torch.tensor(wanted)[:, None])
+        same = self.group[wanted][:, None] == self.group[None]
+        # The sum over pixels has a rounding error of about 1e-3.
+        return (((distances < own - 1e-2) & ~same).sum(1) < number).tolist()
+
+    def carries(self, number: int, words: tuple[str, ...]) -> bool:
+        """Whether an emoji, whatever its skin tone, or one of the same picture carries one of the words."""
+        same = (self.group == self.group[number]).nonzero().flatten().tolist()
+        bases = {split_tones(self.world.emoji[one].name)[0] for one in same}
+        return any(
+            word in self.world.words[base].carried for base in bases if base in self.world.words for word in words
+        )
+
+    def names(self) -> dict[str, Any]:
+        result = {}
         for split in ("seen", "unseen_composition", "unseen_flag"):
-            names = [item.name for item in self.world.emoji if item.split == split]
-            for name in self.sample(names) if split == "seen" else names:
-                yield {"text": name, "shows": self.same[name], "parts": {"split": split}}
+            wanted = [number for number, item in enumerate(self.world.emoji) if item.split == split]
+            wanted = self.sample(wanted) if split == "seen" else wanted
+            if wanted:
+                drawn = self.draw([self.world.emoji[number].name for number in wanted])
+                result[split] = {f"top{k}": rate(self.is_among(drawn, wanted, k)) for k in (1, 5)}
+                error = (self.known[wanted] - self.pixels[wanted]).square().mean((1, 2, 3)).clamp_min(1e-10)
+                result[split]["psnr"] = round((10 * torch.log10(4 / error)).mean().item(), 2)
+        return result
 
-    def current_names(self) -> Iterator[dict[str, Any]]:
-        pairs = [(self.name(number), self.world.words.get(self.name(number))) for number in self.world.seen]
-        pairs = [(name, words.current) for name, words in pairs if words and words.current != name]
-        for name, current in self.sample(pairs):
-            yield {"text": current, "shows": self.same[name]}
+    def current_names(self) -> dict[str, Any]:
+        pairs = [
+            (number, self.world.words[self.world.emoji[number].name].current)
+            for number in self.world.seen
+            if self.world.emoji[number].name in self.world.words
+        ]
+        pairs = self.sample([(number, name) for number, name in pairs if name != self.world.emoji[number].name])
+        wanted = [number for number, _ in pairs]
+        return rate(self.is_among(self.draw([name for _, name in pairs]), wanted))
 
-    def phrasings(self) -> Iterator[dict[str, Any]]:
+    def phrasings(self) -> dict[str, Any]:
         """Prompts that were held out, of names and of keywords."""
+        result = {}
         for kind in ("names", "keywords"):
             found = []
             for name, words in self.world.words.items():
                 if self.world.emoji[self.world.index[name]].split == "seen":
                     for word in getattr(words, kind):
-                        if kind == "names" or not is_heldout_word(word):
+                        keyword = word if kind == "keywords" else None
+                        if keyword is None or not is_heldout_word(word):
                             found += [(word, p.format(word)) for p in PHRASINGS[1:] if is_heldout(name, p.format(word))]
-            for word, prompt in self.sample(found):
-                yield {"text": prompt, "shows": sorted(self.carrying[word]), "parts": {"of": kind}}
+            found = self.sample(found)
+            seen = self.nearest(self.draw([prompt for _, prompt in found]))
+            result[kind] = rate([self.carries(one, (word,)) for one, (word, _) in zip(seen, found, strict=True)])
+        return result
 
-    def words(self) -> Iterator[dict[str, Any]]:
+    def words(self) -> dict[str, Any]:
         """Keywords that were never trained on."""
-        for word in self.sample(sorted({word for _, word in self.world.keywords if is_heldout_word(word)})):
-            yield {"text": word, "shows": sorted(self.carrying[word])}
+        found = sorted({word for _, word in self.world.keywords if is_heldout_word(word)})
+        found = self.sample(found)
+        seen = self.nearest(self.draw(found))
+        return rate([self.carries(one, (word,)) for one, word in zip(seen, found, strict=True)])
 
-    def everyday(self) -> Iterator[dict[str, Any]]:
-        for prompt, words in EVERYDAY.items():
-            yield {"text": prompt, "shows": sorted(set().union(*(self.carrying[word] for word in words)))}
+    def everyday(self) -> dict[str, Any]:
+        drawn = self.draw(list(EVERYDAY))
+        seen = self.nearest(drawn)
+        right = [self.carries(one, words) for one, words in zip(seen, EVERYDAY.values(), strict=True)]
+        sheet = torch.cat([torch.cat(list(row), -1) for row in drawn.unflatten(0, (-1, 10))], -2)
+        pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(Path(self.args.output).with_suffix(".png"))
+        wrong = [
+            f"{prompt}: {self.world.emoji[one].name}"
+            for prompt, one, ok in zip(EVERYDAY, seen, right, strict=True)
+            if not ok
+        ]
+        return rate(right) | {"wrong": wrong}
 
-    def captions(self) -> Iterator[dict[str, Any]]:
-        numbers = self.sample(self.world.seen, 2 * self.number if self.number > 0 else -1)
+    def answer(self, prompts: list[list[int]]) -> list[str]:
+        """Greedy answers to prompts of ids."""
+        found = [""] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        for start in tqdm(range(0, len(order), self.args.batch_size), desc="answer", leave=False, mininterval=5):
+            batch = order[start : start + self.args.batch_size]
+            length = max(len(prompts[index]) for index in batch)
+            pads = [length - len(prompts[index]) for index in batch]
+            pad = self.processor.pad_token_id
+            ids = torch.tensor([[pad] * n + prompts[index] for n, index in zip(pads, batch, strict=True)])
+            mask = torch.tensor([[0] * n + [1] * (length - n) for n in pads])
+            output = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
+            texts = self.processor.batch_decode(output[:, length:], skip_special_tokens=True)
+            for index, text in zip(batch, texts, strict=True):
+                found[index] = text.strip()
+        return found
+
+    def asked(self, text: str, numbers: list[int]) -> list[int]:
+        return self.processor.interleaved_ids(text, [self.codes[number].flatten() for number in numbers])
+
+    def captions(self) -> dict[str, Any]:
+        numbers = self.sample(self.world.seen, 2 * self.args.number if self.args.number > 0 else -1)
         numbers += [number for number, item in enumerate(self.world.emoji) if item.split == "unseen_composition"]
-        for number in numbers:
+        texts = self.answer([self.processor.caption_ids(self.codes[number].flatten()) for number in numbers])
+        names: dict[int, set[str]] = {}
+        for item, group in zip(self.world.emoji, self.group.tolist(), strict=True):
+            names.setdefault(group, set()).add(item.name)
+        groups: dict[str, list[bool]] = {}
+        vocabulary = {word for item in self.world.emoji for word in item.name.split()}
+        nonsense = 0
+        for number, text in zip(numbers, texts, strict=True):
             item = self.world.emoji[number]
-            parts = {"split": item.split} | ({"group": item.group} if item.split == "seen" else {})
-            yield {"pictures": [item.name], "says": self.same[item.name], "parts": parts}
+            key = item.group if item.split == "seen" else item.split
+            groups.setdefault(key, []).append(text in names[int(self.group[number])])
+            nonsense += any(word not in vocabulary for word in text.split())
+        seen = [ok for key, values in groups.items() if key != "unseen_composition" for ok in values]
+        return (
+            {"seen": rate(seen)}
+            | {key: rate(values) for key, values in groups.items()}
+            | {"answers with words of no name": round(nonsense / len(numbers), 4)}
+        )
 
-    def no_emoji(self) -> Iterator[dict[str, Any]]:
-        for index in range(NUM_NO_EMOJI):
-            yield {"pictures": [f"{NO_EMOJI} {index}"], "says": [NO_EMOJI]}
+    def no_emoji(self) -> dict[str, Any]:
+        draw = torch.Generator().manual_seed(99)
+        coarse = torch.rand(100, 3, 9, 9, generator=draw)
+        pictures = torch.nn.functional.interpolate(coarse, size=64, mode="bicubic").clamp(0, 1) * 2 - 1
+        codes = self.model.model.vq_model.encode_codes(pictures)
+        texts = self.answer([self.processor.caption_ids(one.flatten()) for one in codes])
+        return rate([text == NO_EMOJI for text in texts])
 
-    def questions(self) -> Iterator[dict[str, Any]]:
-        for kind, questions in QUESTIONS.items():
-            pairs = [(number, value) for value, members in self.world.groups[kind].items() for number in members]
-            for number, value in self.sample(pairs, min(100, self.number) if self.number > 0 else -1):
-                text = f"<image>{questions[0]}"
-                yield {"text": text, "pictures": [self.name(number)], "says": [value], "parts": {"about": kind}}
+    def questions(self) -> dict[str, Any]:
+        result = {}
+        for name, questions in QUESTIONS.items():
+            pairs = [(number, value) for value, members in self.world.groups[name].items() for number in members]
+            pairs = self.sample(pairs, 100)
+            texts = self.answer([self.asked(f"<image>{questions[0]}", [number]) for number, _ in pairs])
+            result[name] = rate([text == value for text, (_, value) in zip(texts, pairs, strict=True)])
+        return result
 
-    def choices(self) -> Iterator[dict[str, Any]]:
-        """Which of two names is more probable: against any other one, and against that of another skin tone."""
-        draw = random.Random(0)
-        for split in ("seen", "unseen_composition"):
-            for name in self.sample([item.name for item in self.world.emoji if item.split == split]):
-                others = {
-                    "random": draw.choice([one.name for one in self.world.emoji if one.name not in self.same[name]])
-                }
-                base, tone = split_tones(name)
-                tones = [one for one in self.world.index if split_tones(one)[0] == base and one not in self.same[name]]
-                others |= {"skin tone": draw.choice(tones)} if tone and tones else {}
-                for against, other in others.items():
-                    parts = {"against": against, split: against}
-                    yield {"pictures": [name], "says": [name], "rather": other, "parts": parts}
-
-    def edits(self) -> Iterator[dict[str, Any]]:
+    def edits(self) -> dict[str, Any]:
         """Held-out edits, by what changes; the emoji asked for must be the nearest."""
         kept = [edit for edit in self.world.edits if heldout_edit(self.world, edit)]
+        result, everything = {}, []
         for what in EDIT_WISHES:
             part = [edit for edit in kept if edit[1] == what and self.world.emoji[edit[0]].split == "seen"]
-            for source, _, value, target in self.sample(part, min(60, self.number) if self.number > 0 else -1):
-                text, shows = f"<image> {EDIT_WISHES[what][0].format(value)}", self.same[self.name(target)]
-                yield {"text": text, "pictures": [self.name(source)], "shows": shows, "parts": {"of": what}}
+            part = self.sample(part, 60)
+            if not part:
+                continue
+            prompts = [f"<image> {EDIT_WISHES[what][0].format(value)}" for _, _, value, _ in part]
+            drawn = self.draw(prompts, [source for source, *_ in part])
+            right = self.is_among(drawn, [target for *_, target in part])
+            unchanged = self.is_among(drawn, [source for source, *_ in part])
+            result[what] = rate(right) | {"as the source": round(sum(unchanged) / len(part), 3)}
+            everything += right
+        return {"all": rate(everything)} | result
 
-    def persons(self) -> Iterator[dict[str, Any]]:
+    def interleaved(self, texts: list[str], images: list[list[int]] | None, max_images: int):
+        """Parts of replies: texts as strings and pictures."""
+        pictures = {} if images is None else {"images": [[self.shown(one) for one in part] for part in images]}
+        inputs = self.processor(text=texts, generation_mode="interleaved", return_tensors="pt", **pictures)
+        generators = [torch.Generator().manual_seed(self.args.seed + row) for row in range(len(texts))]
+        output = self.model.generate(
+            **inputs,
+            generation_mode="interleaved",
+            max_new_tokens=60,
+            max_images=max_images,
+            do_sample=True,
+            top_p=0.8,
+            generator=generators,
+        )
+        return [
+            [part if part.ndim == 3 else self.processor.decode(part, skip_special_tokens=True) for part in parts]
+            for parts in output.parts
+        ]
+
+    def stories(self) -> dict[str, Any]:
+        draw = random.Random(7)
+        things = draw.sample(self.world.things, min(60, len(self.world.things)))
+        prompts = [
+            draw.choice(TEMPLATES).format(self.world.words[self.world.emoji[one].name].names[-1]) for one in things
+        ]
+        replies = self.interleaved(prompts, None, 3)
+        right, ends = [], []
+        for prompt, parts in zip(prompts, replies, strict=True):
+            said = prompt
+            for part in parts:
+                if isinstance(part, str):
+                    said = part
+                    continue
+                named = re.findall(r"\b(?:a|an|the) ([^.]+?)(?: who.*)?$", said.strip().rstrip("."))
+                names = [name.strip() for name in named]
+                (one,) = self.nearest(part[None])
+                right.append(bool(names) and self.carries(one, (names[-1],)))
+            ends.append(bool(parts) and isinstance(parts[-1], str) and parts[-1].strip().endswith("the end."))
+        result = {"pictures": rate(right), "ends": rate(ends), "pictures a story": round(len(right) / len(prompts), 2)}
+        result["examples"] = [
+            [prompt, *(part if isinstance(part, str) else "<image>" for part in parts)]
+            for prompt, parts in zip(prompts[:5], replies, strict=False)
+        ]
         people = []
         for then in self.world.people:
             found = self.world.attributes[then]
             first = self.world.index.get(f"{found['gender']}: {found.get('tone')} skin tone")
-            if first is not None and is_kept_out(self.name(first), self.name(then)):
-                people.append((self.name(first), self.name(then), found["role"]))
-        for first, then, role in self.sample(people, 60):
-            text = f"this is kim. <image> kim becomes a {role}."
-            yield {"text": text, "pictures": [first], "shows": self.same[then]}
+            if first is not None and is_kept_out(self.world.emoji[first].name, self.world.emoji[then].name):
+                people.append((first, then))
+        if not people:
+            return result
+        people = self.sample(people, 60)
+        texts = [f"this is kim. <image> kim becomes a {self.world.attributes[then]['role']}." for _, then in people]
+        replies = self.interleaved(texts, [[first] for first, _ in people], 1)
+        kept = Counter()
+        drawn = [
+            next((part for part in parts if not isinstance(part, str)), torch.ones(3, 64, 64)) for parts in replies
+        ]
+        for one, (_, then) in zip(self.nearest(torch.stack(drawn)), people, strict=True):
+            for name in ("role", "tone", "gender"):
+                kept[name] += self.world.attributes[one].get(name) == self.world.attributes[then].get(name)
+        exact = self.is_among(torch.stack(drawn), [then for _, then in people])
+        result["persons"] = rate(exact) | {name: round(count / len(people), 3) for name, count in kept.items()}
+        return result
 
-    def stories(self) -> Iterator[dict[str, Any]]:
-        draw = random.Random(7)
-        for one in draw.sample(self.world.things, min(60, len(self.world.things))):
-            yield {"text": draw.choice(TEMPLATES).format(self.world.words[self.name(one)].names[-1])}
-
-    def in_context(self) -> Iterator[dict[str, Any]]:
-        draw, found = random.Random(3), 0
-        while found < 200:
+    def in_context(self) -> dict[str, Any]:
+        draw, found = random.Random(3), []
+        while len(found) < 200:
             text, answer, numbers = in_context(self.world, draw)
-            names = [self.name(number) for number in numbers]
-            if is_kept_out(*names):
-                found += 1
-                yield {"text": text, "pictures": names, "says": [answer], "parts": {"examples": 2}}
-                bare = {"text": "<image> is", "pictures": names[-1:], "says": [answer]}
-                yield bare | {"parts": {"examples": 0}}
-
-    def round_trip(self) -> Iterator[dict[str, Any]]:
-        for number in self.sample(self.world.seen):
-            yield {"pictures": [self.name(number)]}
+            if is_kept_out(*(self.world.emoji[number].name for number in numbers)):
+                found.append((text, answer, numbers))
+        shown = self.answer([self.asked(text, numbers) for text, _, numbers in found])
+        bare = self.answer([self.asked("<image> is", numbers[-1:]) for _, _, numbers in found])
+        return {
+            "two examples": rate([text == answer for text, (_, answer, _) in zip(shown, found, strict=True)]),
+            "no example": rate([text == answer for text, (_, answer, _) in zip(bare, found, strict=True)]),
+        }
 
 
 MEASURES = ("names", "current_names", "phrasings", "words", "everyday", "captions", "no_emoji", "questions")
-MEASURES += ("choices", "edits", "persons", "stories", "in_context", "round_trip")
-NUM_NO_EMOJI = 100
-
-
-def write_data(folder: Path, data_dir: str, measures: list[str], number: int) -> None:
-    """Tasks with the pictures of all emoji, and pairs of unseen ones for losses."""
-    emoji = load_emoji(data_dir)
-    pixels, tasks = load_pixels(emoji), []
-    world = World(emoji, load_words(data_dir, emoji), load_icons(data_dir)[1])
-    maker = Tasks(world, pixels, number)
-    for measure in measures:
-        for index, task in enumerate(getattr(maker, measure)()):
-            tasks.append({"id": f"{measure}/{index}", "measure": measure} | task)
-    coarse = torch.rand(NUM_NO_EMOJI, 3, 9, 9, generator=torch.Generator().manual_seed(99))
-    others = torch.nn.functional.interpolate(coarse, size=64, mode="bicubic").clamp(0, 1) * 2 - 1
-    pictures = [*pixels, *(others if "no_emoji" in measures else [])]
-    names = [item.name for item in emoji] + [f"{NO_EMOJI} {index}" for index in range(len(pictures) - len(emoji))]
-    lines = {"emoji": [], "pairs": []}
-    for number, (name, picture) in enumerate(zip(names, pictures, strict=True)):
-        words = sorted(maker.words_of(name)) if number < len(emoji) else []
-        lines["emoji"].append({"file_name": f"{number:04}.png", "text": name, "words": words})
-        if number < len(emoji) and emoji[number].split != "seen":
-            lines["pairs"].append({"file_name": f"{number:04}.png", "text": name})
-        array = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        for part in lines:
-            (folder / part).mkdir(parents=True, exist_ok=True)
-            if lines[part][-1:] and lines[part][-1]["file_name"] == f"{number:04}.png":
-                Image.fromarray(array).save(folder / part / f"{number:04}.png")
-    for path, of in {"emoji/tasks": tasks, "emoji/metadata": lines["emoji"], "pairs/metadata": lines["pairs"]}.items():
-        write_text(folder / f"{path}.jsonl", "".join(json.dumps(line) + "\n" for line in of))
-
-
-def main(args: argparse.Namespace) -> None:
-    output = Path(args.output)
-    write_data(output / "data", args.data_dir, args.measures, args.number)
-    model = LiquidForCausalLM.from_pretrained(args.model).eval()
-    pipe = LiquidImageGenerationPipeline(model, LiquidProcessor.from_pretrained(args.model))
-    weights = hashlib.sha256((Path(args.model) / "model.safetensors").read_bytes()).hexdigest()
-    how = {"batch_size": args.batch_size, "max_new_tokens": 40, "drawing": {"seed": args.seed}}
-    results = evaluate(pipe, ["emoji", "loss"], output / "data", output / "results", weights, **how)
-    print(table({name: of["measures"] for name, of in results.items()}))
-    found: dict[str, Any] = {"settings": model.generation_config.image_generation_config, "number": args.number}
-    for name, of in results["emoji/nearest"]["measures"].items():
-        measure, *part = name.split("/")
-        place = found.setdefault(measure.removesuffix("_top5"), {})
-        place = place.setdefault(part[-1], {}) if part else place
-        place["top5" if measure.endswith("_top5") else "top1"] = of
-    write_json(output.with_suffix(".json"), found | {"loss": results["loss"]["measures"]})
-    if "everyday" in args.measures:
-        tasks = [json.loads(line) for line in (output / "data" / "emoji" / "tasks.jsonl").read_text().splitlines()]
-        drawn = [task["measure"] for task in tasks if "shows" in task]
-        files = sorted((output / "results" / "emoji" / "pictures").iterdir())
-        shown = [load_image(str(file)) for file, measure in zip(files, drawn, strict=True) if measure == "everyday"]
-        contact_sheet(shown).save(output.with_suffix(".png"))
-
+MEASURES += ("edits", "stories", "in_context")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="emoji-data")
     parser.add_argument("--model", default="emoji-checkpoint")
-    parser.add_argument(
-        "--output", default="emoji-evaluation", help="a folder, and path of the results, without ending"
-    )
+    parser.add_argument("--output", default="emoji-evaluation", help="path of the results, without ending")
     parser.add_argument("--measures", nargs="+", default=list(MEASURES), choices=MEASURES)
     parser.add_argument("--number", type=int, default=400, help="of each measure, a fixed random sample; -1 means all")
     parser.add_argument("--batch_size", type=int, default=64)

@@ -13,7 +13,7 @@ def evaluate(
     benchmarks: Annotated[
         list[str] | None,
         Argument(
-            help="emoji, vqav2, gqa, textvqa, pope, mme, loss, folder, mjhq, genai-bench, wise, language or its tasks."
+            help="emoji, vqav2, gqa, textvqa, pope, mme, loss, folder, mjhq, genai-bench, wise, or a language task."
         ),
     ] = None,
     data: Annotated[Path | None, Option(help="The folder with the benchmarks' files, as they are published.")] = None,
