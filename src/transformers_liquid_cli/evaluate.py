@@ -12,9 +12,7 @@ from . import options
 def evaluate(
     benchmarks: Annotated[
         list[str] | None,
-        Argument(
-            help="emoji, vqav2, gqa, textvqa, pope, mme, loss, folder, mjhq, genai-bench, wise, or a language task."
-        ),
+        Argument(help="emoji, vqav2, gqa, textvqa, pope, mme, loss, folder, mjhq, genai-bench, wise, language."),
     ] = None,
     data: Annotated[Path | None, Option(help="The folder with the benchmarks' files, as they are published.")] = None,
     output: Annotated[
