@@ -43,6 +43,7 @@ def train(
       --preview-steps N                steps from one sheet of previews to the next
       and every option of transformers.TrainingArguments, such as --learning-rate or --max-steps
     """
+    words = options.trainer_words(context, config, help_all)
     from transformers_liquid.training.train import main
 
-    main(options.trainer_words(context, config, help_all))
+    main(words)

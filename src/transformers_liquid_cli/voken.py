@@ -80,9 +80,10 @@ def train(
       --total-batch-size N       records in each step, over all processes
       --preview-prompts PROMPT ... --preview-steps N
     """
+    words = options.trainer_words(context, config, help_all)
     from transformers_liquid.training.voken_train import main
 
-    main(options.trainer_words(context, config, help_all))
+    main(words)
 
 
 @voken_app.command()
