@@ -13,8 +13,8 @@ from transformers_liquid_cli.options import PROG
 HEAD = """# The command line
 
 <!-- written by docs/make_cli.py from the parsers -->
-Every command has `--help`, and ends with exit code 0; 2 on bad input, with one line on stderr; 130 when interrupted.
-`python -X dev -m transformers_liquid ...` shows where in the code an error was found.
+Every command has `--help`. What they promise to scripts, such as exit codes, pipes, JSON and completion:
+[scripting.md](scripting.md).
 """
 
 

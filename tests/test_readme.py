@@ -3,7 +3,9 @@
 import io
 import re
 import shlex
+from importlib.metadata import version
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 import yaml
@@ -139,3 +141,10 @@ def test_files_that_are_named_exist(page):
 def test_the_embedded_checkpoint_carries_the_card_of_modeling_cards():
     embedded = Path(EMOJI_CHECKPOINT, "README.md").read_text(encoding="utf-8")
     assert PAGES["modeling_cards/liquid-emoji.md"] == embedded
+
+
+@pytest.mark.skipif(
+    f"typer=={version('typer')}\n" not in (ROOT / "constraints.txt").read_text(), reason="words of typer"
+)
+def test_the_page_of_options_is_what_the_parsers_say():
+    assert run_path(str(ROOT / "docs" / "make_cli.py"))["page"]() == PAGES["docs/cli.md"], "python docs/make_cli.py"
