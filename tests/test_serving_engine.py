@@ -183,7 +183,7 @@ def test_closing_draws_what_was_asked_for_and_takes_no_more():
     engine = PictureEngine(tiny_pipe(), slots=1)
     asked = [engine.submit("a", seed=seed) for seed in range(3)]
     engine.close()
-    assert not engine._thread.is_alive()
+    assert not engine.is_alive
     assert [images_of(one) for one in asked] == [drawn_by(engine.pipe, "a", seed=seed) for seed in range(3)]
     with pytest.raises(RuntimeError, match="closed"):
         engine.submit("a")

@@ -31,6 +31,7 @@ from .generate import generate
 from .info import info
 from .merge import merge
 from .options import PROG, VisibleStream, one_line, session, visible
+from .serve import serve
 from .story import story
 from .tokenize import tokenize
 from .train import train
@@ -48,7 +49,7 @@ OTHER_NAMES = {generate: {"grid": "sheet"}, describe: {"temperature": "text-temp
 for command, names in OTHER_NAMES.items():
     app.command(context_settings={"token_normalize_func": lambda name, names=names: names.get(name, name)})(command)
 app.command("app")(page)
-for command in (chat, story, expand, convert, merge, tokenize, evaluate, info, env):
+for command in (chat, story, expand, convert, merge, tokenize, evaluate, serve, info, env):
     app.command()(command)
 app.command(context_settings=options.TRAINER_CONTEXT)(train)
 app.add_typer(voken_app, name="voken")

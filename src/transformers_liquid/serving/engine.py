@@ -37,10 +37,10 @@ _OF_PICTURES = {"do_sample", *FILTERS, "renormalize_logits", "remove_invalid_val
 
 
 class EngineFullError(RuntimeError):
-    """More pictures wait than may; `retry_after` seconds from now there may be room."""
+    """More wait than may; `retry_after` seconds from now there may be room."""
 
-    def __init__(self, waiting: int, retry_after: float) -> None:
-        super().__init__(f"{waiting} pictures are waiting already: try again in {retry_after:.0f} seconds.")
+    def __init__(self, waiting: str, retry_after: float) -> None:
+        super().__init__(f"{waiting} are waiting already: try again in {retry_after:.0f} seconds.")
         self.retry_after = retry_after
 
 
@@ -110,7 +110,6 @@ class _Picture:
     settings: ImageGenerationConfig
     previews: set[int]
     drawn: list[torch.LongTensor] = field(default_factory=list)
-    asked_at: float = field(default_factory=time.monotonic)
 
     def start(self, view: LiquidForCausalLM) -> None:
         """Reads the prompts and draws the first code, prepared by transformers as the pipeline's pictures are."""
@@ -232,8 +231,9 @@ class PictureEngine:
         self.cache = JoinedCache(self.view)
         self.running: list[_Picture] = []
         self.waiting: deque[_Picture] = deque()
-        self.seconds: deque[float] = deque(maxlen=32)  # of the last pictures, from their begin to their end
-        self.num_codes = self.num_steps = 0
+        # What was done so far; seconds from a picture's begin to its end.
+        self.num_codes = self.num_steps = self.num_pictures = 0
+        self.num_seconds = 0.0
         self._changed, self._is_closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="pictures", daemon=True)
         self._thread.start()
@@ -293,11 +293,16 @@ class PictureEngine:
             if self._is_closed:
                 raise RuntimeError("The engine is closed.")
             if len(self.waiting) + len(pictures) > self.max_waiting:
-                pace = sum(self.seconds) / len(self.seconds) if self.seconds else 1.0
-                raise EngineFullError(len(self.waiting), max(1.0, pace * len(self.waiting) / self.slots))
+                pace = self.num_seconds / max(1, self.num_pictures) / self.slots
+                raise EngineFullError(f"{len(self.waiting)} pictures", max(1.0, pace * len(self.waiting)))
             self.waiting.extend(pictures)
             self._changed.notify()
         return request
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it draws."""
+        return self._thread.is_alive()
 
     def close(self) -> None:
         """Takes no more requests, and returns when those that it has are done."""
@@ -404,10 +409,15 @@ class PictureEngine:
                 self._fail(one, error)
             if not one.request.is_cancelled:
                 due.setdefault((len(one.drawn), one.settings.height, one.settings.width), []).append(one)
+        events = []
         for (number, *size), pictures in due.items():  # the codec decodes those of one size together
             codes = torch.stack([torch.cat(one.drawn) for one in pictures])
             ids = self.view.config.image_layout.codes_to_ids(codes)
             for one, image in zip(pictures, partial_pictures(self.pipe.model, ids, *size), strict=True):
-                one.request.tell(PictureEvent("image" if one in done else "partial", one.index, image, number))
-        self.seconds.extend(time.monotonic() - one.began_at for one in done)
+                kind = "image" if one in done else "partial"
+                events.append((one.request, PictureEvent(kind, one.index, image, number)))
+        self.num_pictures += len(done)
+        self.num_seconds += sum(time.monotonic() - one.began_at for one in done)
         self._leave(done)
+        for request, event in events:
+            request.tell(event)
