@@ -246,16 +246,11 @@ class Server:
         return await _stream(messages())
 
     def _usage(self, asked: PictureRequest, number: int) -> dict[str, Any]:
-        length = asked.prompt_ids.numel()
-        image_tokens = int(self.layout.is_image_token(asked.prompt_ids).sum())
-        details = {"text_tokens": length - image_tokens, "image_tokens": image_tokens}
-        drawn = asked.num_codes * number
-        return {
-            "input_tokens": length,
-            "input_tokens_details": details,
-            "output_tokens": drawn,
-            "total_tokens": length + drawn,
-        }
+        length, drawn = asked.prompt_ids.numel(), asked.num_codes * number
+        images = int(self.layout.is_image_token(asked.prompt_ids).sum())
+        details = {"text_tokens": length - images, "image_tokens": images}
+        counts = {"input_tokens": length, "output_tokens": drawn, "total_tokens": length + drawn}
+        return counts | {"input_tokens_details": details}
 
     # Chat
 
@@ -263,10 +258,47 @@ class Server:
         self._check_model(body.model)
         if self.chats > MOST_CHATS:
             raise EngineFullError(f"{self.chats} chats", 5.0)
-        begin, told, cancelled = time.monotonic(), _Told(http), _Cancelled()
+        told = _Told(http)
         messages = await asyncio.to_thread(lambda: [_message(one) for one in body.messages])
+        events = self._chat_events(body, messages, told)
+        known = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
+        reasons = {"eos": "stop", "stopped": "stop"}
+        if not body.stream:
+            parts: list[dict[str, Any]] = []
+            async for event in events:
+                add_event(parts, event)
+            text = "".join(part["text"] for part in parts if part["type"] == "text")
+            message: dict[str, Any] = {"role": "assistant", "content": text}
+            if images := [part["image"] for part in parts if part["type"] == "image"]:
+                message["images"] = images
+                message["parts"] = [
+                    part if part["type"] == "text" else {"type": "image", "index": part["image"]["index"]}
+                    for part in parts
+                ]
+            choice = {"index": 0, "message": message, "finish_reason": reasons.get(event["reason"], "length")}
+            return JSONResponse({**known, "object": "chat.completion", "choices": [choice | {"logprobs": None}]})
+
+        async def chunks() -> AsyncIterator[dict[str, Any]]:
+            delta: dict[str, Any] = {"role": "assistant", "content": ""}
+            async for event in events:
+                reason = reasons.get(event["reason"], "length") if event["type"] == "end" else None
+                if event["type"] == "text":
+                    delta |= {"content": event["text"]}
+                elif event["type"] == "image":
+                    delta |= {"images": [event["image"]]}
+                if delta or reason:
+                    choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
+                    yield {**known, "object": "chat.completion.chunk", "choices": [choice]}
+                delta = {}
+
+        return await _stream(chunks(), is_named=False)
+
+    async def _chat_events(
+        self, body: Chat, messages: list[dict[str, Any]], told: _Told
+    ) -> AsyncIterator[dict[str, Any]]:
+        """The reply as it comes, pictures as OpenAI's parts."""
+        begin, cancelled = time.monotonic(), _Cancelled()
         settings = self._chat_settings(body) | {"stopping_criteria": [cancelled], "seed": body.seed}
-        self.chats += 1
 
         def answer() -> None:
             try:
@@ -282,58 +314,24 @@ class Server:
                 if not cancelled.is_set():
                     await asyncio.to_thread(answer)
 
-        async def events() -> AsyncIterator[dict[str, Any]]:
-            self.answers.add(task := asyncio.create_task(work()))
-            task.add_done_callback(self.answers.discard)
-            try:
-                event: dict[str, Any] = {"type": ""}
-                while event["type"] != "end":
-                    if isinstance(event := await told.next(), Exception):
-                        raise event
-                    if event["type"] == "image":
-                        content = await asyncio.to_thread(_encoded, event["image"], "png")
-                        url = {"url": f"data:image/png;base64,{content}"}
-                        event = {
-                            "type": "image",
-                            "image": {"type": "image_url", "index": event["index"], "image_url": url},
-                        }
-                    yield event
-                self.seconds.labels("chat").observe(time.monotonic() - begin)
-            finally:
-                cancelled.set()
-                self.chats -= 1
-
-        known = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
-        reasons = {"eos": "stop", "stopped": "stop"}
-        if not body.stream:
-            parts: list[dict[str, Any]] = []
-            async for event in events():
-                add_event(parts, event)
-            text = "".join(part["text"] for part in parts if part["type"] == "text")
-            message: dict[str, Any] = {"role": "assistant", "content": text}
-            if images := [part["image"] for part in parts if part["type"] == "image"]:
-                message["images"] = images
-                message["parts"] = [
-                    part if part["type"] == "text" else {"type": "image", "index": part["image"]["index"]}
-                    for part in parts
-                ]
-            choice = {"index": 0, "message": message, "finish_reason": reasons.get(event["reason"], "length")}
-            return JSONResponse({**known, "object": "chat.completion", "choices": [choice | {"logprobs": None}]})
-
-        async def chunks() -> AsyncIterator[dict[str, Any]]:
-            delta: dict[str, Any] = {"role": "assistant", "content": ""}
-            async for event in events():
-                reason = reasons.get(event["reason"], "length") if event["type"] == "end" else None
-                if event["type"] == "text":
-                    delta |= {"content": event["text"]}
-                elif event["type"] == "image":
-                    delta |= {"images": [event["image"]]}
-                if delta or reason:
-                    choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
-                    yield {**known, "object": "chat.completion.chunk", "choices": [choice]}
-                delta = {}
-
-        return await _stream(chunks(), is_named=False)
+        self.chats += 1
+        self.answers.add(task := asyncio.create_task(work()))
+        task.add_done_callback(self.answers.discard)
+        try:
+            event: dict[str, Any] = {"type": ""}
+            while event["type"] != "end":
+                if isinstance(event := await told.next(), Exception):
+                    raise event
+                if event["type"] == "image":
+                    content = await asyncio.to_thread(_encoded, event["image"], "png")
+                    url = {"url": f"data:image/png;base64,{content}"}
+                    part = {"type": "image_url", "index": event["index"], "image_url": url}
+                    event = {"type": "image", "image": part}
+                yield event
+            self.seconds.labels("chat").observe(time.monotonic() - begin)
+        finally:
+            cancelled.set()
+            self.chats -= 1
 
     def _chat_settings(self, body: Chat) -> dict[str, Any]:
         settings: dict[str, Any] = {}
