@@ -9,21 +9,28 @@ from typer import BadParameter, Option
 from . import options
 
 
-def _parse_grids(grids: list[str] | None) -> list[tuple[int, int]] | None:
+def _parse_grids(grids: list[str] | None) -> list[tuple[int, int]] | list[str] | None:
+    if grids == ["common"]:
+        return grids
     for grid in grids or ():
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", grid):
-            raise BadParameter(f"expected HEIGHTxWIDTH such as 32x32, got {grid!r}")
+            raise BadParameter(f"expected HEIGHTxWIDTH such as 32x32, or common alone, got {grid!r}")
     return grids and [tuple(map(int, grid.split("x"))) for grid in grids]
 
 
 Grids = Annotated[
     list[str] | None,
-    Option(callback=_parse_grids, help="HEIGHTxWIDTH in codes, such as 32x32; a picture takes the closest."),
+    Option(
+        callback=_parse_grids,
+        help="HEIGHTxWIDTH in codes, such as 32x32; a picture takes the closest. common: from 16:9 to 9:16.",
+    ),
 ]
 
 
 def tokenize(
-    dataset: Annotated[str, Option(help="What load_dataset takes: imagefolder, json, a folder, a name on the Hub.")],
+    dataset: Annotated[
+        str, Option(help="A folder of pictures, a file, a name on the Hub, or what else load_dataset takes.")
+    ],
     model: Annotated[str, Option(help="Whose codec: a folder or a name on the Hub.")],
     output: Annotated[Path, Option(help="A new folder, or an interrupted one.")],
     dataset_config_name: Annotated[str | None, Option(help="For a data set that has several.")] = None,
@@ -54,7 +61,7 @@ def tokenize(
 
     \b
     Example:
-      transformers-liquid tokenize --dataset imagefolder --data-dir photos --model path/to/liquid --output codes
+      transformers-liquid tokenize --dataset photos --model path/to/liquid --output codes
     """
     given = dict(locals())
     options.session.after_interrupt = options.GOES_ON
@@ -68,6 +75,7 @@ def tokenize(
 
     silence_libraries()
     model = find_checkpoint(model)
+    given["grids"] = "common" if grids == ["common"] else grids
     # The codec of an adapter is its base's.
     manifest = tokenize_dataset(**given | {"model": adapter_base(model) or model})
     if PartialState().is_main_process:

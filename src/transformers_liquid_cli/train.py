@@ -14,11 +14,14 @@ def train(
 
     \b
     Example:
+      transformers-liquid train --model my-liquid --datasets photos --preset lora --output-dir my-lora
       transformers-liquid train --config train.yaml --learning-rate 1e-4
 
     \b
     What is trained:
       --model MODEL                    a saved Liquid model: a folder or a name on the Hub (required); an adapter is trained on
+      --preset full|lora|rows          likewise, with options that suit the number of records; others that are given win
+      --dry-run                        three steps: what time and memory all of them take
       --trainable full|lora|rows       the whole language model, LoRA and the image rows, or these rows alone
       --lora-r N, --lora-alpha N, --lora-dropout P
       --dtype DTYPE                    of the weights, float32 unless given
@@ -27,7 +30,9 @@ def train(
 
     \b
     On what:
-      --datasets PATH[=WEIGHT] ...     outputs of `tokenize`, JSON lines or parquet, names on the Hub (required)
+      --datasets PATH[=WEIGHT] ...     outputs of `tokenize`, JSON lines or parquet, names on the Hub, or pictures with
+                                       captions, which are tokenized first (required)
+      --grids square|common            of these: the model's square, or from 16:9 to 9:16
       --eval-datasets NAME=PATH ...    what to evaluate on
       --streaming                      read while training; needs --max-steps
       --max-length N                   longest record in tokens

@@ -17,17 +17,31 @@ from PIL.Image import Image
 from transformers.utils import logging
 
 from .collator import LiquidDataCollator
-from .records import RECORD_FIELDS, REQUIRED_FIELDS, cache_of, check_json, check_shards, read_manifest, root_cause
+from .records import (
+    FILE_FORMATS,
+    RECORD_FIELDS,
+    REQUIRED_FIELDS,
+    NoCodesError,
+    cache_of,
+    check_json,
+    check_shards,
+    read_manifest,
+    root_cause,
+)
+from .source import has_own_captions, pictures_of
 
 
 if TYPE_CHECKING:
     import datasets
 
 
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
 # Columns of pictures, of their codes, or of where they are.
 PICTURE_COLUMNS = re.compile(r"(image|img|pixel).*|.*codes|file_name", re.IGNORECASE)
+
+NO_CODES = (
+    "The data set '{}' holds pictures, and no codes of them{}: make these with `transformers-liquid tokenize`. To learn its "
+    "texts alone, give its records the 'kind' text."
+)
 
 logger = logging.get_logger(__name__)
 
@@ -53,10 +67,12 @@ def load_records(
 
     Raises:
         ValueError: If the data set cannot be read, is empty, its columns are not those of records, or its codes are
-            another codec's. What the columns hold is looked at by the collator, record by record.
+            another codec's; a `NoCodesError` if it holds pictures, and no codes of them. What the columns hold is looked at by the collator, record by record.
     """
     import datasets
 
+    if has_own_captions(path):
+        raise NoCodesError(NO_CODES.format(path, ""))
     try:
         manifest = read_manifest(path)
         check_shards(path, manifest)
@@ -74,22 +90,17 @@ def load_records(
 
     columns = dataset.column_names
     kind = next((kind for kind, names in REQUIRED_FIELDS.items() if set(names) <= set(columns)), None)
+    if (kind is None and "codes" not in columns) or (kind == "text" and "kind" not in columns):
+        # Else the captions of pictures alone would be trained.
+        others = {name: value for name, value in first.items() if name != "text"}
+        found = [name for name, value in others.items() if PICTURE_COLUMNS.fullmatch(name) or _is_picture(value)]
+        if found or (kind and Path(path).is_dir() and pictures_of(path)):
+            raise NoCodesError(NO_CODES.format(path, f" (it has the columns {', '.join(found)})" if found else ""))
     if kind is None:
         raise ValueError(
             f"The data set {str(path)!r} holds no records: its columns are {', '.join(columns)}, but it needs "
             "messages, text and codes, text and images (as codes), or text."
         )
-    if kind == "text" and "kind" not in columns:
-        # Their captions alone would be trained.
-        others = {name: value for name, value in first.items() if name != "text"}
-        files = Path(path).rglob("*") if Path(path).is_dir() else []
-        found = [name for name, value in others.items() if PICTURE_COLUMNS.fullmatch(name) or _is_picture(value)]
-        if found or any(_is_picture(file.name) for file in files):
-            where = f" (it has the columns {', '.join(found)})" if found else ""
-            raise ValueError(
-                f"The data set {str(path)!r} holds pictures, and no codes of them{where}: make these with "
-                "`transformers-liquid tokenize`. To learn its texts alone, give its records the 'kind' text."
-            )
     dataset = dataset.select_columns([name for name in RECORD_FIELDS if name in columns])
     if streaming:
         # Streams are mixed by columns of the same types.

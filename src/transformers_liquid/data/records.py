@@ -31,12 +31,19 @@ IMAGE_KINDS = ("text_to_image", "caption", "edit")
 # All that is ever read of a record, but for its `index`.
 RECORD_FIELDS = ("kind", "text", "codes", "grid", "images", "messages", "given")
 
+# What `datasets` reads files with, by how their names end.
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tar": "webdataset"}
+
 MANIFEST_NAME = "liquid_codes.json"
 
 # A finished shard lists what it left out in its file's own metadata, so that one rename finishes both.
 SKIPPED_KEY = b"liquid_skipped"
 # Likewise a digest of what it was made of.
 SOURCE_KEY = b"liquid_source"
+
+
+class NoCodesError(ValueError):
+    """Pictures where their codes are needed."""
 
 
 def required_field(record: Mapping[str, Any], name: str) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
+import io
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,11 +15,12 @@ from typing import Any
 
 import PIL.Image
 
-from .records import cache_of, cells_of, check_json, number_stream, root_cause, state_of
+from ..utils.files import check_keys, parse_json, read_text
+from .records import cache_of, cells_of, check_json, check_text, number_stream, root_cause, state_of
 
 
 # Where pictures and texts are looked for, in this order.
-IMAGE_COLUMNS = ("image", "image_path")
+IMAGE_COLUMNS = ("image", "image_path", "file_name")
 TEXT_COLUMNS = ("text", "caption", "txt")
 # Of edits: what is drawn, what it is made of, and how; as in InstructPix2Pix and MagicBrush.
 EDIT_COLUMNS = {
@@ -26,47 +29,108 @@ EDIT_COLUMNS = {
     "text": ("edit_prompt", "instruction"),
 }
 
+# What names the pictures of a folder, with their texts.
+METADATA = ("metadata.jsonl", "metadata.csv")
 # How the names of pictures in a folder end.
-PICTURE_ENDINGS = [
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".heic",
-    ".heif",
-    ".jfif",
-    ".jpeg",
-    ".jpg",
-    ".png",
-    ".tif",
-    ".tiff",
-    ".webp",
-]
+PICTURE_ENDINGS = (".avif", ".bmp", ".gif", ".heic", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# How those of files end by which `datasets` knows what a folder is.
+DATA_ENDINGS = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tar", ".zip")
 
 # What an error says of a picture that is not where its record says.
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
+def files_of(folder: str | os.PathLike) -> list[Path]:
+    """The files below a folder in the order of their names, but for hidden ones."""
+    files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    return [file for file in files if "/." not in f"/{file.relative_to(folder).as_posix()}"]
+
+
 def pictures_of(folder: str | os.PathLike) -> list[Path]:
-    """The pictures below a folder, in the order of their names. Hidden ones do not count."""
-    files = [file for file in sorted(Path(folder).rglob("*")) if file.suffix.lower() in PICTURE_ENDINGS]
-    return [file for file in files if file.is_file() and "/." not in f"/{file.relative_to(folder).as_posix()}"]
+    """The pictures among [`files_of`] a folder."""
+    return [file for file in files_of(folder) if file.suffix.lower() in PICTURE_ENDINGS]
 
 
-def check_pictures(files: Iterable[Path]) -> None:
-    """Raises a `ValueError` that names the files of pictures that cannot be opened. Pixels are decoded later."""
-    broken = []
-    for file in files:
+def has_own_captions(folder: str | os.PathLike) -> bool:
+    """Whether a folder of pictures has texts that `datasets` would not find: beside them, or in the names of folders."""
+    if not Path(folder).is_dir() or any(Path(folder, split).is_dir() for split in ("train", "validation", "test")):
+        return False
+    files = files_of(folder)
+    endings, places = {file.suffix.lower() for file in files}, {file.parent for file in files}
+    is_known = endings.intersection(PICTURE_ENDINGS) and endings.isdisjoint(DATA_ENDINGS)
+    return bool(is_known and (".txt" in endings or places != {Path(folder)}))
+
+
+def read_photos(folder: str | os.PathLike) -> list[dict[str, str]]:
+    """The pictures of a folder with their captions, of which none may be without the other.
+
+    Captions are those of `metadata.jsonl` or `metadata.csv` (`file_name` and `text`), else those of `.txt` files beside the
+    pictures, else the names of the folders that pictures lie in.
+
+    Returns:
+        Records of `image`, a path relative to the folder, and `text`.
+
+    Raises:
+        ValueError: If there are no pictures, or naming those that have no caption or cannot be opened, and the captions
+            that have no picture.
+    """
+    folder, files, pictures = Path(folder), files_of(folder), pictures_of(folder)
+    metadata = [file for file in files if file.name in METADATA]
+    beside = [file for file in files if file.suffix == ".txt"]
+    problems = []
+    if metadata:
+        pairs = [pair for file in metadata for pair in _read_metadata(file)]
+        there = set(pictures)
+        problems = [f"{file}: it has a caption and is not there" for file, _ in pairs if file not in there]
+    elif beside:
+        own = {file: file.with_suffix(".txt") for file in pictures if file.with_suffix(".txt").is_file()}
+        pairs = [(file, read_text(text).strip()) for file, text in own.items()]
+        problems = [f"{text}: there is no picture of this name" for text in beside if text not in own.values()]
+    else:
+        pairs = [(file, file.parent.name) for file in pictures if file.parent != folder]
+    if not pictures:
+        raise ValueError(f"{folder} has no pictures.")
+    named = {file for file, _ in pairs}
+    problems += [f"{file}: it has no caption" for file in pictures if file not in named]
+    for file, text in pairs:
+        try:
+            check_text(text)
+        except ValueError as error:
+            problems.append(f"{file}: {error}")
+    check_pictures(pictures, problems)
+    return [{"image": file.relative_to(folder).as_posix(), "text": text} for file, text in pairs]
+
+
+def _read_metadata(file: Path) -> list[tuple[Path, str]]:
+    """The pictures that a file of metadata names, with their captions."""
+    if file.suffix == ".csv":
+        lines = list(csv.DictReader(io.StringIO(read_text(file))))
+    else:
+        lines = [parse_json(line, file) for line in read_text(file).split("\n") if line.strip()]
+    for number, line in enumerate(lines, 1):
+        check_keys(f"Record {number} of {file}", line, ("file_name",))
+    column = next((name for name in TEXT_COLUMNS if lines and name in lines[0]), TEXT_COLUMNS[0])
+    return [(file.parent / line["file_name"], line.get(column)) for line in lines]
+
+
+def check_pictures(pictures: Iterable[Path], problems: Sequence[str] = ()) -> None:
+    """Raises a `ValueError` that tells of pictures that cannot be opened, and of other `problems` with them.
+
+    Pixels are decoded later.
+    """
+    problems = list(problems)
+    for file in pictures:
         try:
             PIL.Image.open(file).close()
         except Exception as error:  # decoders raise anything
-            broken.append(f"{file} ({error})")
-    if broken:
-        raise ValueError(f"{tell_some(broken)} cannot be read as pictures: repair them, or take them out.")
+            problems.append(f"{file}: {error}")
+    if problems:
+        raise ValueError(f"{len(problems)} files cannot be used. {tell_some(problems)}")
 
 
 def tell_some(names: Sequence[Any]) -> str:
     """The first of many names, and how many more there are."""
-    return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return "; ".join(map(str, names[:5])) + (f"; and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def open_source(
@@ -76,11 +140,21 @@ def open_source(
     text_column: str | None,
     source_columns: str | Sequence[str] | None,
 ) -> tuple[Any, dict[str, Any], Any]:
-    """The records with their pictures as files or bytes, the columns of images, texts and sources, and who read them."""
+    """The records with their pictures as files or bytes, the columns of images, texts and sources, and who read them.
+
+    Of pictures with texts that `datasets` does not find, that is nobody: [`read_photos`] did.
+    """
     import datasets
 
     if source_columns is not None and kind != "edit":
         raise ValueError(f"source_columns are of edits, but the kind is {kind!r}: give kind='edit', or leave them out.")
+    if source["data_files"] is None and has_own_captions(image_folder(source)):
+        columns = {"image_column": "image", "text_column": "text"}
+        given = {"image_column": image_column, "text_column": text_column, "source_columns": source_columns}
+        if kind == "edit" or any(given[name] not in (None, column) for name, column in columns.items()):
+            raise ValueError(f"{image_folder(source)} is a folder of pictures with captions, and has no columns.")
+        records = datasets.Dataset.from_list(read_photos(image_folder(source)))
+        return records.to_iterable_dataset() if source["streaming"] else records, columns, None
 
     try:
         for file in source["data_files"] or ():
@@ -113,7 +187,14 @@ def open_source(
             if name in cells and isinstance(cells[name], (*types, type(None))):
                 return name
         columns = ", ".join(f"{name} ({type(value).__name__})" for name, value in first.items())
-        advice = "" if what != "text" else " A folder of pictures has texts if metadata.jsonl has file_name and text."
+        advice = (
+            ""
+            if what != "text"
+            else (
+                " A folder of pictures has texts if there are .txt files beside them, if they lie in folders that are named as "
+                "what they show, or if metadata.jsonl has file_name and text."
+            )
+        )
         raise ValueError(
             f"The data set has no column {column or ' or '.join(usual[what])} of {what}s, only {columns}: name the one "
             f"that holds them with {option}.{advice}"
@@ -138,7 +219,7 @@ def survey(
 
     Pictures in files of their own count by path, size, times and text, all others by the files of the data set.
     """
-    source, files = settings["source"], builder.config.data_files or {}
+    source, files = settings["source"], {} if builder is None else builder.config.data_files or {}
     columns = source["image_column"], *source.get("source_columns", ())
     origins = [([Path(file).name for file in of_split], of_split.origin_metadata) for of_split in files.values()]
     origins += [state_of(file) for of_split in files.values() for file in of_split if os.path.exists(file)]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -17,7 +18,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import numpy as np
@@ -39,8 +40,10 @@ from ..models.liquid.vocabulary import IMAGE_MARK, as_integers
 from ..utils.files import LOCK_NAME, UNFINISHED, alone_in, differences, read_json, write_json, write_text
 from ..utils.processes import launched_processes
 from .records import (
+    FILE_FORMATS,
     IMAGE_KINDS,
     MANIFEST_NAME,
+    cache_of,
     cells_of,
     check_datasets_installed,
     check_text,
@@ -50,7 +53,7 @@ from .records import (
     shard_name,
     write_shard,
 )
-from .source import image_folder, open_source, survey
+from .source import METADATA, files_of, image_folder, open_source, read_photos, survey
 
 
 SKIPPED_NAME = "skipped.jsonl"
@@ -80,7 +83,7 @@ def tokenize_dataset(
     image_column: str | None = None,
     text_column: str | None = None,
     source_columns: str | Sequence[str] | None = None,
-    grids: Sequence[tuple[int, int]] | None = None,
+    grids: Sequence[tuple[int, int]] | Literal["common"] | None = None,
     framing: str = "crop",
     kind: str = "text_to_image",
     batch_size: int = 16,
@@ -107,7 +110,8 @@ def tokenize_dataset(
         model (`str` or `os.PathLike`): A Liquid repository in either layout. Only its codec is loaded, in fp32.
         output (`str` or `os.PathLike`): A new folder, or that of an interrupted call.
         dataset (`str`): What `datasets.load_dataset` takes: a builder (`"imagefolder"`, `"json"`, `"parquet"`,
-            `"webdataset"`), a folder, or a name on the Hub.
+            `"webdataset"`), a folder, or a name on the Hub. Or a file (`.csv`, `.json`, `.jsonl`, `.parquet`, `.tar`), or a
+            folder of pictures as [`read_photos`] reads it, none of which may lack its caption.
         dataset_config_name, data_dir, data_files, split, streaming: As `name` and so on in `load_dataset`.
         image_column (`str`, *optional*): Holds pictures, their bytes, or paths; these are relative to `data_dir`, else
             to the folder of `data_files`, else to the folder `dataset`. Defaults to `image` or `image_path`, else to a
@@ -118,7 +122,7 @@ def tokenize_dataset(
             their marks. Defaults to one, `input_image`, `original_image` or `source_img`; `image_column` then to
             `edited_image` or `target_img`.
         grids (list of `(height, width)` in codes, *optional*): A picture takes the one whose proportions are closest to its
-            own. Defaults to the model's square.
+            own. `"common"` are those of photos, [`~ImageLayout.common_grids`]. Defaults to the model's square.
         framing (`str`, defaults to `"crop"`): `"crop"` or `"pad"`, as in [`LiquidImageProcessor`].
         kind (`str`, defaults to `"text_to_image"`): Of the records: that, `"caption"` or `"edit"`.
         batch_size (`int`, defaults to 16): Pictures encoded together.
@@ -141,15 +145,19 @@ def tokenize_dataset(
     # 1. Plan: all that is wrong is found out before anything is written
     check_datasets_installed()
     data_files = [data_files] if isinstance(data_files, str) else data_files and list(data_files)
+    if data_files is None and Path(dataset).suffix in FILE_FORMATS and Path(dataset).is_file():
+        dataset, data_files = FILE_FORMATS[Path(dataset).suffix], [dataset]
     source = {"path": dataset, "name": dataset_config_name, "data_dir": data_dir, "data_files": data_files}
     source |= {"split": split, "streaming": streaming}
     config, codec = load_codec_alone(model)
+    if grids is None or grids == "common":
+        grids = [config.image_layout.grid()] if grids is None else config.image_layout.common_grids()
     settings = {
         "codec": codec_identity(codec),
         "codebook_size": config.codebook_size,
         "downsample_factor": config.downsample_factor,
         "dtype": "int16" if config.codebook_size <= np.iinfo(np.int16).max else "int32",
-        "grids": [as_integers(grid).tolist() for grid in ([config.image_layout.grid()] if grids is None else grids)],
+        "grids": [as_integers(grid).tolist() for grid in grids],
         "framing": framing,
         "kind": kind,
         "records_per_shard": records_per_shard,
@@ -182,6 +190,41 @@ def tokenize_dataset(
             encoded, skipped = encode_pictures(of_shard, codec, batch_size, settings["dtype"])
             write_shard(output / "data" / shard_name(shard), encoded, skipped, settings, states[shard])
         return finish(output, settings, unnamed, processes)
+
+
+def tokenize_in_cache(model: str | os.PathLike, dataset: str, grids: Literal["common"] | None = None) -> Path:
+    """[`tokenize_dataset`] to a folder in the cache of `datasets`, which it tells of, unless the codes are there already.
+
+    Args:
+        model (`str` or `os.PathLike`): As there.
+        dataset (`str`): As there. Whatever its files, their states and the codec decide where its codes are.
+        grids (`str`, *optional*): As there.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        ValueError: As there; also if a folder's `metadata` name pictures that are not there or cannot be read, or leave out
+            some.
+        OSError, ImportError: As there.
+    """
+    check_datasets_installed()
+    import datasets
+
+    if Path(dataset).exists():
+        dataset = os.path.abspath(dataset)
+    if any(file.name in METADATA for file in files_of(dataset)):
+        read_photos(dataset)
+    made_of = [dataset, cache_of(dataset), codec_identity(load_codec_alone(model)[1]), grids]
+    name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    output = Path(datasets.config.HF_DATASETS_CACHE, "liquid_codes", name)
+    is_main = launched_processes().is_main_process
+    if is_main:
+        print(f"{dataset} holds pictures: they become codes in {output}, once.", flush=True)
+    manifest = tokenize_dataset(model, output, dataset, grids=grids)
+    if is_main and manifest["num_skipped"]:
+        print(f"{manifest['num_skipped']:,} pictures were left out: see {output / SKIPPED_NAME}.", flush=True)
+    return output
 
 
 # Plan

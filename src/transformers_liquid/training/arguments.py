@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -41,6 +41,10 @@ _LIMITED: dict[str, tuple[tuple, str]] = {
 }
 
 
+# What a preset goes by, if it is given.
+PRESET_INPUTS = {"preset": str, "total_batch_size": int, "per_device_train_batch_size": int}
+
+
 def check_arguments(args: TrainingArguments) -> None:
     """Refuses the options of the Trainer that would train or measure something else than they say.
 
@@ -59,6 +63,14 @@ class ModelArguments:
     """What is trained."""
 
     model: str = HfArg(help="A saved Liquid model: a folder or a name on the Hub.")
+    preset: Literal["full", "lora", "rows"] | None = HfArg(
+        default=None,
+        help="What is trained, with options that suit the number of records; those that are given win.",
+    )
+    dry_run: bool = HfArg(
+        default=False,
+        help="Try three steps, say how long all of them take and what memory, and stop. Nothing is saved.",
+    )
     trainable: Literal["full", "lora", "rows"] | None = HfArg(
         default=None,
         help="What moves: the whole language model; LoRA on its linear layers, and the image rows; or these rows alone. "
@@ -81,7 +93,10 @@ class DataArguments:
 
     datasets: list[str] = HfArg(
         help="PATH or PATH=WEIGHT of each data set: an output of `transformers-liquid tokenize`, a JSON-lines or parquet "
-        "file of records, or a name on the Hub."
+        "file of records, or a name on the Hub. Pictures with captions are tokenized first."
+    )
+    grids: Literal["square", "common"] = HfArg(
+        default="square", help="Of pictures that are tokenized first: the model's square, or from 16:9 to 9:16."
     )
     eval_datasets: list[str] = HfArg(default_factory=list, help="NAME=PATH of each data set to evaluate on.")
     streaming: bool = HfArg(default=False, help="Read while training instead of before; needs max_steps.")
@@ -102,7 +117,9 @@ class LiquidTrainingArguments(TrainingArguments):
     max_grad_norm: float | None = HfArg(default=None, help="Gradient clipping. Defaults to 1.0, from 7B on to 0.5.")
     report_to: list[str] = HfArg(default_factory=lambda: ["none"], help="none, all, tensorboard, wandb, ...")
     preview_prompts: list[str] = HfArg(default_factory=list, help="What to draw while training.")
-    preview_steps: int = HfArg(default=500, help="Steps between two sheets of previews.")
+    preview_steps: float = HfArg(
+        default=500, help="Steps between two sheets of previews; below 1, a share of all steps; 0 for no previews."
+    )
     remove_unused_columns: bool = HfArg(default=False, help="Must stay false: the collator chooses.")
     logging_nan_inf_filter: bool = HfArg(default=False, help="A loss that is not finite stops the run.")
 
@@ -125,6 +142,7 @@ def parse_arguments(
     argv: Sequence[str],
     options: Sequence[type] = (ModelArguments, DataArguments, LiquidTrainingArguments),
     prog: str = "transformers-liquid train",
+    choose: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: {},
 ) -> tuple[Any, ...]:
     """Options of a YAML file (`--config`) and of the command line, which wins.
 
@@ -132,6 +150,7 @@ def parse_arguments(
         argv (`Sequence[str]`): The command line without the command.
         options (sequence of dataclasses): What there is.
         prog (`str`): What help is about.
+        choose: From those of `PRESET_INPUTS` that are given, the values of options that are not.
 
     Returns:
         One of each of the dataclasses.
@@ -141,18 +160,27 @@ def parse_arguments(
     """
     finder = _Parser([], prog=prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path, help="a YAML file with any of the options below")
-    file, words = finder.parse_known_args(args=list(argv))[0].config, []
-    if file is not None:
-        config = read_yaml(file)
-        # As if they stood on the command line before all that does.
-        for name, value in config.items():
-            if isinstance(value, list):
-                words += [f"--{name}", *map(str, value)]
-            elif value is not None:
-                words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    file = finder.parse_known_args(args=list(argv))[0].config
+    # As if they stood on the command line before all that does.
+    words = [*_as_words({} if file is None else read_yaml(file)), *argv]
+    peeker = _Parser([], prog=prog, add_help=False, allow_abbrev=False)
+    for name, kind in PRESET_INPUTS.items():
+        peeker.add_argument(f"--{name}", f"--{name.replace('_', '-')}", type=kind)
+    words = [*_as_words(choose(vars(peeker.parse_known_args(args=words)[0]))), *words]
     parser = _Parser(options, prog=finder.prog, parents=[finder], allow_abbrev=False)
-    *arguments, _ = parser.parse_args_into_dataclasses(args=[*words, *argv])
+    *arguments, _ = parser.parse_args_into_dataclasses(args=words)
     return tuple(arguments)
+
+
+def _as_words(options: dict[str, Any]) -> list[str]:
+    """Options as they stand on a command line."""
+    words = []
+    for name, value in options.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
 
 
 class _Parser(HfArgumentParser):

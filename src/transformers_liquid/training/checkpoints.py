@@ -58,6 +58,13 @@ def check_checkpoint(folder: str | Path) -> None:
             raise ValueError(f"{path} is damaged, or what it names is missing: {error}") from error
 
 
+def progress(folder: str | Path) -> tuple[int, int]:
+    """How many steps of how many are done, as the trainer's state in a folder says; 0 of 1 if there is none."""
+    path = Path(folder, TRAINER_STATE_NAME)
+    state = read_json(path) if path.is_file() else {"global_step": 0, "max_steps": 1}
+    return state["global_step"], state["max_steps"]
+
+
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint that was written to its end; its state comes last."""
     return next((str(folder) for folder in _newest_first(output_dir)), None)

@@ -13,16 +13,20 @@ import dataclasses
 import json
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import logging
 
 from ..codecs.vq_model import codec_identity
 from ..data.collator import LiquidDataCollator
 from ..data.mixture import drop_too_long, load_records, mix_records
-from ..data.records import check_datasets_installed, content_of
+from ..data.records import NoCodesError, check_datasets_installed, content_of
+from ..data.tokenize import tokenize_in_cache
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor
 from ..models.liquid.reference import adapter_base
@@ -30,9 +34,12 @@ from ..ops.merged_adapters import unload_adapters
 from ..utils.files import differences, read_json, write_json
 from .adapters import liquid_lora_config, liquid_rows_config
 from .arguments import DataArguments, LiquidTrainingArguments, ModelArguments, parse_arguments
-from .checkpoints import alone, last_complete_checkpoint, last_whole_checkpoint
+from .checkpoints import alone, last_complete_checkpoint, last_whole_checkpoint, progress
+from .presets import EstimateCallback, look_at, preset_options
 from .trainer import LiquidTrainer, PreviewCallback
 
+
+logger = logging.get_logger(__name__)
 
 # What a run was started with: in the output folder, to be compared when it goes on.
 SETUP_NAME = "training_setup.json"
@@ -69,19 +76,79 @@ def main(argv: Sequence[str]) -> None:
         ValueError: On arguments or data that cannot be used, before training.
     """
     check_datasets_installed()
-    *arguments, args = parse_arguments(argv)
-    with alone(args):
+    # Once without the data, so that wrong options are found before pictures become codes.
+    model_args, data_args, args = parse_arguments(argv, choose=preset_options)
+    records = use_codes(model_args, data_args)
+    say = print if args.process_index == 0 else lambda text: None
+    if model_args.preset is not None:
+        of_data, chosen = look_at(records), {}
+
+        def choose(given: dict[str, Any]) -> dict[str, Any]:
+            chosen.update(preset_options(given, **of_data))
+            return chosen
+
+        model_args, _, args = parse_arguments(argv, choose=choose)
+        values = vars(model_args) | vars(args)
+        told = ", ".join(f"{name}={values[name]!r}" for name in chosen)
+        say(f"preset {model_args.preset} for {of_data['num_records']:,} records: {told}")
+    if model_args.dry_run:
+        args.push_to_hub, args.report_to, args.preview_prompts, args.resume_from_checkpoint = False, [], [], None
+        args.include_num_input_tokens_seen = "all"
+    with TemporaryDirectory() if model_args.dry_run else nullcontext(args.output_dir) as args.output_dir, alone(args):
         checkpoint = args.resume_from_checkpoint or last_whole_checkpoint(args.output_dir)
-        trainer = build_trainer(*arguments, args)
+        trainer = build_trainer(model_args, data_args, args)
+        if model_args.preset is not None or model_args.dry_run:
+            trainer.add_callback(EstimateCallback(model_args.dry_run))
+        done, number = progress(args.output_dir)
+        is_over = checkpoint and not args.resume_from_checkpoint and done >= number == progress(checkpoint)[0]
+        if is_over:
+            say(f"already finished: {args.output_dir} holds the model after {done} steps.")
+        elif checkpoint:
+            say(f"resuming from step {progress(checkpoint)[0]}")
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-            trainer.save_model()
-            trainer.save_state()
+            if not is_over:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            if not is_over and not model_args.dry_run:
+                trainer.save_model()
+                trainer.save_state()
         except Exception:
             traceback.print_exc()  # the command line prints one line alone
             raise
         if args.push_to_hub:
             trainer.push_to_hub()
+
+
+def use_codes(model_args: ModelArguments, data_args: DataArguments) -> list[Any]:
+    """Makes codes of pictures among the data sets, and names these in their place.
+
+    Returns:
+        The data sets to train on.
+
+    Raises:
+        ValueError, OSError: If they cannot be read.
+    """
+    if model_args.preset is not None and data_args.streaming:
+        raise ValueError("A preset goes by the number of records, which a stream does not tell: leave out streaming.")
+    model, grids = adapter_base(model_args.model) or model_args.model, data_args.grids
+
+    def find(path: str, streaming: bool = False) -> tuple[str, Any]:
+        try:
+            return path, load_records(path, streaming=streaming)
+        except NoCodesError:
+            path = str(tokenize_in_cache(model, path, None if grids == "square" else grids))
+            return path, load_records(path, streaming=streaming)
+
+    records = []
+    for index, argument in enumerate(data_args.datasets):
+        path, equals, weight = argument.rpartition("=") if "=" in argument else (argument, "", "")
+        path, dataset = find(path, data_args.streaming)
+        data_args.datasets[index] = path + equals + weight
+        records.append(dataset)
+    for index, argument in enumerate(data_args.eval_datasets):
+        name, equals, path = argument.partition("=")
+        if equals:
+            data_args.eval_datasets[index] = name + equals + find(path)[0]
+    return records
 
 
 def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: LiquidTrainingArguments) -> LiquidTrainer:
@@ -118,7 +185,8 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Li
         model.config.max_z_loss_coef = model_args.max_z_loss_coef
     if not args.resume_from_checkpoint:
         setup = dataclasses.asdict(model_args) | dataclasses.asdict(data_args)
-        setup.pop("eval_datasets")
+        for name in ("eval_datasets", "preset", "dry_run", "grids"):  # what follows from these decides
+            setup.pop(name)
         setup["contents"] = [content_of(argument.rpartition("=")[0] or argument) for argument in data_args.datasets]
         check_setup(setup, args)
 
@@ -126,6 +194,11 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Li
     names = ("unconditional_probability", "caption_probability", "max_length", "packing")
     collator = LiquidDataCollator(processor, seed=args.seed, **{name: getattr(data_args, name) for name in names})
     datasets = load_datasets(data_args, args, collator, codec_identity(model.model.vq_model))
+    if not data_args.streaming and (number := len(datasets["train_dataset"])) < args.total_batch_size:
+        logger.warning(
+            f"There are {number:,} records, fewer than the {args.total_batch_size:,} of a step (total_batch_size): each step is "
+            f"a pass over all of them, and {args.num_train_epochs:g} epochs are as many steps. Choose a smaller one, or a preset."
+        )
 
     # 3. The trainer
     if base is not None:
@@ -139,7 +212,7 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Li
         is_lora = model_args.trainable == "lora"
         model = get_peft_model(model, liquid_lora_config(model, **lora) if is_lora else liquid_rows_config(model))
     trainer = LiquidTrainer(model=model, args=args, data_collator=collator, processing_class=processor, **datasets)
-    if args.preview_prompts:
+    if args.preview_prompts and args.preview_steps:
         trainer.add_callback(PreviewCallback(trainer, args.preview_prompts, args.preview_steps))
     return trainer
 

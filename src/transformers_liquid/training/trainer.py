@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -248,13 +249,14 @@ class PreviewCallback(TrainerCallback):
     Args:
         trainer ([`LiquidTrainer`]): Its model, its processor and its TensorBoard.
         prompts (`Sequence[str]`): What to draw.
-        steps (`int`): Between two contact sheets; one is drawn before the first step and after the last too.
+        steps (`float`): Between two contact sheets; below 1, a share of all steps. One is drawn before the first step and
+            after the last too.
 
     Raises:
         ValueError: If a prompt cannot be drawn, or the model's weights are spread over processes.
     """
 
-    def __init__(self, trainer: LiquidTrainer, prompts: Sequence[str], steps: int):
+    def __init__(self, trainer: LiquidTrainer, prompts: Sequence[str], steps: float):
         if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
                 "Previews need the whole model in one process: leave out preview_prompts with FSDP and DeepSpeed."
@@ -274,6 +276,8 @@ class PreviewCallback(TrainerCallback):
         return self.pipe(self.prompts, seed=0)  # the same noise on each sheet
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if self.steps < 1:
+            self.steps = math.ceil(self.steps * state.max_steps)
         if state.global_step == 0:
             self._draw(args, state)
 

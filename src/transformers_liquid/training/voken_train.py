@@ -173,6 +173,6 @@ def build_voken_trainer(
         train_dataset=records,
         processing_class=processor,
     )
-    if args.preview_prompts:
+    if args.preview_prompts and args.preview_steps:
         trainer.add_callback(VokenPreviewCallback(trainer, args.preview_prompts, args.preview_steps))
     return pipe, trainer

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,6 +111,16 @@ class ImageLayout:
         """Height and width in pixels of a picture of so many codes."""
         grid_height, grid_width = grid
         return grid_height * self.downsample_factor, grid_width * self.downsample_factor
+
+    def common_grids(self) -> list[tuple[int, int]]:
+        """Grids of common proportions, from 16:9 to 9:16, none with more codes than the default one, which is the first."""
+        side = self.grid()[0]
+        grids = [self.grid()]
+        for long, short in ((4, 3), (3, 2), (16, 9)):
+            height = math.floor(side * math.sqrt(short / long))
+            width = min(round(height * long / short), side * side // height)
+            grids += [(height, width), (width, height)]
+        return list({height / width: (height, width) for height, width in grids}.values())
 
     def num_codes(self, height: int | None = None, width: int | None = None) -> int:
         """Number of codes of a picture: see `grid`."""
