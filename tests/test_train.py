@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -38,6 +39,9 @@ def folder(tmp_path_factory):
             data_dir=str(folder / "pictures"),
             output=str(folder / f"codes-of-{name}"),
         )
+    (folder / "alone").mkdir()
+    pictures[0].save(folder / "alone" / "alone.png")
+    (folder / "alone" / "metadata.jsonl").write_text("")
     with open(folder / "text.jsonl", "w") as lines:
         lines.writelines(json.dumps({"text": f"line {index}"}) + "\n" for index in range(16))
     return folder
@@ -106,6 +110,17 @@ def test_rows_alone_move_where_only_rows_are_trained(folder, tmp_path):
     with torch.no_grad():
         assert torch.equal(model(text).logits[..., others], base(text).logits[..., others])
         assert not torch.allclose(model(text).logits[..., offset:], base(text).logits[..., offset:], atol=1e-3)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["pictures", "pictures/metadata.jsonl"])
+def test_pictures_become_codes_before_they_are_trained_on(folder, tmp_path, monkeypatch, name, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    seen = {"eval_datasets": [f"seen={folder / name}"], "eval_strategy": "steps", "eval_steps": 1}
+    main(config(folder, tmp_path / "run", datasets=[f"{folder / name}=1"], streaming=streaming, **seen))
+    main(config(folder, tmp_path / "same", datasets=[str(folder / "codes-of-base")], streaming=streaming))
+    found, expected = (LiquidForCausalLM.from_pretrained(tmp_path / run).state_dict() for run in ("run", "same"))
+    assert all(torch.equal(weight, found[name]) for name, weight in expected.items())
 
 
 def test_lora_trains_from_the_command_line(folder, tmp_path):
@@ -208,13 +223,9 @@ def test_a_bad_configuration_file_is_refused_in_one_line(tmp_path, capfd):
         ({"streaming": True, "max_steps": -1}, "max_steps has to be specified"),
         ({"eval_strategy": "steps"}, "didn't pass an `eval_dataset`"),
         ({"eval_datasets": ["{folder}/text.jsonl"]}, "NAME=PATH"),
-        ({"datasets": ["{folder}/pictures"]}, "holds pictures, and no codes of them"),
-        ({"datasets": ["{folder}/pictures/metadata.jsonl"]}, "holds pictures, and no codes of them"),
-        ({"datasets": ["{folder}/pictures"], "streaming": True}, "holds pictures, and no codes of them"),
-        (
-            {"eval_datasets": ["seen={folder}/pictures"], "eval_strategy": "steps"},
-            "holds pictures, and no codes of them",
-        ),
+        ({"datasets": ["{folder}/alone"]}, "alone.png: it has no caption"),
+        ({"datasets": ["{folder}/alone"], "streaming": True}, "alone.png: it has no caption"),
+        ({"eval_datasets": ["seen={folder}/alone"], "eval_strategy": "steps"}, "alone.png: it has no caption"),
         ({"max_length": 10}, "16 of the 16 records of .* do not fit into max_length=10"),
     ],
 )

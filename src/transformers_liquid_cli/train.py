@@ -20,7 +20,7 @@ def train(
     \b
     What is trained:
       --model MODEL                    a saved Liquid model: a folder or a name on the Hub (required); an adapter is trained on
-      --preset full|lora|rows          likewise, with options that suit the number of records; others that are given win
+      --preset full|lora|rows          what is trained, with options for this number of records; those that are given win
       --dry-run                        three steps: what time and memory all of them take
       --trainable full|lora|rows       the whole language model, LoRA and the image rows, or these rows alone
       --lora-r N, --lora-alpha N, --lora-dropout P

@@ -28,7 +28,7 @@ from .records import (
     read_manifest,
     root_cause,
 )
-from .source import has_own_captions, pictures_of
+from .source import is_photo_folder, pictures_of
 
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def load_records(
     """
     import datasets
 
-    if has_own_captions(path):
+    if is_photo_folder(path):
         raise NoCodesError(NO_CODES.format(path, ""))
     try:
         manifest = read_manifest(path)

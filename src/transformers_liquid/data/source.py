@@ -16,7 +16,7 @@ from typing import Any
 import PIL.Image
 
 from ..utils.files import check_keys, parse_json, read_text
-from .records import cache_of, cells_of, check_json, check_text, number_stream, root_cause, state_of
+from .records import FILE_FORMATS, cache_of, cells_of, check_json, check_text, number_stream, root_cause, state_of
 
 
 # Where pictures and texts are looked for, in this order.
@@ -31,6 +31,10 @@ EDIT_COLUMNS = {
 
 # What names the pictures of a folder, with their texts.
 METADATA = ("metadata.jsonl", "metadata.csv")
+CAPTIONS = (
+    "Captions of a folder of pictures are .txt files beside them, the names of the folders that they lie in, or file_name and "
+    "text in metadata.jsonl or metadata.csv."
+)
 # How the names of pictures in a folder end.
 PICTURE_ENDINGS = (".avif", ".bmp", ".gif", ".heic", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # How those of files end by which `datasets` knows what a folder is.
@@ -51,14 +55,19 @@ def pictures_of(folder: str | os.PathLike) -> list[Path]:
     return [file for file in files_of(folder) if file.suffix.lower() in PICTURE_ENDINGS]
 
 
+def is_photo_folder(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds pictures, and no data but `METADATA` of them."""
+    names = {file.suffix.lower() for file in files_of(folder) if file.name not in METADATA}
+    return not names.isdisjoint(PICTURE_ENDINGS) and names.isdisjoint(DATA_ENDINGS)
+
+
 def has_own_captions(folder: str | os.PathLike) -> bool:
     """Whether a folder of pictures has texts that `datasets` would not find: beside them, or in the names of folders."""
-    if not Path(folder).is_dir() or any(Path(folder, split).is_dir() for split in ("train", "validation", "test")):
+    files, splits = files_of(folder), [Path(folder, split) for split in ("train", "validation", "test")]
+    if not is_photo_folder(folder) or any(split.is_dir() for split in splits):
         return False
-    files = files_of(folder)
-    endings, places = {file.suffix.lower() for file in files}, {file.parent for file in files}
-    is_known = endings.intersection(PICTURE_ENDINGS) and endings.isdisjoint(DATA_ENDINGS)
-    return bool(is_known and (".txt" in endings or places != {Path(folder)}))
+    is_beside, places = any(file.suffix == ".txt" for file in files), {file.parent for file in files}
+    return all(file.name not in METADATA for file in files) and (is_beside or places != {Path(folder)})
 
 
 def read_photos(folder: str | os.PathLike) -> list[dict[str, str]]:
@@ -118,19 +127,30 @@ def check_pictures(pictures: Iterable[Path], problems: Sequence[str] = ()) -> No
 
     Pixels are decoded later.
     """
-    problems = list(problems)
+    of_captions, problems = bool(problems), list(problems)
     for file in pictures:
         try:
             PIL.Image.open(file).close()
         except Exception as error:  # decoders raise anything
             problems.append(f"{file}: {error}")
     if problems:
-        raise ValueError(f"{len(problems)} files cannot be used. {tell_some(problems)}")
+        advice = f". {CAPTIONS}" if of_captions else ""
+        raise ValueError(f"{len(problems)} files cannot be used. {tell_some(problems)}{advice}")
 
 
 def tell_some(names: Sequence[Any]) -> str:
     """The first of many names, and how many more there are."""
     return "; ".join(map(str, names[:5])) + (f"; and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def source_of(
+    dataset: str, name: str | None, data_dir: str | None, data_files: str | Sequence[str] | None, **more: Any
+) -> dict[str, Any]:
+    """Where a data set comes from, as the arguments of `load_dataset`; of a file, its builder and the file."""
+    files = [data_files] if isinstance(data_files, str) else data_files and list(data_files)
+    if files is None and Path(dataset).is_file() and (builder := FILE_FORMATS.get(Path(dataset).suffix)):
+        dataset, files = builder, [dataset]
+    return {"path": dataset, "name": name, "data_dir": data_dir, "data_files": files, **more}
 
 
 def open_source(
@@ -149,12 +169,7 @@ def open_source(
     if source_columns is not None and kind != "edit":
         raise ValueError(f"source_columns are of edits, but the kind is {kind!r}: give kind='edit', or leave them out.")
     if source["data_files"] is None and has_own_captions(image_folder(source)):
-        columns = {"image_column": "image", "text_column": "text"}
-        given = {"image_column": image_column, "text_column": text_column, "source_columns": source_columns}
-        if kind == "edit" or any(given[name] not in (None, column) for name, column in columns.items()):
-            raise ValueError(f"{image_folder(source)} is a folder of pictures with captions, and has no columns.")
-        records = datasets.Dataset.from_list(read_photos(image_folder(source)))
-        return records.to_iterable_dataset() if source["streaming"] else records, columns, None
+        return _open_photos(source, kind, {image_column, text_column})
 
     try:
         for file in source["data_files"] or ():
@@ -187,14 +202,7 @@ def open_source(
             if name in cells and isinstance(cells[name], (*types, type(None))):
                 return name
         columns = ", ".join(f"{name} ({type(value).__name__})" for name, value in first.items())
-        advice = (
-            ""
-            if what != "text"
-            else (
-                " A folder of pictures has texts if there are .txt files beside them, if they lie in folders that are named as "
-                "what they show, or if metadata.jsonl has file_name and text."
-            )
-        )
+        advice = f" {CAPTIONS}" if what == "text" else ""
         raise ValueError(
             f"The data set has no column {column or ' or '.join(usual[what])} of {what}s, only {columns}: name the one "
             f"that holds them with {option}.{advice}"
@@ -210,6 +218,18 @@ def open_source(
                 f"{columns['image_column']} is named as the source and as the result of an edit: they differ."
             )
     return records, columns, builder
+
+
+def _open_photos(source: Mapping[str, Any], kind: str, columns: set[str | None]) -> tuple[Any, dict[str, Any], None]:
+    """As `open_source`, of pictures with texts that `datasets` does not find."""
+    import datasets
+
+    folder = image_folder(source)
+    if kind == "edit" or columns != {None}:
+        raise ValueError(f"{folder} is a folder of pictures with captions, and has neither edits nor columns.")
+    records = datasets.Dataset.from_list(read_photos(folder))
+    records = records.to_iterable_dataset() if source["streaming"] else records
+    return records, {"image_column": "image", "text_column": "text"}, None
 
 
 def survey(

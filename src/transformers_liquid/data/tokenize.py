@@ -40,7 +40,6 @@ from ..models.liquid.vocabulary import IMAGE_MARK, as_integers
 from ..utils.files import LOCK_NAME, UNFINISHED, alone_in, differences, read_json, write_json, write_text
 from ..utils.processes import launched_processes
 from .records import (
-    FILE_FORMATS,
     IMAGE_KINDS,
     MANIFEST_NAME,
     cache_of,
@@ -53,7 +52,7 @@ from .records import (
     shard_name,
     write_shard,
 )
-from .source import METADATA, files_of, image_folder, open_source, read_photos, survey
+from .source import image_folder, is_photo_folder, open_source, read_photos, source_of, survey
 
 
 SKIPPED_NAME = "skipped.jsonl"
@@ -144,11 +143,7 @@ def tokenize_dataset(
     """
     # 1. Plan: all that is wrong is found out before anything is written
     check_datasets_installed()
-    data_files = [data_files] if isinstance(data_files, str) else data_files and list(data_files)
-    if data_files is None and Path(dataset).suffix in FILE_FORMATS and Path(dataset).is_file():
-        dataset, data_files = FILE_FORMATS[Path(dataset).suffix], [dataset]
-    source = {"path": dataset, "name": dataset_config_name, "data_dir": data_dir, "data_files": data_files}
-    source |= {"split": split, "streaming": streaming}
+    source = source_of(dataset, dataset_config_name, data_dir, data_files, split=split, streaming=streaming)
     config, codec = load_codec_alone(model)
     if grids is None or grids == "common":
         grids = [config.image_layout.grid()] if grids is None else config.image_layout.common_grids()
@@ -204,8 +199,7 @@ def tokenize_in_cache(model: str | os.PathLike, dataset: str, grids: Literal["co
         `Path`: The folder.
 
     Raises:
-        ValueError: As there; also if a folder's `metadata` name pictures that are not there or cannot be read, or leave out
-            some.
+        ValueError: As there; also of pictures in a folder with metadata, if any lacks its caption or cannot be read.
         OSError, ImportError: As there.
     """
     check_datasets_installed()
@@ -213,7 +207,7 @@ def tokenize_in_cache(model: str | os.PathLike, dataset: str, grids: Literal["co
 
     if Path(dataset).exists():
         dataset = os.path.abspath(dataset)
-    if any(file.name in METADATA for file in files_of(dataset)):
+    if is_photo_folder(dataset):
         read_photos(dataset)
     made_of = [dataset, cache_of(dataset), codec_identity(load_codec_alone(model)[1]), grids]
     name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
