@@ -67,7 +67,8 @@ def load_records(
 
     Raises:
         ValueError: If the data set cannot be read, is empty, its columns are not those of records, or its codes are
-            another codec's; a `NoCodesError` if it holds pictures, and no codes of them. What the columns hold is looked at by the collator, record by record.
+            another codec's; a `NoCodesError` if it holds pictures, and no codes of them. What the columns hold is looked
+            at by the collator, record by record.
     """
     import datasets
 
