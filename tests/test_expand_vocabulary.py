@@ -35,7 +35,7 @@ def _ids(tokenizer) -> torch.Tensor:
         ("mamba", True, NUM_TOKENS),
     ],
 )
-@pytest.mark.parametrize("init", ["mean", "normal"])
+@pytest.mark.parametrize("init", ["mean", "normal", "codebook"])
 def test_text_logits_are_the_bases_before_and_after_reload(model_type, tied, rows, init, tmp_path):
     tokenizer = tiny_tokenizer(BASE_TOKENS)
     base = tiny_base(model_type, tied, vocab_size=rows)
@@ -129,7 +129,7 @@ def test_mean_rows_are_the_mean_of_the_tokenizers_rows(tied):
     base = tiny_base("phi", tied, vocab_size=NUM_TOKENS + 5)
     weights = [base.get_input_embeddings().weight, base.lm_head.weight, base.lm_head.bias]
     means = [weight[:NUM_TOKENS].detach().mean(0) for weight in weights]
-    model, _ = expand_vocabulary(base, tiny_tokenizer(BASE_TOKENS), tiny_codec())
+    model, _ = expand_vocabulary(base, tiny_tokenizer(BASE_TOKENS), tiny_codec(), init="mean")
     weights = [base.get_input_embeddings().weight, base.lm_head.weight, base.lm_head.bias]
     for weight, mean in zip(weights, means, strict=True):
         new_rows = weight[model.config.image_layout.image_slice]
@@ -153,10 +153,29 @@ def test_normal_rows_have_the_mean_and_covariance_of_the_tokenizers_rows_and_dep
     assert not torch.equal(rows, new_rows(2))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_by_default_codes_that_look_alike_have_rows_that_are_alike(tied):
+    base, codec = tiny_base(vocab_size=NUM_TOKENS, tied=tied), tiny_codec(num_vq_embeddings=2000)
+    old = [weight.detach().clone() for weight in (base.get_input_embeddings().weight, base.lm_head.weight)]
+    codebook = codec.quantize.embedding.weight
+    with torch.no_grad():  # of different sizes: which dimension is how wide must not matter
+        codebook.copy_(torch.randn(codebook.shape) * torch.tensor([100.0, 1.0, 0.01, 3.0]) + 5)
+    model, _ = expand_vocabulary(base, tiny_tokenizer(BASE_TOKENS), codec)
+    looks = (codebook - codebook.mean(0)) / codebook.std(0)
+    for old_rows, weight in zip(old, (base.get_input_embeddings().weight, base.lm_head.weight), strict=True):
+        rows = weight.detach()[model.config.image_layout.image_slice]
+        torch.testing.assert_close(rows.mean(0), old_rows.mean(0), rtol=0, atol=0.02)
+        # As much spread as before; half of it, here exactly what is linear in the codebook, follows the looks.
+        fitted = looks @ torch.linalg.lstsq(looks, rows - rows.mean(0)).solution
+        spread, explained = (rows - rows.mean(0)).square().sum(), fitted.square().sum()
+        assert 0.7 < spread / (old_rows - old_rows.mean(0)).square().sum() * len(old_rows) / len(rows) < 1.4
+        assert 0.35 < explained / spread < 0.65
+
+
 def test_expansion_leaves_the_global_random_state_alone():
     base, tokenizer, codec = tiny_base(vocab_size=NUM_TOKENS), tiny_tokenizer(BASE_TOKENS), tiny_codec()
     state = torch.get_rng_state()
-    expand_vocabulary(base, tokenizer, codec, init="normal")
+    expand_vocabulary(base, tokenizer, codec)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -211,7 +230,7 @@ def test_what_cannot_be_expanded_is_refused_before_anything_changes():
         ((base, "tokenizer", codec), "must be the base's tokenizer, got str"),
         ((base, tokenizer, plain_codec), "must be a LiquidVQModel.*got VQModel"),
         ((base, tokenizer, codec, 9), "multiple"),
-        ((base, tokenizer, codec, 8, "zeros"), "init must be 'mean' or 'normal', got 'zeros'"),
+        ((base, tokenizer, codec, 8, "zeros"), "init must be 'codebook', 'normal' or 'mean', got 'zeros'"),
     ]:
         with pytest.raises(ValueError, match=message):
             expand_vocabulary(*arguments)

@@ -80,25 +80,10 @@ def build_base(output: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     codec = LiquidForCausalLM.from_pretrained(EMOJI_CHECKPOINT).model.vq_model
-    model, processor = expand_vocabulary(base, tokenizer, codec, image_size=64, init="normal")
-    arrange_like_codebook(model)
+    model, processor = expand_vocabulary(base, tokenizer, codec, image_size=64)
     model.generation_config.image_generation_config = IMAGE_SETTINGS
     model.save_pretrained(output)
     processor.save_pretrained(output)
-
-
-@torch.no_grad()
-def arrange_like_codebook(model: LiquidForCausalLM) -> None:
-    """Moves the new rows so that codes that look alike have rows that are alike; mean and covariance stay about the
-    same. Half of each row's variance stays its own."""
-    rows = model.get_input_embeddings().weight[model.config.image_layout.image_slice]
-    mean = rows.mean(0)
-    codebook = model.model.vq_model.quantize.embedding.weight
-    codebook = (codebook - codebook.mean(0)) / codebook.std(0)
-    # Random mixtures of as many rows as the codebook has dimensions: they lie as the rows of text tokens do.
-    directions = (rows - mean)[: codebook.shape[1]]
-    projected = codebook @ directions / codebook.shape[1] ** 0.5
-    rows.copy_(mean + (rows - mean + projected) * 0.5**0.5)
 
 
 def choose_emoji(emoji: list[Emoji]) -> list[Emoji]:

@@ -19,6 +19,8 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from .checkpoints import EMOJI_CHECKPOINT
+from .codecs.llamagen import load_llamagen_codec, save_llamagen_codec
+from .codecs.loading import load_codec
 from .codecs.taming import load_taming_codec, save_taming_codec
 from .codecs.vq_model import CHAMELEON_VQ_CONFIG, LiquidVQModel
 from .conversion.expand import expand_vocabulary
@@ -118,11 +120,14 @@ __all__ = [
     "export_base_model",
     "liquid_lora_config",
     "liquid_rows_config",
+    "load_codec",
+    "load_llamagen_codec",
     "load_minigpt5",
     "load_records",
     "load_taming_codec",
     "mix_records",
     "partial_pictures",
+    "save_llamagen_codec",
     "save_minigpt5",
     "save_taming_codec",
     "story_samples",

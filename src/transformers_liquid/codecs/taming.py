@@ -84,21 +84,48 @@ def load_taming_codec(path: str | Path, config: str | Path | dict[str, Any] | No
     stored = read_tensors(checkpoint)
     tensors = stored.get("state_dict", stored) if isinstance(stored, dict) else {}
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(TAMING_TRAINING_PREFIX)}
-    table = vq_key_table(vq_config)
-    check_keys("The taming checkpoint", tensors, required=table, optional=())
-    with torch.device("meta"):  # the tensors read become its weights
+    return codec_from_tensors("taming", checkpoint, tensors, vq_config, vq_key_table(vq_config))
+
+
+def codec_from_tensors(
+    layout: str, path: str | Path, tensors: dict[str, torch.Tensor], vq_config: dict[str, Any], table: dict[str, str]
+) -> LiquidVQModel:
+    """A codec of tensors that go by other names, in float32 and eval mode.
+
+    Args:
+        layout (`str`): Whose names they are.
+        path (`str` or `Path`): Where they lie.
+        tensors (`dict`): Names to tensors.
+        vq_config (`dict`): Arguments of the [`LiquidVQModel`].
+        table (`dict`): Each of the names to that in [`LiquidVQModel`].
+
+    Raises:
+        ValueError: If a tensor is unknown, missing or of another shape.
+    """
+    check_keys(f"The {layout} checkpoint", tensors, required=table, optional=())
+    with torch.device("meta"):  # the tensors become its weights
         codec = LiquidVQModel(**vq_config)
-    state_dict = {key: tensors[name].float() for name, key in table.items()}
+    state_dict = {key: tensors[its].float() for its, key in table.items()}
     for key, expected in codec.state_dict().items():
         if expected.ndim == 2:  # an attention projection, which is a 1 x 1 convolution there
             state_dict[key] = state_dict[key].flatten(1)
         if state_dict[key].shape != expected.shape:
             raise ValueError(
-                f"{checkpoint}: the tensor for {key} has shape {tuple(state_dict[key].shape)}, but its configuration "
+                f"{path}: the tensor for {key} has shape {tuple(state_dict[key].shape)}, but its configuration "
                 f"asks for {tuple(expected.shape)}. Are checkpoint and configuration of the same codec?"
             )
     codec.load_state_dict(state_dict, assign=True)
     return codec.eval()
+
+
+def tensors_from_codec(codec: LiquidVQModel, table: dict[str, str]) -> dict[str, torch.Tensor]:
+    """The inverse of [`codec_from_tensors`]."""
+    ours = codec.state_dict()
+    tensors = {name: ours[key] for name, key in table.items()}
+    return {
+        name: tensor[..., None, None] if tensor.ndim == 2 and ".attentions." in table[name] else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def load_taming_config(path: str | Path, config: str | Path | dict[str, Any] | None = None) -> dict[str, Any]:
@@ -120,11 +147,8 @@ def save_taming_codec(codec: LiquidVQModel, directory: str | Path) -> None:
     Raises:
         ValueError: If taming cannot express the codec's configuration.
     """
-    config, ours = taming_config_from_vq(codec.config), codec.state_dict()
-    state_dict = {name: ours[key] for name, key in vq_key_table(codec.config).items()}
-    for name, tensor in state_dict.items():
-        if tensor.ndim == 2 and "attn" in name:  # as in loading
-            state_dict[name] = tensor[..., None, None]
+    config = taming_config_from_vq(codec.config)
+    state_dict = tensors_from_codec(codec, vq_key_table(codec.config))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": state_dict}, directory / TAMING_CHECKPOINT_NAME)
@@ -206,22 +230,30 @@ def taming_config_from_vq(vq_config: dict[str, Any]) -> dict[str, Any]:
     params = {"embed_dim": embed_dim, "n_embed": vq_config["num_vq_embeddings"], "ddconfig": ddconfig}
     config = {"model": {"target": "taming.models.vqgan.VQModel", "params": params}}
 
-    given = {"norm_type": "group", "lookup_from_codebook": False, **vq_config, "vq_embed_dim": embed_dim}
-    expressed = {"norm_type": "group", "lookup_from_codebook": False, **vq_config_from_taming(config)}
-    for key, value in expressed.items():
-        is_same = list(given[key]) == value if isinstance(value, list) else given[key] == value
-        if not is_same:
-            raise ValueError(
-                f"A taming VQGAN cannot have {key}={given[key]!r}: the nearest it can express is {value!r}."
-            )
+    check_expressible("A taming VQGAN", vq_config, vq_config_from_taming(config))
     return config
 
 
-def vq_key_table(vq_config: dict[str, Any]) -> dict[str, str]:
+def check_expressible(name: str, vq_config: dict[str, Any], expressed: dict[str, Any]) -> None:
+    """Raises a `ValueError` if a codec of another repository, which says `expressed`, cannot say all of `vq_config`."""
+    given = {"norm_type": "group", "lookup_from_codebook": False, **vq_config}
+    if given["vq_embed_dim"] is None:
+        given["vq_embed_dim"] = given["latent_channels"]
+    for key, value in ({"norm_type": "group", "lookup_from_codebook": False} | expressed).items():
+        is_same = list(given[key]) == value if isinstance(value, list) else given[key] == value
+        if not is_same:
+            raise ValueError(f"{name} cannot have {key}={given[key]!r}: the nearest it can express is {value!r}.")
+
+
+def vq_key_table(
+    vq_config: dict[str, Any], names: dict[str, str] = NAMES, counts_from_finest: bool = True
+) -> dict[str, str]:
     """Every tensor's name in taming -> its name in [`LiquidVQModel`].
 
     Args:
         vq_config (`dict`): Arguments of the [`LiquidVQModel`].
+        names (`dict`, *optional*): What the other one calls each part of a path.
+        counts_from_finest (`bool`, defaults to `True`): Whether it counts the decoder's levels from the finest.
 
     Returns:
         `dict`: Names to names.
@@ -231,8 +263,10 @@ def vq_key_table(vq_config: dict[str, Any]) -> dict[str, str]:
         keys = list(LiquidVQModel(**vq_config).state_dict())
     table = {}
     for key in keys:
-        name = re.sub(r"up_blocks\.(\d+)", lambda level: f"up_blocks.{last - int(level[1])}", key)
-        for ours, tamings in NAMES.items():
-            name = name.replace(ours, tamings)
+        name = key
+        if counts_from_finest:
+            name = re.sub(r"up_blocks\.(\d+)", lambda level: f"up_blocks.{last - int(level[1])}", name)
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
         table[name] = key
     return table

@@ -40,6 +40,10 @@ class LiquidVQModel(VQModel):
     multiples of [`~LiquidVQModel.downsample_factor`]. Where memory is short, `enable_slicing()` lets `decode_codes` work
     picture by picture.
 
+    Both speak of pixels in [-1, 1] whatever the network does. A codec whose configuration says `lookup_from_codebook` is
+    of the family of aMUSEd, the one for which diffusers has that option: its network works in [0, 1] (`do_normalize=False`
+    in `AmusedPipeline`), which no configuration of diffusers tells.
+
     Example:
 
     ```python
@@ -112,8 +116,11 @@ class LiquidVQModel(VQModel):
                 f"got {tuple(pixel_values.shape)}."
             )
         code_grid(*pixel_values.shape[-2:], self.downsample_factor)
+        pixel_values = pixel_values.to(self.execution_device, self.dtype)
+        if self.config.lookup_from_codebook:
+            pixel_values = pixel_values / 2 + 0.5
         with maybe_autocast(self.execution_device.type, enabled=False):
-            latents = self.encode(pixel_values.to(self.execution_device, self.dtype)).latents
+            latents = self.encode(pixel_values).latents
             return self.nearest_codes(latents)
 
     @torch.no_grad()
@@ -148,10 +155,14 @@ class LiquidVQModel(VQModel):
         # No cache: it would hold the weights a second time.
         with maybe_autocast(codes.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
             # (B, h, w, C) seen as (B, C, h, w) is channels-last already, in which CPUs convolve faster.
-            quantized = self._embed(codes).permute(0, 3, 1, 2)
+            looks_up = self.config.lookup_from_codebook
+            quantized = codes if looks_up else self._embed(codes).permute(0, 3, 1, 2)
+            shape = (-1, *codes.shape[1:], self.quantize.vq_embed_dim)  # what diffusers makes of codes that it looks up
             pieces = quantized.split(1 if self.use_slicing else len(quantized))
-            decoded = [self.decode(piece, force_not_quantize=True).sample.to(self.dtype) for piece in pieces]
+            decoded = [self.decode(one, force_not_quantize=True, shape=shape).sample.to(self.dtype) for one in pieces]
         pixel_values = torch.cat(decoded)
+        if looks_up:
+            pixel_values = pixel_values * 2 - 1
         check_finite(pixel_values, "The decoded pixels")
         return pixel_values
 

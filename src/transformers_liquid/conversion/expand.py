@@ -18,7 +18,7 @@ def expand_vocabulary(
     tokenizer: PreTrainedTokenizerBase,
     codec: LiquidVQModel,
     image_size: int | None = None,
-    init: str = "mean",
+    init: str = "codebook",
     seed: int = 0,
 ) -> tuple[LiquidForCausalLM, LiquidProcessor]:
     """Gives a language model a row for every code of a codec. What it says about text stays what it was.
@@ -37,10 +37,11 @@ def expand_vocabulary(
         codec ([`LiquidVQModel`]): One code per position. It becomes a part of the result, frozen and in fp32.
         image_size (`int`, *optional*): Default height and width of pictures in pixels. Defaults to the codec's
             `sample_size`.
-        init (`str`, defaults to `"mean"`): What new rows begin as: `"mean"`, the mean of the tokenizer's rows (the
-            reference's mean resizing), or `"normal"`, drawn from a normal distribution with the mean and covariance
-            of these rows.
-        seed (`int`, defaults to 0): For `"normal"`.
+        init (`str`, defaults to `"codebook"`): What new rows begin as. `"mean"`: the mean of the tokenizer's rows (the
+            reference's mean resizing). `"normal"`: draws from a normal distribution with the mean and covariance of
+            these rows. `"codebook"`: such draws, but codes that look alike have rows that are alike: half of each row's
+            variance follows its vector in the codebook.
+        seed (`int`, defaults to 0): For the draws.
 
     Returns:
         The model and its processor; `save_pretrained` both into one folder.
@@ -53,9 +54,9 @@ def expand_vocabulary(
 
     ```python
     >>> from transformers import AutoModelForCausalLM, AutoTokenizer
-    >>> from transformers_liquid import LiquidVQModel, expand_vocabulary
+    >>> from transformers_liquid import expand_vocabulary, load_codec
     >>> base_model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    >>> model, processor = expand_vocabulary(base_model, tokenizer, LiquidVQModel.from_pretrained(codec))
+    >>> model, processor = expand_vocabulary(base_model, tokenizer, load_codec(codec))
     >>> model.save_pretrained(out), processor.save_pretrained(out)
     ```
     """
@@ -70,7 +71,10 @@ def expand_vocabulary(
     ids = special_token_ids(base_model, tokenizer, list(IMAGE_TOKENS.values()))
     token_ids = {f"{name}_id": one for name, one in zip(IMAGE_TOKENS, ids, strict=True)}
     image_token_offset = max(num_rows, max(ids) + 1)
-    grow(base_model, image_token_offset + codec.codebook_size, num_text_tokens, init, seed)
+    draws = "normal" if init == "codebook" else init
+    grow(base_model, image_token_offset + codec.codebook_size, num_text_tokens, draws, seed)
+    if init == "codebook":
+        _arrange_like_codebook(base_model, codec.quantize.embedding.weight, image_token_offset)
     config = LiquidConfig(
         text_config=base_model.config,
         vq_config=dict(codec.config),
@@ -115,6 +119,19 @@ def _obstacle(
     base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: LiquidVQModel, init: str
 ) -> str | None:
     """Why these cannot become a Liquid model."""
+    if (problem := base_obstacle(base_model, tokenizer)) is not None:
+        return problem
+    if not isinstance(codec, LiquidVQModel):
+        return (
+            f"codec must be a LiquidVQModel (one code per position), got {type(codec).__name__}. `load_codec` loads those "
+            "of other layouts; codecs with several codes per position do not fit."
+        )
+    is_known = init in ("codebook", "normal", "mean")
+    return None if is_known else f"init must be 'codebook', 'normal' or 'mean', got {init!r}."
+
+
+def base_obstacle(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why this base, whose weights are not looked at, cannot become a part of a Liquid model with this tokenizer."""
     name = type(base_model).__name__
     if isinstance(base_model, LiquidPreTrainedModel):
         return f"The base model is a {name}: it has image rows already. Train it as it is, or give the plain language model."
@@ -124,14 +141,7 @@ def _obstacle(
             f"base_model must be a causal language model as AutoModelForCausalLM loads it, got {name}. (Merge adapters "
             "first.)"
         )
-    if (problem := growth_obstacle(base_model, tokenizer)) is not None:
-        return problem
-    if not isinstance(codec, LiquidVQModel):
-        return (
-            f"codec must be a LiquidVQModel (one code per position), got {type(codec).__name__}. Load diffusers' VQModel "
-            "repositories with `LiquidVQModel.from_pretrained`; codecs with several codes per position do not fit."
-        )
-    return None if init in ("mean", "normal") else f"init must be 'mean' or 'normal', got {init!r}."
+    return growth_obstacle(base_model, tokenizer)
 
 
 def growth_obstacle(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -174,3 +184,18 @@ def _set_new_rows(text_rows: torch.Tensor, new_rows: torch.Tensor, init: str, ge
         variances, directions = torch.linalg.eigh(covariance)
         draws = torch.randn(new_rows.shape, generator=generator).to(new_rows.device)
         new_rows.copy_(mean + (draws * variances.clamp(min=0).sqrt()) @ directions.T)
+
+
+@torch.no_grad()
+def _arrange_like_codebook(base_model: PreTrainedModel, codebook: torch.Tensor, offset: int) -> None:
+    """Moves the rows of codes, which are drawn, so that like codes have like rows; mean and covariance stay about the same."""
+    codebook = codebook.float()
+    codebook = (codebook - codebook.mean(0)) / codebook.std(0).clamp(min=1e-12)
+    weights = (base_model.get_input_embeddings().weight, base_model.get_output_embeddings().weight)
+    for weight in weights[: 1 if weights[0] is weights[1] else 2]:
+        rows = weight[offset:].float()
+        mean = rows.mean(0)
+        # Random mixtures of as many rows as the codebook has dimensions: they lie as the rows of text tokens do.
+        directions = (rows - mean)[: codebook.shape[1]]
+        projected = codebook.to(rows.device)[:, : len(directions)] @ directions / len(directions) ** 0.5
+        weight[offset:] = mean + (rows - mean + projected) * 0.5**0.5

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from huggingface_hub.constants import HF_HUB_CACHE
-from safetensors import safe_open
 from torch.multiprocessing import Lock
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import logging
 
+from ..codecs.loading import load_codec
 from ..codecs.vq_model import LiquidVQModel, codec_identity
 from ..models.liquid.configuration_liquid import LiquidConfig
 from ..models.liquid.image_processing_liquid import BASE64, WEB, LiquidImageProcessor, load_image, open_image
@@ -228,23 +228,7 @@ def load_codec_alone(model: str | os.PathLike) -> tuple[LiquidConfig, LiquidVQMo
     """Configuration and codec of a repository, without the files that hold the language model alone."""
     if (reference := ReferenceCheckpoint.find(model)) is not None:
         return reference.config, reference.codec
-    config = LiquidConfig.from_pretrained(model)
-    index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-    files = {SAFE_WEIGHTS_NAME}
-    if index is not None:
-        weight_map = read_json(index)["weight_map"]
-        files = {file for name, file in weight_map.items() if "vq_model." in name}
-    weights = {}
-    for file in files:
-        with safe_open(cached_file(model, file), framework="pt") as stored:
-            names = [name for name in stored.keys() if "vq_model." in name]  # noqa: SIM118 (it is no mapping)
-            weights |= {name.partition("vq_model.")[2]: stored.get_tensor(name) for name in names}
-    codec = LiquidVQModel(**config.vq_config)
-    try:
-        codec.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{model} holds no codec that fits its configuration: {error}") from error
-    return config, codec.eval()
+    return LiquidConfig.from_pretrained(model), load_codec(model)
 
 
 def check_settings(settings: Mapping[str, Any], **counts: int) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -21,22 +18,25 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
 from ...checkpoints import EMOJI_CHECKPOINT
-from ...codecs.taming import TAMING_CHECKPOINT_NAME, TAMING_CONFIG_NAME, load_taming_codec, load_taming_config
+from ...codecs.loading import (
+    DIFFUSERS_CODEC_FOLDER,
+    REFERENCE_CODEC_FOLDER,
+    REFERENCE_CODEC_REPO,
+    fetch_reference_codec,
+    find_codec,
+    load_codec,
+)
+from ...codecs.taming import TAMING_CHECKPOINT_NAME, TAMING_CONFIG_NAME
 from ...codecs.vq_model import LiquidVQModel, check_loading_info
 from ...utils.files import read_json
+from ...utils.hub import hub_arguments, naming
 from .configuration_liquid import LiquidConfig
 from .vocabulary import IMAGE_MARK, REFERENCE_TOKENS, free_tokens
 
 
-# Where the reference keeps its codec: in `chameleon/` of the Space.
-REFERENCE_CODEC_REPO = "Junfeng5/Liquid_demo"
-REFERENCE_CODEC_FOLDER = "chameleon"
 # The key that our exports add to the plain `config.json`: what that layout cannot say otherwise.
 EXPORTED_LAYOUT_KEY = "liquid_layout"
 EXPORTED_LAYOUT = ("image_token_offset", "image_token_id", "image_size")
-# An export's codec that taming cannot express lies here, as diffusers saves it.
-DIFFUSERS_CODEC_FOLDER = "vq_model"
-
 DIFFUSERS_CHECKPOINT_NAME = "diffusion_pytorch_model.safetensors"
 # Where a repository of the reference layout may hold a codec of its own: folder, configuration, weights.
 CODEC_PLACES = (
@@ -44,14 +44,6 @@ CODEC_PLACES = (
     ("", TAMING_CONFIG_NAME, TAMING_CHECKPOINT_NAME),
     (DIFFUSERS_CODEC_FOLDER, CONFIG_NAME, DIFFUSERS_CHECKPOINT_NAME),
 )
-
-# Arguments of `from_pretrained` that say where files come from.
-HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
-
-
-def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments of `from_pretrained` that say where files come from."""
-    return {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
 
 
 class ReferenceCheckpoint:
@@ -163,7 +155,7 @@ class ReferenceCheckpoint:
             ValueError: If the parts do not fit, or do not say where the codes begin.
         """
         vocabulary = self.tokenizer.get_vocab()
-        vq_config = codec_config(self._find_codec(weights=False), **self.codec_hub)
+        vq_config = find_codec(self._find_codec(weights=False), **self.codec_hub).config
         exported = getattr(self.text_config, EXPORTED_LAYOUT_KEY, {})
         layout = {name: exported[name] for name in EXPORTED_LAYOUT if name in exported}
         if self.image_token_offset is not None:
@@ -226,65 +218,13 @@ class ReferenceCheckpoint:
             if None not in found:
                 return str(Path(found[0]).parent)
         try:
-            for name in (TAMING_CONFIG_NAME, TAMING_CHECKPOINT_NAME)[: 1 + weights]:
-                name = f"{REFERENCE_CODEC_FOLDER}/{name}"
-                file = hf_hub_download(REFERENCE_CODEC_REPO, name, repo_type="space", **self.codec_hub)
+            return fetch_reference_codec(weights, **self.codec_hub)
         except OSError as error:
             raise ValueError(
                 f"{self.name_or_path} holds no codec ({REFERENCE_CODEC_FOLDER}/{TAMING_CHECKPOINT_NAME}), and the "
                 f"reference's Space {REFERENCE_CODEC_REPO} cannot be reached. Pass `vq_checkpoint=`, a folder with "
                 f"{TAMING_CHECKPOINT_NAME} and {TAMING_CONFIG_NAME}. {error}"
             ) from error
-        return str(Path(file).parent)
-
-
-def load_codec(name_or_path: str | os.PathLike, **kwargs: Any) -> LiquidVQModel:
-    """Loads a codec from wherever one may lie.
-
-    Args:
-        name_or_path (`str` or `os.PathLike`): A folder with `vqgan.ckpt` and `vqgan.yaml`, such a `.ckpt`, or a folder or
-            name on the Hub of a saved [`LiquidVQModel`].
-        kwargs: As in `from_pretrained`; those that say where files come from are used.
-
-    Returns:
-        [`LiquidVQModel`] in eval mode.
-
-    Raises:
-        ValueError: If it is no codec, or a key of it is unknown or missing.
-    """
-    if _is_taming(name_or_path):
-        return load_taming_codec(name_or_path)
-    hub = hub_arguments(kwargs)
-    codec_config(name_or_path, **hub)  # says what is expected if it is none
-    return LiquidVQModel.from_pretrained(name_or_path, **hub).eval()
-
-
-def codec_config(name_or_path: str | os.PathLike, **hub: Any) -> dict[str, Any]:
-    """The configuration of what [`load_codec`] loads, without its weights."""
-    if _is_taming(name_or_path):
-        return load_taming_config(name_or_path)
-    try:
-        config, problem = LiquidVQModel.load_config(name_or_path, **hub), None
-    except (OSError, ValueError) as error:
-        config, problem = {}, error
-    if "num_vq_embeddings" not in config:
-        raise ValueError(
-            f"{str(name_or_path)!r} is no codec: expected a folder with {TAMING_CHECKPOINT_NAME} and "
-            f"{TAMING_CONFIG_NAME}, such a .ckpt, or a folder or name on the Hub of a saved LiquidVQModel. "
-            f"{problem or 'Its config.json is of another model.'}"
-        ) from problem
-    return config
-
-
-@contextmanager
-def naming(name_or_path: str | os.PathLike) -> Iterator[None]:
-    """Errors about a repository that is not there name it: those of transformers speak of the network alone."""
-    try:
-        yield
-    except (OSError, HFValidationError) as error:
-        if os.path.exists(name_or_path):
-            raise
-        raise OSError(f"There is no {str(name_or_path)!r} here, nor was it found on the Hub: {error}") from error
 
 
 def adapter_base(name_or_path: str | os.PathLike, **hub: Any) -> str | None:
@@ -304,13 +244,6 @@ def adapter_base(name_or_path: str | os.PathLike, **hub: Any) -> str | None:
     # What comes with the package lies elsewhere on each machine.
     is_embedded = Path(base).parts[-3:] == Path(EMOJI_CHECKPOINT).parts[-3:]
     return EMOJI_CHECKPOINT if is_embedded else base
-
-
-def _is_taming(name_or_path: str | os.PathLike) -> bool:
-    """A `config.json` alone is of a codec saved by diffusers; beside a `vqgan.yaml` it is the language model's."""
-    path = Path(name_or_path)
-    is_taming_folder = (path / TAMING_CONFIG_NAME).is_file() or not (path / CONFIG_NAME).is_file()
-    return path.is_file() or (path.is_dir() and is_taming_folder)
 
 
 def load_whole(

@@ -18,7 +18,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from ..liquid.reference import hub_arguments
+from ...utils.hub import hub_arguments
 
 
 # The denoisers that are known, and the pipelines that draw with them.

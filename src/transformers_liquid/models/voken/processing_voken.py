@@ -14,9 +14,9 @@ from transformers.processing_utils import ProcessorMixin  # diffusers looks for 
 from transformers.utils import PROCESSOR_NAME
 
 from ...utils.files import check_keys, read_json, write_json
+from ...utils.hub import HUB_ARGUMENTS, hub_arguments
 from ..liquid.image_processing_liquid import flatten_images, is_column, to_rgb
 from ..liquid.prompts import parts_of
-from ..liquid.reference import HUB_ARGUMENTS, hub_arguments
 from .repository import part_of
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from ..liquid.reference import hub_arguments
+from ...utils.hub import hub_arguments
 
 
 def part_of(name_or_path: Any, part: str, kwargs: dict[str, Any]) -> dict[str, Any]:
