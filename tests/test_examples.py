@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import codec_training
 import emoji_data
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ import torch
 import voken_emoji_data
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import TINY_VQ_CONFIG, tiny_base, tiny_tokenizer
 
-from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, tokenize_dataset
+from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidVQModel, load_codec, tokenize_dataset
 from transformers_liquid_cli import main
 
 
@@ -105,6 +107,45 @@ def test_the_emoji_recipe_builds_a_checkpoint_that_draws(run, tmp_path, monkeypa
         model.dtype == torch.float32
         and load_file("emoji-checkpoint/model.safetensors").popitem()[1].dtype == torch.float16
     )
+
+
+def test_a_codec_is_trained_on_a_folder_and_fine_tuned_and_becomes_a_part_of_a_model(run, tmp_path, capsys):
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    for index in range(9):
+        picture(index).resize((40, 30 + index)).save(
+            tmp_path / "photos" / ("more" if index % 2 else "") / f"{index}.png"
+        )
+    common = ("--pictures", "photos", "--batch_size", "4", "--num_workers", "0", "--learning_rate", "3e-3")
+    new = ("--image_size", "32", "--factor", "4", "--codebook_size", "32", "--channels", "8")
+    run("codec/train_codec.py", *common, *new, "--epochs", "3", "3", "1", "--output_dir", "codec")
+    said = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
+    assert len(losses) == 7 and losses[2] < losses[0] and "held out: PSNR" in said
+    assert Image.open("codec/reconstructions.png").size == (32, 64)  # one picture, above it the original
+    run("codec/train_codec.py", *common, *new, "--epochs", "3", "3", "2", "--output_dir", "codec")  # goes on
+    said = capsys.readouterr().out
+    assert "epoch 8 decoder" in said and "epoch 7" not in said
+
+    run("codec/train_codec.py", *common, "--continue_from", "codec", "--epochs", "0", "0", "1", "--output_dir", "tuned")
+    before, after = load_codec("codec"), load_codec("tuned")
+    pictures = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.equal(before.encode_codes(pictures), after.encode_codes(pictures))
+    assert not torch.equal(before.decoder.conv_out.weight, after.decoder.conv_out.weight)
+    tiny_base(vocab_size=270).save_pretrained("base")
+    tiny_tokenizer(special_tokens=["<pad>", "<s>", "</s>"]).save_pretrained("base")
+    assert main(["expand", "base", "--codec", "tuned", "--output", "liquid", "--device", "cpu"]) == 0
+    assert LiquidForCausalLM.from_pretrained("liquid").config.grid() == (8, 8)
+
+
+def test_a_codec_of_amuseds_family_is_fine_tuned_in_its_own_range(tmp_path):
+    codec = LiquidVQModel(**TINY_VQ_CONFIG, lookup_from_codebook=True)
+    pictures = torch.rand(2, 3, 8, 8) * 2 - 1
+    with torch.no_grad():
+        latents = codec_training.encode(codec, pictures)
+        codes = codec.nearest_codes(latents)
+        assert torch.equal(codes, codec.encode_codes(pictures))
+        vectors = codec.quantize.embedding(codes).permute(0, 3, 1, 2)
+        torch.testing.assert_close(codec_training.decode(codec, vectors), codec.decode_codes(codes))
 
 
 def test_the_figure_of_guidance_is_drawn(run, tmp_path):

@@ -1,7 +1,7 @@
 """`transformers-liquid expand`"""
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
@@ -11,16 +11,14 @@ from . import options
 def expand(
     base: Annotated[str, Argument(help="A causal language model: a folder, a name on the Hub, or a .gguf file.")],
     codec: Annotated[
-        str,
-        Option(help="liquid-emoji, chameleon, or a file, a folder or a name on the Hub, such as amused/amused-256."),
+        str, Option(help="liquid-emoji, chameleon, or a file, a folder, a name on the Hub (docs/codecs.md).")
     ],
     output: options.NewFolder,
     image_size: Annotated[int | None, Option(min=1, help="In pixels; the codec's unless given.")] = None,
     init: Annotated[
         Literal["codebook", "normal", "mean"],
         Option(
-            help="What new rows of the vocabulary begin as: drawn like the base's rows (normal), and alike for codes that "
-            "look alike (codebook), or all the same (mean)."
+            help="New rows of the vocabulary are drawn (normal), alike for like codes (codebook), or all one (mean)."
         ),
     ] = "codebook",
     gguf_file: Annotated[
@@ -37,28 +35,41 @@ def expand(
       transformers-liquid expand Qwen/Qwen2.5-0.5B --codec amused/amused-256 --output qwen-liquid
     """
     options.check_new_folder(output)
-    if gguf_file is None and base.endswith(".gguf"):
-        base, gguf_file = os.path.split(base)
-        base = base or "."
-    import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     from transformers_liquid import expand_vocabulary
     from transformers_liquid.codecs.loading import find_codec
     from transformers_liquid.codecs.vq_model import code_grid, downsample_factor
-    from transformers_liquid.conversion.expand import base_obstacle
-    from transformers_liquid.models.liquid.reference import adapter_base, check_loading_info
     from transformers_liquid.utils.files import whole_folder
-    from transformers_liquid.utils.hub import naming
-    from transformers_liquid.utils.optional import require
 
     from .models import find_device, silence_libraries
 
     silence_libraries()
-    # All that can be found out without weights
     found, place = find_codec(codec), find_device(device)
-    size = found.config["sample_size"] if image_size is None else image_size
-    code_grid(size, size, downsample_factor(found.config))
+    if image_size is not None:
+        code_grid(image_size, image_size, downsample_factor(found.config))
+    base_model, tokenizer = _load_base(base, gguf_file, dtype)
+    vq_model, base_model = found.load(), base_model.to(place)
+    model, processor = expand_vocabulary(base_model, tokenizer, vq_model, image_size=image_size, init=init, seed=seed)
+    with whole_folder(output) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    ids = model.config.image_token_range
+    print(f"{output}: {base} with image ids {ids.start} ... {ids.stop - 1}. Train it from there.")
+
+
+def _load_base(base: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
+    """Model and tokenizer; what keeps them from being expanded is found out before weights are read."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from transformers_liquid.codecs.vq_model import check_loading_info
+    from transformers_liquid.conversion.expand import base_obstacle
+    from transformers_liquid.models.liquid.reference import adapter_base
+    from transformers_liquid.utils.hub import naming
+    from transformers_liquid.utils.optional import require
+
+    if gguf_file is None and base.endswith(".gguf"):
+        folder, gguf_file = os.path.split(base)
+        base = folder or "."
     with naming(base):
         if adapter_base(base) is not None:
             raise ValueError(f"{base} is an adapter: merge it into its base (transformers-liquid merge), then expand.")
@@ -74,13 +85,6 @@ def expand(
             problem = base_obstacle(AutoModelForCausalLM.from_config(config), tokenizer)
         if problem is not None:
             raise ValueError(problem)
-        base_model, info = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, output_loading_info=True, **source)
+        model, info = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, output_loading_info=True, **source)
         check_loading_info(base, info | {"unexpected_keys": ()})  # such as heads for other tasks
-    vq_model = found.load()
-    base_model = base_model.to(place)
-    model, processor = expand_vocabulary(base_model, tokenizer, vq_model, image_size=image_size, init=init, seed=seed)
-    with whole_folder(output) as place:
-        model.save_pretrained(place)
-        processor.save_pretrained(place)
-    ids = model.config.image_token_range
-    print(f"{output}: {base} with image ids {ids.start} ... {ids.stop - 1}. Train it from there.")
+    return model, tokenizer

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
-from transformers import ChameleonVQVAEConfig
+from transformers import AutoConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..checkpoints import find_checkpoint
@@ -184,7 +184,7 @@ def _in_chameleon(name: str, config: dict[str, Any], hub: dict[str, Any]) -> Fou
     transformers has the encoder alone, and so has facebook/chameleon-7b; conversions of Anole (transformers' pull request
     32013) keep the decoder.
     """
-    theirs = ChameleonVQVAEConfig(**config.get("vq_config", {}))
+    theirs = AutoConfig.for_model("chameleon", vq_config=config.get("vq_config", {})).vq_config
     ddconfig = {
         "double_z": theirs.double_latent,
         "attn_type": theirs.attn_type,
