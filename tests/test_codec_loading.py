@@ -216,7 +216,7 @@ def test_amuseds_codec_reads_and_draws_as_its_pipeline_does(amused):
         for slicing in (False, True):
             codec.use_slicing = slicing
             assert torch.equal(codec.encode_codes(pixel_values), codes)
-            torch.testing.assert_close(codec.decode_codes(codes) / 2 + 0.5, drawn, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(codec.decode_codes(codes) / 2 + 0.5, drawn, atol=1e-4, rtol=1e-5)
     assert load_codec(folder).config.sample_size == 64  # 16 codes of 4 pixels, as the pipeline draws
     assert codec_identity(load_codec(folder)) == codec_identity(load_codec(folder / "vqvae"))
 
