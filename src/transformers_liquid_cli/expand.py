@@ -67,16 +67,16 @@ def _load_base(base: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
     from transformers_liquid.utils.hub import naming
     from transformers_liquid.utils.optional import require
 
+    given, source = base, {"trust_remote_code": False}
     if gguf_file is None and base.endswith(".gguf"):
         folder, gguf_file = os.path.split(base)
         base = folder or "."
-    with naming(base):
-        if adapter_base(base) is not None:
-            raise ValueError(f"{base} is an adapter: merge it into its base (transformers-liquid merge), then expand.")
-        source = {"trust_remote_code": False}
-        if gguf_file is not None:
-            require("gguf", "A GGUF file")
-            source["gguf_file"] = gguf_file
+    if gguf_file is not None:
+        require("gguf", "A GGUF file")
+        source["gguf_file"] = gguf_file
+    elif adapter_base(base) is not None:
+        raise ValueError(f"{base} is an adapter: merge it into its base (transformers-liquid merge), then expand.")
+    with naming(given):
         config = AutoConfig.from_pretrained(base, **source)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"{base} is of model type {config.model_type!r}, which is no causal language model.")

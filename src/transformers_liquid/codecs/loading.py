@@ -94,7 +94,7 @@ def find_codec(name_or_path: str | os.PathLike, **hub: Any) -> FoundCodec:
     if not os.path.exists(name):
         on_hub = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/(.+))?", name)  # a repository, and what of it
         if on_hub is None:
-            raise ValueError(_no_codec(given, "nothing of that name"))
+            raise ValueError(_no_codec(given, "nothing of that name, here or on the Hub"))
         name, inside = on_hub.groups()
         if inside and Path(inside).suffix:
             with naming(given):
@@ -154,7 +154,7 @@ def _in_repository(name: str, given: str, hub: dict[str, Any]) -> FoundCodec:
         raise ValueError(_no_codec(given, f"a {kind} without a VQModel"))
     if os.path.isdir(name):
         raise FileNotFoundError(_no_codec(given, f"a folder of {', '.join(sorted(os.listdir(name))[:5]) or 'nothing'}"))
-    raise ValueError(_no_codec(given, "nothing of that name"))
+    raise ValueError(_no_codec(given, "nothing of that name, here or on the Hub"))
 
 
 def _no_codec(given: str, found: str) -> str:
