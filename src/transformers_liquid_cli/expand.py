@@ -35,19 +35,18 @@ def expand(
       transformers-liquid expand Qwen/Qwen2.5-0.5B --codec amused/amused-256 --output qwen-liquid
     """
     options.check_new_folder(output)
-    from transformers_liquid import expand_vocabulary
-    from transformers_liquid.codecs.loading import find_codec
-    from transformers_liquid.codecs.vq_model import code_grid, downsample_factor
+    from transformers_liquid import expand_vocabulary, load_codec
+    from transformers_liquid.codecs.vq_model import code_grid
     from transformers_liquid.utils.files import whole_folder
 
     from .models import find_device, silence_libraries
 
     silence_libraries()
-    found, place = find_codec(codec), find_device(device)
+    vq_model, place = load_codec(codec), find_device(device)
     if image_size is not None:
-        code_grid(image_size, image_size, downsample_factor(found.config))
+        code_grid(image_size, image_size, vq_model.downsample_factor)
     base_model, tokenizer = _load_base(base, gguf_file, dtype)
-    vq_model, base_model = found.load(), base_model.to(place)
+    base_model = base_model.to(place)
     model, processor = expand_vocabulary(base_model, tokenizer, vq_model, image_size=image_size, init=init, seed=seed)
     with whole_folder(output) as folder:
         model.save_pretrained(folder)
