@@ -46,8 +46,11 @@ NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 def files_of(folder: str | os.PathLike) -> list[Path]:
     """The files below a folder in the order of their names, but for hidden ones."""
-    files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
-    return [file for file in files if "/." not in f"/{file.relative_to(folder).as_posix()}"]
+    files = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+    return files
 
 
 def pictures_of(folder: str | os.PathLike) -> list[Path]:
@@ -83,18 +86,20 @@ def read_photos(folder: str | os.PathLike) -> list[dict[str, str]]:
         ValueError: If there are no pictures, or naming those that have no caption or cannot be opened, and the captions
             that have no picture.
     """
-    folder, files, pictures = Path(folder), files_of(folder), pictures_of(folder)
+    folder, files = Path(folder), files_of(folder)
+    pictures = [file for file in files if file.suffix.lower() in PICTURE_ENDINGS]
     metadata = [file for file in files if file.name in METADATA]
-    beside = [file for file in files if file.suffix == ".txt"]
+    beside = dict.fromkeys(file for file in files if file.suffix == ".txt")
     problems = []
     if metadata:
         pairs = [pair for file in metadata for pair in _read_metadata(file)]
         there = set(pictures)
         problems = [f"{file}: it has a caption and is not there" for file, _ in pairs if file not in there]
     elif beside:
-        own = {file: file.with_suffix(".txt") for file in pictures if file.with_suffix(".txt").is_file()}
+        named = {file.with_suffix(".txt") for file in pictures}
+        problems = [f"{text}: there is no picture of this name" for text in beside if text not in named]
+        own = {file: text for file in pictures if (text := file.with_suffix(".txt")) in beside}
         pairs = [(file, read_text(text).strip()) for file, text in own.items()]
-        problems = [f"{text}: there is no picture of this name" for text in beside if text not in own.values()]
     else:
         pairs = [(file, file.parent.name) for file in pictures if file.parent != folder]
     if not pictures:

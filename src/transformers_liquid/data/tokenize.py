@@ -52,7 +52,7 @@ from .records import (
     shard_name,
     write_shard,
 )
-from .source import image_folder, is_photo_folder, open_source, read_photos, source_of, survey
+from .source import has_own_captions, image_folder, is_photo_folder, open_source, read_photos, source_of, survey
 
 
 SKIPPED_NAME = "skipped.jsonl"
@@ -207,8 +207,8 @@ def tokenize_in_cache(model: str | os.PathLike, dataset: str, grids: Literal["co
 
     if Path(dataset).exists():
         dataset = os.path.abspath(dataset)
-    if is_photo_folder(dataset):
-        read_photos(dataset)
+    if is_photo_folder(dataset) and not has_own_captions(dataset):
+        read_photos(dataset)  # `datasets` would leave out what these refuse
     made_of = [dataset, cache_of(dataset), codec_identity(load_codec_alone(model)[1]), grids]
     name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     output = Path(datasets.config.HF_DATASETS_CACHE, "liquid_codes", name)

@@ -79,7 +79,8 @@ def look_at(records: Sequence[Dataset]) -> dict[str, Any]:
     for of_kind in records:
         some = [of_kind[index * len(of_kind) // 4] for index in range(4)]
         drawn += [record for record in some if record["kind"] == "text_to_image"]
-    captions = [record["text"] for record in drawn if not record["text"].startswith("-")]  # those would be options
+    # Short ones, that are no options where they stand on a command line.
+    captions = [text for record in drawn if len(text := record["text"]) <= 200 and not text.startswith("-")]
     num_codes = max((math.prod(record.get("grid") or np.shape(record["codes"])) for record in drawn), default=0)
     return {"num_records": number, "num_codes": num_codes, "captions": tuple(dict.fromkeys(captions))[:4]}
 
