@@ -7,16 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from . import options
 
 
-LIBRARIES = (
-    "transformers-liquid",
-    "torch",
-    "transformers",
-    "diffusers",
-    "accelerate",
-    "safetensors",
-    "huggingface-hub",
-)
-LIBRARIES += ("tokenizers", "typer", "peft", "datasets", "lm-eval", "gradio")
+LIBRARIES = ["transformers-liquid", "torch", "transformers", "diffusers", "accelerate", "safetensors"]
+LIBRARIES += ["huggingface-hub", "tokenizers", "typer", "peft", "datasets", "lm-eval", "gradio"]
 
 
 def env(as_json: options.Json = False) -> None:
