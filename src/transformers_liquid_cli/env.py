@@ -18,7 +18,7 @@ def env(as_json: options.Json = False) -> None:
     Example:
       transformers-liquid env
     """
-    import psutil
+    import psutil  # accelerate brings it
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
