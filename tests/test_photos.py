@@ -255,19 +255,8 @@ def test_a_preset_of_a_stream_is_refused(model, capsys):
 
 def test_a_dry_run_tells_what_a_run_takes_and_leaves_nothing(model, capfd):
     beside()
-    command = [
-        "train",
-        "--model",
-        model,
-        "--datasets",
-        "photos",
-        "--output-dir",
-        "run",
-        "--use-cpu",
-        "--disable-tqdm",
-        "true",
-    ]
-    assert main([*command, "--preset", "rows", "--dry-run", "--save-steps", "1"]) == 0
+    command = f"train --model {model} --datasets photos --output-dir run --use-cpu --disable-tqdm true --save-steps 1"
+    assert main([*command.split(), "--preset", "rows", "--dry-run"]) == 0
     said = capfd.readouterr().out
     assert re.search(r"photos holds pictures: they become codes in .*liquid_codes", said)
     assert "preset rows for 4 records: trainable='rows', learning_rate=0.005, total_batch_size=4" in said
@@ -301,6 +290,9 @@ def test_going_on_says_from_where_and_a_finished_run_that_it_is(model, capfd):
     assert main(command) == 0
     assert "already finished: run holds the model after 3 steps." in capfd.readouterr().out
     assert weights.stat().st_mtime_ns == before
+    weights.unlink()
+    assert main(command) == 0
+    assert "resuming from step 3\n" in capfd.readouterr().out and weights.is_file()
 
     for path in Path("run", "checkpoint-3").iterdir():  # as if it had stopped before
         path.unlink()
@@ -331,25 +323,9 @@ def test_from_a_folder_of_photos_to_a_model_that_draws(capfd):
     assert "preset lora for 12 records" in said and "4 optimizer steps of 8 records" in said
     assert [path.name for path in sorted(Path("lora", "previews").iterdir())][-1] == "step-000004.png"
     assert len(list(Path("lora").glob("checkpoint-*"))) == 2  # save_total_limit
-    assert (
-        main(["generate", "emoji", "--model", "lora", "--output", "drawn.png", "--seed", "1", "--device", "cpu"]) == 0
-    )
+    command = "generate emoji --model lora --output drawn.png --seed 1 --device cpu"
+    assert main(command.split()) == 0
     assert Image.open("drawn.png").size == (64, 64)
-    assert (
-        main(
-            [
-                "describe",
-                "photos",
-                "--model",
-                "lora",
-                "--output",
-                "captions.jsonl",
-                "--device",
-                "cpu",
-                "--max-new-tokens",
-                "3",
-            ]
-        )
-        == 0
-    )
+    command = "describe photos --model lora --output captions.jsonl --device cpu --max-new-tokens 3"
+    assert main(command.split()) == 0
     assert len(Path("captions.jsonl").read_text().splitlines()) == 12

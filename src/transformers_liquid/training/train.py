@@ -101,6 +101,7 @@ def main(argv: Sequence[str]) -> None:
             trainer.add_callback(EstimateCallback(model_args.dry_run))
         done, number = progress(args.output_dir)
         is_over = checkpoint and not args.resume_from_checkpoint and done >= number == progress(checkpoint)[0]
+        is_over = is_over and any(Path(args.output_dir).glob("*.safetensors"))
         if is_over:
             say(f"already finished: {args.output_dir} holds the model after {done} steps.")
         elif checkpoint:
