@@ -36,7 +36,7 @@ SETTINGS = ("guidance_scale", "guidance_min_p", "speculative", "temperature", "t
 NO_MATTER = ("settings", "device", "version", "command", "speculative", "batch_size", "note", "identity", "image")
 
 # What a configuration says of where and by what it was saved.
-NO_CONTENT = ("_name_or_path", "architectures", "dtype", "transformers_version")
+NO_CONTENT = ("_name_or_path", "auto_map", "architectures", "dtype", "transformers_version")
 NO_CONTENT += ("base_model_name_or_path", "peft_version")  # of an adapter
 
 

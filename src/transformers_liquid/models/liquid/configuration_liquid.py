@@ -10,7 +10,15 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ...codecs.vq_model import CHAMELEON_VQ_CONFIG, downsample_factor
 from ...utils.versions import CACHE_NAMES
+from .remote_code import not_copied, write_remote_code
 from .vocabulary import ImageLayout
+
+
+# Which class of this package each of transformers' Auto classes loads.
+AUTO_CLASSES = {"AutoConfig": "LiquidConfig", "AutoModel": "LiquidModel", "AutoProcessor": "LiquidProcessor"}
+AUTO_CLASSES |= dict.fromkeys(
+    ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"), "LiquidForCausalLM"
+)
 
 
 @strict
@@ -64,6 +72,8 @@ class LiquidConfig(PreTrainedConfig):
     tie_word_embeddings: bool | None = None
     use_cache: bool = True
 
+    register_for_auto_class = not_copied
+
     def __post_init__(self, **kwargs):
         if not isinstance(self.text_config, (dict, PreTrainedConfig, type(None))):
             raise ValueError(f"text_config must be a configuration or its dictionary, got {self.text_config!r}.")
@@ -104,6 +114,11 @@ class LiquidConfig(PreTrainedConfig):
                     f"{self.image_token_range.start} ... {self.image_token_range.stop - 1}."
                 )
         self.grid()
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As in transformers, and writes a module with which `trust_remote_code=True` loads the repository."""
+        self.auto_map = write_remote_code(save_directory, **AUTO_CLASSES)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def codebook_size(self) -> int:

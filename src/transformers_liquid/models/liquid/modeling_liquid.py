@@ -48,6 +48,7 @@ from .adapters import adjust_peft, load_whole_adapter
 from .configuration_liquid import LiquidConfig
 from .model_card import write_model_card
 from .reference import ReferenceCheckpoint, load_whole
+from .remote_code import not_copied
 from .vocabulary import check_generation_mode
 
 
@@ -67,6 +68,7 @@ class LiquidPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["vq_model"]
     # Quantizers leave out what is named here, an expression for whole names: of the head class and of the base class.
     _keep_in_fp32_modules = [r"(?:model\.)?vq_model"]
+    register_for_auto_class = not_copied
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, vq_checkpoint=None, **kwargs):

@@ -21,6 +21,7 @@ from .configuration_liquid import LiquidConfig
 from .image_processing_liquid import LiquidImageProcessor, flatten_images, is_column
 from .prompts import TOKENIZING, LiquidPrompts
 from .reference import ReferenceCheckpoint, adapter_base, hub_arguments
+from .remote_code import not_copied, write_remote_code
 from .vocabulary import IMAGE_MARK, IMAGE_TOKENS, ImageLayout, check_generation_mode, is_one_token
 
 
@@ -82,6 +83,8 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
     """
 
     valid_processor_kwargs = LiquidProcessorKwargs
+
+    register_for_auto_class = not_copied
 
     def __init__(
         self,
@@ -284,8 +287,9 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
     # Hooks of ProcessorMixin
 
     def save_pretrained(self, save_directory, **kwargs) -> list[str]:
-        """As in transformers, if what is saved can be loaded."""
+        """As in transformers, if what is saved can be loaded; see [`LiquidConfig.save_pretrained`]."""
         self.image_layout.check_vocabulary(self.tokenizer)
+        self.auto_map = write_remote_code(save_directory, AutoProcessor=type(self).__name__)
         return super().save_pretrained(save_directory, **kwargs)
 
     @property
