@@ -135,6 +135,9 @@ def test_who_is_cancelled_frees_the_slot_and_the_others_are_drawn_on(engine):
         request.cancel()
     assert images_of(waiting) == drawn_by(engine.pipe, "b", seed=2)
     assert not told and not engine.running and engine.cache.lengths == []
+    gone = engine.submit("a", height=16, width=16)
+    gone.cancel()
+    assert list(gone) == []
 
 
 @pytest.mark.parametrize("where", ["reading", "step"])

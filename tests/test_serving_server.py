@@ -313,6 +313,15 @@ def read_slowly(client, body):
         raise httpx.ReadTimeout("enough")
 
 
+def test_who_reads_slowly_holds_up_nobody(running):
+    body = {"prompt": "a", "n": 10, "stream": True, "partial_images": 3}
+    with running.http.stream("POST", IMAGES, json=body) as answer:
+        assert len(running.client.images.generate(prompt="b", n=3).data) == 3
+        wait_for(lambda: not running.engine.running)
+        names = [line for line in answer.iter_lines() if line.startswith("event: ")]
+    assert sorted(names) == ["event: image_generation.completed"] * 10 + ["event: image_generation.partial_image"] * 30
+
+
 def test_a_full_queue_says_when_to_come_again(pipe):
     running = Running(pipe, slots=1, max_waiting=2)
     goes_on, step = threading.Event(), running.engine._step
@@ -393,18 +402,15 @@ def test_memory_is_flat_under_a_long_load(running, pipe):
 
 @pytest.mark.slow
 def test_sigterm_finishes_what_runs(checkpoint):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers_liquid", "serve", checkpoint, "--device", "cpu", "--port", str(port)]
+    command = [sys.executable, "-m", "transformers_liquid", "serve", checkpoint, "--device", "cpu", "--port", "0"]
     environment = os.environ | {"TRANSFORMERS_LIQUID_API_KEY": KEY}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
-            assert "serves" in process.stdout.readline()
-            client = httpx.Client(
-                base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {KEY}"}, timeout=60
-            )
+            url, _, said = process.stdout.readline().partition("/v1 ")
+            assert said.startswith("serves ")
+            client = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
 
             def is_there():
                 try:

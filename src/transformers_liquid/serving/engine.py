@@ -83,17 +83,17 @@ class PictureRequest:
     is_cancelled: bool = False
 
     def __post_init__(self) -> None:
-        self._events: queue.Queue[PictureEvent] = queue.Queue()
+        self._events: queue.Queue[PictureEvent | None] = queue.Queue()
         self.tell = self.tell or self._events.put
 
     def cancel(self) -> None:
-        """Its pictures are dropped before the next step; nothing more is told."""
+        """Its pictures are dropped before the next step; nothing more is told, and iterating over it ends."""
         self.is_cancelled = True
+        self._events.put(None)
 
     def __iter__(self) -> Iterator[PictureEvent]:
         done = 0
-        while done < self.num_pictures:
-            event = self._events.get()
+        while done < self.num_pictures and (event := self._events.get()) is not None:
             if event.error is not None:
                 raise event.error
             yield event
@@ -134,9 +134,9 @@ class _Picture:
         )
         self.lengths = mask.sum(1).tolist()
         self.drawn.append(first[0])
-        # Pictures of the same settings are drawn together.
-        self.kind = repr((self.settings.guidance_scale, self.settings.guidance_min_p, len(ids), sorted(known.items())))
-        self.kind += repr(self.settings.image_guidance_scale)
+        # Codes of pictures that have the same are drawn together.
+        of_guidance = ("guidance_scale", "guidance_min_p", "image_guidance_scale")
+        self.kind = (len(ids), *(getattr(self.settings, name) for name in of_guidance), *sorted(known.items()))
 
 
 class JoinedCache:
@@ -334,7 +334,7 @@ class PictureEngine:
 
     def _fail(self, picture: _Picture, error: Exception) -> None:
         if not picture.request.is_cancelled:
-            picture.request.cancel()
+            picture.request.is_cancelled = True
             picture.request.tell(PictureEvent("error", picture.index, error=error))
 
     def _admit(self) -> None:

@@ -11,6 +11,7 @@ import hmac
 import io
 import json
 import re
+import socket
 import threading
 import time
 import uuid
@@ -111,7 +112,6 @@ class Chat(_Body):
     n: Literal[1] | None = 1
     modalities: list[Literal["text", "image"]] | None = None
     max_images: int | None = Field(None, ge=1, le=MOST_PICTURES)
-    stream_options: dict[str, bool] | None = None
 
 
 class Server:
@@ -427,7 +427,7 @@ async def _answer_error(http: Request | None, error: Exception) -> JSONResponse:
     """One sentence, and the status that is meant."""
     if isinstance(error, RequestValidationError | ValidationError):
         first = error.errors()[0]
-        where = ".".join(str(one) for one in first["loc"] if one != "body")
+        where = ".".join(str(one) for one in first["loc"] if one != "body" and first["type"] != "json_invalid")
         return _error(400, f"{where}: {first['msg']}." if where else f"{first['msg']}.")
     if isinstance(error, StarletteHTTPException):
         return _error(error.status_code, str(error.detail), error.headers)
@@ -503,14 +503,15 @@ def _part(part: Any) -> dict[str, Any]:
         raise ValueError(f"image_url: {error}") from error
 
 
-def serve(engine: PictureEngine, name: str, host: str, port: int, api_key: str | None = None) -> None:
+def serve(engine: PictureEngine, name: str, listening: socket.socket, api_key: str | None = None) -> None:
     """Serves until the process is asked to end (SIGTERM, Ctrl-C); what runs then is finished.
 
     Args:
         engine ([`PictureEngine`]): Draws.
         name (`str`): What clients call the model.
-        host, port: Where.
-        api_key (`str`, *optional*): What clients must send.
+        listening (`socket.socket`): Where they come.
+        api_key (`str`, *optional*): What they must send.
     """
     app = Server(engine, name, api_key).app
-    uvicorn.run(app, host=host, port=port, limit_concurrency=MOST_CONNECTIONS, log_level="warning")
+    config = uvicorn.Config(app, limit_concurrency=MOST_CONNECTIONS, log_level="warning")
+    uvicorn.Server(config).run(sockets=[listening])
