@@ -15,6 +15,7 @@ from transformers.hf_argparser import HfArg
 
 from ..checkpoints import find_checkpoint
 from ..utils.files import read_yaml
+from .presets import preset_options
 
 
 # Options of `TrainingArguments` and of its `accelerator_config` that these models and batches cannot meet: what they may
@@ -142,7 +143,7 @@ def parse_arguments(
     argv: Sequence[str],
     options: Sequence[type] = (ModelArguments, DataArguments, LiquidTrainingArguments),
     prog: str = "transformers-liquid train",
-    choose: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: {},
+    choose: Callable[[dict[str, Any]], dict[str, Any]] = preset_options,
 ) -> tuple[Any, ...]:
     """Options of a YAML file (`--config`) and of the command line, which wins.
 

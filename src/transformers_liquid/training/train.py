@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
     """
     check_datasets_installed()
     # Once without the data, so that wrong options are found before pictures become codes.
-    model_args, data_args, args = parse_arguments(argv, choose=preset_options)
+    model_args, data_args, args = parse_arguments(argv)
     records = use_codes(model_args, data_args)
     say = print if args.process_index == 0 else lambda text: None
     if model_args.preset is not None:
