@@ -37,7 +37,7 @@ say merge
 say draw and describe
 find "$photos" -name '*.txt' | sort | head -n 8 | while read -r file; do echo "$(head -n 1 "$file")"; done > prompts.txt
 liquid generate --prompts-file prompts.txt --output-dir drawn --sheet sheet.png --model model --seed 0
-liquid describe drawn/*.png --model model --json
+liquid describe drawn/*.png --model model --max-new-tokens 32 --json
 
 say serve
 liquid serve model --port 8765 &
