@@ -67,6 +67,7 @@ INTERNALS = {
         DiffusionPipeline,
         ["_optional_components", "_upload_folder", "model_cpu_offload_seq"],
     ),
+    "training/trainer.py: labels of a step": (Trainer, ["_get_num_items_in_batch"]),
     "training/trainer.py: what is missing in a checkpoint": (Trainer, ["_issue_warnings_after_load"]),
 }
 

@@ -37,6 +37,17 @@ TINY_VQ_CONFIG: dict[str, Any] = {
     "vq_embed_dim": 4,
     "mid_block_add_attention": True,
 }
+# 64 x 64 pixels <-> 4 x 4 positions of 4 codes of 16.
+TINY_UNITOK_CONFIG: dict[str, Any] = {
+    "sample_size": 64,
+    "num_codebooks": 4,
+    "num_vq_embeddings": 16,
+    "vq_embed_dim": 8,
+    "block_out_channels": [3, 4, 4, 8, 32],
+    "layers_per_block": [1, 2],
+    "num_layers": 2,
+    "num_attention_heads": 2,
+}
 CODEBOOK_SIZE = TINY_VQ_CONFIG["num_vq_embeddings"]
 
 # The tokens of `tiny_tokenizer` before the 256 bytes. Their ids: 0, 1, 2, ...
@@ -137,6 +148,15 @@ def tiny_model(model_type: str = "llama", tied: bool = True, seed: int = 0, **kw
     return model.eval()
 
 
+def tiny_model_of_several_codes(model_type: str = "llama", seed: int = 0, **kwargs: Any) -> LiquidForCausalLM:
+    """Such a model with 4 codes a position, which have no rows in the vocabulary; in eval mode."""
+    text_config = tiny_text_config(model_type, vocab_size=IMAGE_TOKEN_OFFSET)
+    codec = {"vq_config": TINY_UNITOK_CONFIG, "image_token_offset": 0}
+    model = LiquidForCausalLM(tiny_config(text_config, **codec | kwargs))
+    _randomize(model, seed)
+    return model.eval()
+
+
 def tiny_tokenizer(special_tokens: list[str] | None = None, extra_tokens: list[str] | None = None, **kwargs: Any):
     """A tokenizer of bytes: `special_tokens` (`<pad>`, `<s>`, `</s>` among them) have the first ids.
 
@@ -163,6 +183,12 @@ def tiny_processor(**kwargs: Any) -> LiquidProcessor:
         tiny_tokenizer(),
         **{"image_token_offset": IMAGE_TOKEN_OFFSET, "codebook_size": CODEBOOK_SIZE, **kwargs},
     )
+
+
+def tiny_processor_of_several_codes() -> LiquidProcessor:
+    """The processor of `tiny_model_of_several_codes`."""
+    own = {"image_token_offset": 0, "codebook_size": TINY_UNITOK_CONFIG["num_vq_embeddings"], "num_codebooks": 4}
+    return LiquidProcessor(LiquidImageProcessor(size=64, downsample_factor=16), tiny_tokenizer(), **own)
 
 
 def tiny_checkpoint(path: Any, max_position_embeddings: int = 256) -> str:

@@ -32,7 +32,93 @@ CHAMELEON_VQ_CONFIG: dict[str, Any] = {
 }
 
 
-class LiquidVQModel(VQModel):
+class CodeMixin:
+    """What codecs share: they speak in codes, and are loaded whole. They say which with `encode_unchecked`
+    and `decode_codes`."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *, output_loading_info: bool = False, **kwargs):
+        """As in diffusers, if the weights are whole.
+
+        Raises:
+            ValueError: If a weight is missing, unknown or (unless `ignore_mismatched_sizes`) of another shape.
+        """
+        codec, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        name = f"The codec {pretrained_model_name_or_path}"
+        check_loading_info(name, info, kwargs.get("ignore_mismatched_sizes", False))
+        return (codec, info) if output_loading_info else codec
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels per code along one side."""
+        return downsample_factor(self.config)
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes in a codebook."""
+        return self.config.num_vq_embeddings
+
+    @property
+    def num_codebooks(self) -> int:
+        """Codes of a position."""
+        return self.config.get("num_codebooks", 1)
+
+    @property
+    def execution_device(self) -> torch.device:
+        """Where it computes: where its weights are, or where hooks of accelerate bring them."""
+        hooks = [getattr(module, "_hf_hook", None) for module in self.modules()]
+        devices = [device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None]
+        return torch.device(devices[0]) if devices else self.device
+
+    @torch.no_grad()
+    def encode_codes(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Turns pictures into the indices of their nearest codebook vectors.
+
+        In the precision of the weights, whatever autocast says: bfloat16 would change 44 % of the emoji codec's codes.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1]; H and W are multiples of
+                `downsample_factor`.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, H / factor, W / factor)`, with several codes a position `(B, num_codebooks, H /
+                factor, W / factor)`: Codes in 0 ... `codebook_size` - 1.
+
+        Raises:
+            ValueError: If the shape does not fit the codec, or pixels or latents are NaN or infinite.
+        """
+        codes = self.encode_unchecked(pixel_values)
+        if not codes.is_meta and (codes < 0).any():
+            check_finite(pixel_values, "The pixels")  # which would be the cause
+            check_finite(torch.where(codes < 0, torch.nan, 0.0), "The codec's latents")
+        return codes
+
+    def check_pixels(self, pixel_values: torch.Tensor) -> None:
+        """Raises a `ValueError` unless these are pictures `(B, 3, H, W)` of a size that is a whole grid of codes."""
+        channels = self.config.get("in_channels", 3)
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(
+                f"pixel_values must have shape (batch, {channels}, height, width), got {tuple(pixel_values.shape)}."
+            )
+        code_grid(*pixel_values.shape[-2:], self.downsample_factor)
+
+    def checked_codes(self, codes: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+        """Codes on the codec's device; raises a `ValueError` unless they, and the precision to decode in, are as
+        `decode_codes` says."""
+        if dtype not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"dtype must be torch.bfloat16, torch.float16 or None (the weights' own, {self.dtype}), got {dtype!r}."
+            )
+        of_position = () if self.num_codebooks == 1 else (self.num_codebooks,)
+        if codes.ndim != 3 + len(of_position) or codes.shape[1:-2] != of_position or not codes.numel():
+            shape = ", ".join(map(str, ("batch", *of_position, "height", "width")))
+            raise ValueError(f"codes must have shape ({shape}) and not be empty, got {tuple(codes.shape)}.")
+        codes = codes.to(self.execution_device)
+        check_codes(codes, range(self.codebook_size))
+        return codes
+
+
+class LiquidVQModel(CodeMixin, VQModel):
     """A diffusers `VQModel` that also speaks in codes.
 
     `encode`, `decode`, `forward` and `save_pretrained` are diffusers' own. Added are
@@ -56,66 +142,10 @@ class LiquidVQModel(VQModel):
 
     use_slicing = False
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *, output_loading_info: bool = False, **kwargs):
-        """As in diffusers, if the weights are whole.
-
-        Raises:
-            ValueError: If a weight is missing, unknown or (unless `ignore_mismatched_sizes`) of another shape.
-        """
-        codec, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        name = f"The codec {pretrained_model_name_or_path}"
-        check_loading_info(name, info, kwargs.get("ignore_mismatched_sizes", False))
-        return (codec, info) if output_loading_info else codec
-
-    @property
-    def downsample_factor(self) -> int:
-        """Pixels per code along one side."""
-        return downsample_factor(self.config)
-
-    @property
-    def codebook_size(self) -> int:
-        """Number of codes in the codebook."""
-        return self.config.num_vq_embeddings
-
-    @property
-    def execution_device(self) -> torch.device:
-        """Where it computes: where its weights are, or where hooks of accelerate bring them."""
-        hooks = [getattr(module, "_hf_hook", None) for module in self.modules()]
-        devices = [device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None]
-        return torch.device(devices[0]) if devices else self.device
-
-    @torch.no_grad()
-    def encode_codes(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Turns pictures into the indices of their nearest codebook vectors.
-
-        In the precision of the weights, whatever autocast says: bfloat16 would change 44 % of the emoji codec's codes.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1]; H and W are multiples of
-                `downsample_factor`.
-
-        Returns:
-            `torch.LongTensor` of shape `(B, H / factor, W / factor)`: Codes in 0 ... `codebook_size` - 1.
-
-        Raises:
-            ValueError: If the shape does not fit the codec, or pixels or latents are NaN or infinite.
-        """
-        codes = self.encode_unchecked(pixel_values)
-        if not codes.is_meta and (codes < 0).any():
-            check_finite(pixel_values, "The pixels")  # which would be the cause
-            check_finite(torch.where(codes < 0, torch.nan, 0.0), "The codec's latents")
-        return codes
-
     @torch.no_grad()
     def encode_unchecked(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """As `encode_codes`, but -1 where latents are not finite: for those who look for it later than each batch."""
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"pixel_values must have shape (batch, {self.config.in_channels}, height, width), "
-                f"got {tuple(pixel_values.shape)}."
-            )
-        code_grid(*pixel_values.shape[-2:], self.downsample_factor)
+        self.check_pixels(pixel_values)
         pixel_values = pixel_values.to(self.execution_device, self.dtype)
         if self.config.lookup_from_codebook:
             pixel_values = pixel_values / 2 + 0.5
@@ -142,16 +172,7 @@ class LiquidVQModel(VQModel):
             ValueError: If the shape does not fit, a code is outside the codebook, `dtype` is no half precision, or what
                 comes out is NaN or infinite.
         """
-        if dtype not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"dtype must be torch.bfloat16, torch.float16 or None (the weights' own, {self.dtype}), got {dtype!r}."
-            )
-        if codes.ndim != 3 or not codes.numel():
-            raise ValueError(
-                f"codes must have shape (batch, height, width) and not be empty, got {tuple(codes.shape)}."
-            )
-        codes = codes.to(self.execution_device)
-        check_codes(codes, range(self.codebook_size))
+        codes = self.checked_codes(codes, dtype)
         # No cache: it would hold the weights a second time.
         with maybe_autocast(codes.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
             # (B, h, w, C) seen as (B, C, h, w) is channels-last already, in which CPUs convolve faster.
@@ -187,7 +208,7 @@ class LiquidVQModel(VQModel):
 
 
 def downsample_factor(vq_config: dict[str, Any]) -> int:
-    """Pixels per code along one side for a `VQModel` configuration: every level but the last halves the picture."""
+    """Pixels per code along one side for the configuration of a codec: every level but the last halves the picture."""
     return 2 ** (len(vq_config["block_out_channels"]) - 1)
 
 
@@ -242,21 +263,21 @@ def check_loading_info(name: str, info: dict[str, Any], ignore_mismatched_sizes:
             )
 
 
-def codec_identity(codec: LiquidVQModel) -> str:
+def codec_identity(codec: CodeMixin) -> str:
     """What two codecs share whose codes mean the same: sha256 of the configuration and the weights in fp32.
 
-    The default size of pictures does not count, nor do arguments of `VQModel` that are at their defaults: a later
-    diffusers may have more of them.
+    The default size of pictures does not count, nor do arguments that are at their defaults: a later diffusers may
+    have more of them.
 
     Args:
-        codec ([`LiquidVQModel`]): In fp32, as it is loaded: rounded weights have another identity.
+        codec ([`LiquidVQModel`] or another): In fp32, as it is loaded: rounded weights have another identity.
 
     Returns:
         `str`: 64 hexadecimal digits.
     """
     config = {
         name: codec.config[name]
-        for name, parameter in inspect.signature(LiquidVQModel).parameters.items()
+        for name, parameter in inspect.signature(type(codec)).parameters.items()
         if name != "sample_size" and json.dumps(codec.config[name]) != json.dumps(parameter.default)
     }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())

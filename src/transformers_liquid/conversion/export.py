@@ -48,6 +48,11 @@ def export_base_model(
             f"Only a LiquidForCausalLM can be exported, got {type(model).__name__}. (Merge adapters first.)"
         )
     config, directory = model.config, Path(directory)
+    if config.num_codebooks > 1:
+        raise ValueError(
+            f"The model draws {config.num_codebooks} codes a position with a head of its own, which a plain causal language "
+            "model has no place for: use save_pretrained."
+        )
     if isinstance(processor, LiquidProcessor):
         processor.check_fits(config)
         tokenizer = processor.tokenizer

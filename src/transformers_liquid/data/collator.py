@@ -39,8 +39,8 @@ class LiquidDataCollator:
     |                 | (`given`)                  | `given` texts and images in brackets                            |
     | `conversation`  | `messages`, (`images`)     | the chat template's prompt [answer] prompt [answer] ...         |
 
-    `codes` are raw codes (no offset): flat, with the `grid` [height, width] if that is not the default one, or 2-D;
-    lists, numpy or torch ints. `text` of an interleaved record and of an edit (as in "`<image>` in blue") has an
+    `codes` are raw codes (no offset): flat, with the `grid` [height, width] if that is not the default one, or 2-D, after
+    a first dimension of K with K codes a position; lists, numpy or torch ints. `text` of an interleaved record and of an edit (as in "`<image>` in blue") has an
     `<image>` mark for each of `images`, which are codes or mappings with `codes` and `grid`. `messages` are as in [`LiquidProcessor.conversation_ids`].
 
     bos is there if the tokenizer has one, or the chat template writes it. The first id of a sequence never has a label:
@@ -69,7 +69,8 @@ class LiquidDataCollator:
 
     Returns:
         `dict` of int64 tensors: `input_ids`, `attention_mask`, `labels` (B, T); or, packed, `input_ids`,
-        `position_ids`, `labels` (1, T). With `return_indices` also `record_indices` (B,).
+        `position_ids`, `labels` (1, T). With `return_indices` also `record_indices` (B,); with K codes a position also
+        `image_codes` (N, K, n) of all pictures in reading order, or a list of N of (K, n) if they differ in size.
     """
 
     processor: LiquidProcessor
@@ -102,7 +103,7 @@ class LiquidDataCollator:
         )
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        ids, labels = zip(*map(self.encode, records), strict=True)
+        ids, labels, pictures = zip(*map(self._drawn, records), strict=True)
         if self.packing:
             parts = {"input_ids": ids, "position_ids": [range(len(sequence)) for sequence in ids], "labels": labels}
             batch = {name: torch.from_numpy(np.concatenate(arrays))[None] for name, arrays in parts.items()}
@@ -112,6 +113,12 @@ class LiquidDataCollator:
                 "attention_mask": self._stack([np.ones_like(sequence) for sequence in ids], 0),
                 "labels": self._stack(labels, IGNORE_INDEX),
             }
+        if (num_codebooks := self.processor.num_codebooks) > 1:
+            codes = [torch.from_numpy(one.reshape(num_codebooks, -1)).long() for own in pictures for one in own]
+            is_one_size = len({one.shape for one in codes}) == 1
+            batch["image_codes"] = (
+                torch.stack(codes) if is_one_size else codes or torch.zeros(0, num_codebooks, 1).long()
+            )
         if self.return_indices:
             batch["record_indices"] = torch.tensor([_index(record) for record in records])
         return batch
@@ -151,6 +158,10 @@ class LiquidDataCollator:
             ValueError: If the record's kind or fields are not as the class says, or no id of it has a label.
             TooLongError: If what may not be cut does not fit into `max_length`; a `ValueError` too.
         """
+        return self._drawn(record)[:2]
+
+    def _drawn(self, record: Mapping[str, Any]) -> tuple[list[int], list[int], list[np.ndarray]]:
+        """Ids and labels of a record in the form that is drawn for it, and the codes of its pictures."""
         if (index := _index(record)) >= 0:
             generator = np.random.default_rng([self.seed, self.epoch, index])
         else:
@@ -173,8 +184,10 @@ class LiquidDataCollator:
             return self._edit(record, instruction, *dropped)
         return self._encode(record, kind, None if draws[1] < self.unconditional_probability else instruction)
 
-    def _encode(self, record: Mapping[str, Any], kind: str, instruction: str | None) -> tuple[list[int], list[int]]:
-        """Ids and labels of a record as one of `kind`; of a picture to draw, after its text and this instruction, or
+    def _encode(
+        self, record: Mapping[str, Any], kind: str, instruction: str | None
+    ) -> tuple[list[int], list[int], list[np.ndarray]]:
+        """Ids, labels and pictures of a record as one of `kind`; of a picture to draw, after its text and this instruction, or
         after no text."""
         if kind not in REQUIRED_FIELDS:
             raise ValueError(f"A record's 'kind' must be one of {', '.join(REQUIRED_FIELDS)}, got {kind!r}.")
@@ -182,7 +195,7 @@ class LiquidDataCollator:
         if kind == "conversation":
             images = record.get("images")
             images = [self._codes(image) for image in ([] if images is None else images)]
-            return self._sequence(processor.conversation_ids(required_field(record, "messages"), images))
+            return self._sequence(processor.conversation_ids(required_field(record, "messages"), images), images)
         text = required_field(record, "text")
         if kind == "edit":
             return self._edit(record, instruction)
@@ -190,11 +203,11 @@ class LiquidDataCollator:
             images = [self._codes(image) for image in required_field(record, "images")]
             ids = processor.interleaved_ids(text, images)
             begin = self._end_of_given(text, ids, record.get("given") or 0)
-            return self._sequence([(ids[:begin], False), ([*ids[begin:], eos_token_id], True)])
+            return self._sequence([(ids[:begin], False), ([*ids[begin:], eos_token_id], True)], images)
         if kind == "text_to_image":
             codes = self._codes(record)
             target = [*processor.codes_to_ids(codes), processor.eoi_token_id, eos_token_id]
-            size = processor.image_layout.size(codes.shape)
+            size = processor.image_layout.size(codes.shape[-2:])
             if instruction is None:
                 prompt = processor.unconditional_ids(*size)
             else:  # the text is cut, so that all of `target` fits behind
@@ -202,20 +215,21 @@ class LiquidDataCollator:
                 room = None if self.max_length is None else self.max_length - len(target)
                 prompt = processor.image_prompt_ids(text, *size, instruction=instruction, max_length=room)
             self._check_room(len(prompt) + len(target))
-            return self._sequence([(prompt, False), (target, True)])
+            return self._sequence([(prompt, False), (target, True)], [codes])
         processor.check_plain(text)
-        prompt = processor.bos_ids if kind == "text" else processor.caption_ids(self._codes(record))
-        return self._sequence([(prompt, False), ([*processor.encode(text), eos_token_id], True)])
+        images = [] if kind == "text" else [self._codes(record)]
+        prompt = processor.caption_ids(*images) if images else processor.bos_ids
+        return self._sequence([(prompt, False), ([*processor.encode(text), eos_token_id], True)], images)
 
     def _edit(
         self, record: Mapping[str, Any], instruction: str, dropped: str | None = None
-    ) -> tuple[list[int], list[int]]:
-        """Ids and labels of an edit, of which nothing, its `"text"`, its `"images"` or `"both"` are dropped."""
+    ) -> tuple[list[int], list[int], list[np.ndarray]]:
+        """Ids, labels and pictures of an edit, of which nothing, its `"text"`, its `"images"` or `"both"` are dropped."""
         processor, codes = self.processor, self._codes(record)
         text, images = required_field(record, "text"), [self._codes(one) for one in required_field(record, "images")]
         if not images:
             raise ValueError("An edit needs at least one of 'images', which it changes, got none.")
-        size = processor.image_layout.size(codes.shape)
+        size = processor.image_layout.size(codes.shape[-2:])
         ids = [processor.codes_to_ids(one) for one in images]
         (prompt,), _ = processor.image_prompts(text, None, *size, images=ids, instruction=instruction)
         words = text.replace(IMAGE_MARK, " ").strip()
@@ -230,7 +244,8 @@ class LiquidDataCollator:
             prompt = processor.unconditional_ids(*size)
         target = [*processor.codes_to_ids(codes), processor.eoi_token_id, processor.tokenizer.eos_token_id]
         self._check_room(len(prompt) + len(target))
-        return self._sequence([(prompt, False), (target, True)])
+        images = [] if dropped in ("images", "both") else images
+        return self._sequence([(prompt, False), (target, True)], [*images, codes])
 
     def _end_of_given(self, text: str, ids: list[int], given: int) -> int:
         """Where in the ids of an interleaved text its first `given` parts end."""
@@ -245,14 +260,19 @@ class LiquidDataCollator:
         return int(places[number] if is_text else places[number - 1] + 1)
 
     def _codes(self, image: Mapping[str, Any] | Sequence) -> np.ndarray:
-        """The codes (grid_height, grid_width) of a record, or of an image in it."""
+        """The codes ([K,] grid_height, grid_width) of a record, or of an image in it."""
         codes, grid = image, None
         if isinstance(image, Mapping):
             codes, grid = required_field(image, "codes"), image.get("grid")
-        codes = as_integers(codes)
-        default = self.processor.image_layout.grid()
-        if grid is None and codes.ndim == 2:
-            if codes.shape == (1, math.prod(default)) != default:
+        codes, of_position = as_integers(codes), self.processor.image_layout.of_position
+        if codes.shape[: len(of_position)] != of_position:
+            raise ValueError(
+                f"Codes of shape {codes.shape} do not begin with the {self.processor.num_codebooks} codes of each position: "
+                "make them with the codec of this model."
+            )
+        default, shape = self.processor.image_layout.grid(), codes.shape[len(of_position) :]
+        if grid is None and len(shape) == 2:
+            if shape == (1, math.prod(default)) != default:
                 raise ValueError(
                     f"Codes of shape {codes.shape} are as many as those of an image of {' x '.join(map(str, default))} "
                     "codes: leave out the batch axis, or give an image of one row its 'grid' [height, width]."
@@ -260,16 +280,19 @@ class LiquidDataCollator:
             return codes
         grid = default if grid is None else tuple(as_integers(grid).reshape(-1).tolist())
         is_grid = len(grid) == 2 and all(isinstance(side, int) and side > 0 for side in grid)
-        if not is_grid or codes.shape not in (grid, (math.prod(grid),)):
+        if not is_grid or shape not in (grid, (math.prod(grid),)):
             raise ValueError(
                 f"Codes of shape {codes.shape} are no image of {' x '.join(map(str, grid))} codes: give those of "
                 "another size than the default one a 'grid' [height, width], or give them in two dimensions. Make codes "
                 "of pictures with `transformers-liquid tokenize`."
             )
-        return codes.reshape(grid)
+        return codes.reshape(*of_position, *grid)
 
-    def _sequence(self, pieces: list[tuple[list[int], bool]]) -> tuple[list[int], list[int]]:
-        """Joins pieces of ids and whether they are learned; cuts the last one, but not through an image."""
+    def _sequence(
+        self, pieces: list[tuple[list[int], bool]], images: list[np.ndarray]
+    ) -> tuple[list[int], list[int], list[np.ndarray]]:
+        """Joins pieces of ids and whether they are learned; cuts the last one, but not through an image. The images in
+        them go with them."""
         ids = np.array([index for piece, _ in pieces for index in piece], dtype=np.int64)
         learned = np.repeat([is_learned for _, is_learned in pieces], [len(piece) for piece, _ in pieces])
         learned[0] = False
@@ -280,7 +303,7 @@ class LiquidDataCollator:
             ids, labels = ids[: self.max_length], labels[: self.max_length]
         if (labels == IGNORE_INDEX).all():
             raise ValueError(f"No id of the record has a label, so that nothing is learned from it: {ids.tolist()}.")
-        return ids.tolist(), labels.tolist()
+        return ids.tolist(), labels.tolist(), images
 
     def _check_room(self, length: int) -> None:
         if self.max_length is not None and length > self.max_length:

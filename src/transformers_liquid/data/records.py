@@ -95,7 +95,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
 
     Returns:
         `dict` or `None`: `codec` (its [`codec_identity`]), `codebook_size`, `downsample_factor`, `dtype`, `grids`,
-        `framing`, `kind`, `records_per_shard`, `source` (the arguments of `load_dataset`, the columns), `num_records`,
+        `framing`, `kind`, `records_per_shard`, `num_codebooks` (with several codes a position), `source` (the arguments of `load_dataset`, the columns), `num_records`,
         `num_skipped` and `version` (of this package). `None` if it is no data set of codes (or, offline, if no copy of
         the manifest is in the cache).
 
@@ -127,7 +127,8 @@ def write_shard(
     import pyarrow.parquet
     from datasets import Features, List, Value
 
-    image = {"codes": List(Value(settings["dtype"])), "grid": List(Value("int32"))}
+    codes = List(Value(settings["dtype"]))
+    image = {"codes": List(codes) if "num_codebooks" in settings else codes, "grid": List(Value("int32"))}
     features = {"kind": Value("string"), "text": Value("string"), **image, "width": Value("int32")}
     features |= {"height": Value("int32")} | ({"images": List(image)} if settings["kind"] == "edit" else {})
     schema = Features(features).arrow_schema

@@ -157,6 +157,8 @@ def tokenize_dataset(
         "kind": kind,
         "records_per_shard": records_per_shard,
     }
+    if config.num_codebooks > 1:
+        settings["num_codebooks"] = config.num_codebooks
     check_settings(settings, batch_size=batch_size, num_workers=num_workers, records_per_shard=records_per_shard)
     image_processor = LiquidImageProcessor(config.image_size, config.downsample_factor, framing)
     folder = image_folder(source)
@@ -431,7 +433,7 @@ def encode_pictures(
 
     def encode(batch: list[Picture]) -> None:
         pixel_values = torch.from_numpy(np.concatenate([picture.pixels for picture in batch]))
-        codes = codec.encode_unchecked(pixel_values.to(codec.device)).flatten(1)
+        codes = codec.encode_unchecked(pixel_values.to(codec.device)).flatten(-2)
         for picture, flat in zip(batch, codes.split(len(batch[0].pixels)), strict=True):
             picture.record["codes"] = flat  # an accelerator may still be at work on it, so that it is fetched later
 
@@ -452,6 +454,7 @@ def encode_pictures(
                 f"The codec has no codes for record {picture.number} ({picture.path}): its latents are not finite, since "
                 "its weights are damaged."
             )
+        codes = codes if codes.ndim == 2 else [[*one] for one in codes]  # Arrow has no arrays of several dimensions
         picture.record |= {"codes": codes[0]}
         picture.record["images"] = [{"codes": one, "grid": picture.record["grid"]} for one in codes[1:]]
     return [picture.record for picture in kept], skipped

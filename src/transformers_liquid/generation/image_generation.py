@@ -69,6 +69,15 @@ def generate_image_tokens(
     drawing = guidance, generator, streamer, has_own_processors
 
     of_ids = [one for one in logits_processor or () if looks_for_ids(one)]
+    if model.config.num_codebooks > 1 and (of_ids or window is not None):
+        wrong = (
+            "speculative"
+            if window is not None
+            else f"the logits processor {type(of_ids[0]).__name__}, which looks for ids"
+        )
+        raise ValueError(
+            f"The model draws several codes a position, which have no ids and no drafts: leave out {wrong}."
+        )
 
     def draw(view, input_ids, logits_processor, stopping_criteria, generation_config, **prepared):
         for index, one in enumerate(logits_processor):
@@ -159,7 +168,9 @@ def guided_sequences(
             raise ValueError("negative_prompt_attention_mask needs negative_prompt_ids: leave it out.")
         bos = getattr(config, "bos_token_id", None)
         has_bos = bos is not None and bool((ids == bos).any())
-        unconditional = ids.new_tensor([[bos] * has_bos + [config.uncond_token_id, config.boi_token_id]]), None
+        uncond = config.uncond_token_id
+        uncond = uncond if isinstance(uncond, list) else [uncond]
+        unconditional = ids.new_tensor([[bos] * has_bos + [*uncond, config.boi_token_id]]), None
     other_ids, other_mask = checked_prompts(config, "negative_prompt_ids", *unconditional)
     if len(other_ids) not in (1, len(ids)):
         raise ValueError(f"negative_prompt_ids must be one sequence or {len(ids)} (the prompts), got {len(other_ids)}.")

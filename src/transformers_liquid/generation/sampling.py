@@ -95,6 +95,7 @@ class ImageSequences:
             one for one in self.stopping_criteria if not isinstance(one, MaxLengthCriteria)
         )
         self.base = self.model.config.get_text_config().model_type
+        self.codes: torch.LongTensor | None = None
 
     @property
     def cache(self) -> Any:
@@ -106,13 +107,14 @@ class ImageSequences:
         return self.ids[: self.num_pictures]
 
     def noise(self) -> Iterator[torch.Tensor | None]:
-        """Gumbel noise `(B, 1, codebook_size)` of one position after another; `None` for greedy drawing."""
+        """Gumbel noise `(B, 1, K * codebook_size)` of one position after another; `None` for greedy drawing."""
         if not self.generation_config.do_sample:
             yield from [None] * self.num_codes
             return
         for start in range(0, self.num_codes, NOISE_BLOCK):
             # A block at a time: each transfer would make the host wait for the accelerator, step by step.
-            size = min(NOISE_BLOCK, self.num_codes - start), self.num_pictures, self.model.config.codebook_size
+            number = min(NOISE_BLOCK, self.num_codes - start)
+            size = number, self.num_pictures, self.layout.num_codebooks * self.layout.codebook_size
             yield from gumbel_noise(self.generator, *size, self.ids.device)[:, :, None]
 
     def start(self, prepare: Callable[[Cache], None] | None = None) -> ModelOutput:
@@ -187,12 +189,14 @@ class ImageSequences:
         """The arguments of the forward of one more code."""
         self.grow_cache(self.ids.shape[1])
         length = 1 if self.kwargs["use_cache"] else None
-        return self.model.prepare_inputs_for_generation(self.ids, next_sequence_length=length, **self.kwargs)
+        inputs = self.model.prepare_inputs_for_generation(self.ids, next_sequence_length=length, **self.kwargs)
+        return self.model.code_inputs(inputs, self.codes)
 
     def append(self, codes: torch.LongTensor, outputs: ModelOutput) -> None:
-        """Takes in the codes of one more position, `(B, 1)`."""
+        """Takes in the codes of one more position, `(B, 1)`, or `(B, K, 1)` if it has K."""
         self.kwargs = self.model._update_model_kwargs_for_generation(outputs, self.kwargs)
-        new_ids = self.layout.codes_to_ids(codes).repeat(len(self.ids) // self.num_pictures, 1)
+        self.codes = codes if self.codes is None else torch.cat([self.codes, codes], dim=-1)
+        new_ids = self.layout.sequence_ids(codes).repeat(len(self.ids) // self.num_pictures, 1)
         self.ids = torch.cat([self.ids, new_ids], dim=1)
 
     def step_function(self, may_compile: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor, ModelOutput]]:
@@ -236,7 +240,7 @@ def sample_codes(sequences: ImageSequences) -> GenerateDecoderOnlyOutput | torch
         sequences ([`ImageSequences`]): Of the pictures.
 
     Returns:
-        Codes `(B, n)`, or a `GenerateDecoderOnlyOutput` with them as `sequences`.
+        Codes `(B, n)`, with K codes a position `(B, K, n)`; or a `GenerateDecoderOnlyOutput` with them as `sequences`.
     """
     config = sequences.generation_config
     recorded: dict[str, list[Any]] = {
@@ -246,16 +250,14 @@ def sample_codes(sequences: ImageSequences) -> GenerateDecoderOnlyOutput | torch
     }
     step = sequences.step_function(may_compile=not recorded)
     guided = sequences.guidance, sequences.logits_processor
-    drawn: list[torch.LongTensor] = []
 
     for noise in sequences.noise():
         seen_ids = sequences.picture_ids if sequences.processors_see_ids else None
-        if not drawn:
+        if sequences.codes is None:
             outputs = sequences.start()
-            codes, scores = draw_codes(outputs.logits[:, -1:], seen_ids, *guided, noise)
+            codes, scores = sequences.model.draw_codes(outputs.logits[:, -1:], seen_ids, *guided, noise)
         else:
             codes, scores, outputs = step(sequences.model, sequences.inputs(), seen_ids, *guided, noise)
-        drawn.append(codes)
         sequences.append(codes, outputs)
         put_codes(sequences.streamer, codes, sequences.layout)
         for name, values in recorded.items():
@@ -265,7 +267,7 @@ def sample_codes(sequences: ImageSequences) -> GenerateDecoderOnlyOutput | torch
         if sequences.criteria and sequences.criteria(sequences.picture_ids, scores[:, 0]).all():
             break
 
-    codes = torch.cat(drawn, dim=1)
+    codes = sequences.codes
     if not config.return_dict_in_generate:
         return codes
     if "logits" in recorded:
@@ -285,7 +287,7 @@ def image_step(
 ) -> tuple[torch.LongTensor, torch.Tensor, ModelOutput]:
     """One forward and [`draw_codes`]; what is compiled into one graph."""
     outputs = model(**inputs, return_dict=True)
-    return *draw_codes(outputs.logits, ids, guidance, logits_processor, noise), outputs
+    return *model.draw_codes(outputs.logits, ids, guidance, logits_processor, noise), outputs
 
 
 def draw_codes(
@@ -322,10 +324,10 @@ def draw_codes(
 
 
 def check_drawn(codes: torch.LongTensor) -> None:
-    """Raises a `ValueError` that names the first of codes `(B, n)` that could not be drawn."""
+    """Raises a `ValueError` that names the first of codes `(B, [K,] n)` that could not be drawn."""
     wrong = (codes < 0).nonzero().tolist()
     if wrong:
-        picture, position = wrong[0]
+        picture, *_, position = wrong[0]
         raise ValueError(
             f"The scores of picture {picture} of the batch at position {position} are NaN or infinite, so no code can be drawn. Half "
             "precision may have overflowed (load the model in bfloat16 or float32), weights may be damaged, or a "
@@ -365,11 +367,12 @@ def picture_seed(seed: int, index: int) -> int:
 
 
 def put_codes(streamer: BaseStreamer | None, codes: torch.LongTensor, layout: ImageLayout) -> None:
-    """Hands new codes `(B, n)` to a streamer: one of codes has a `put_codes`, to others they are ids `(B,)` by position."""
+    """Hands new codes `(B, [K,] n)` to a streamer: one of codes has a `put_codes`, to others they are ids `(B, [K])` by
+    position."""
     if streamer is None or not codes.numel():
         return
     if hasattr(streamer, "put_codes"):
         streamer.put_codes(codes)
     else:
-        for ids in layout.codes_to_ids(codes.cpu()).T:
+        for ids in layout.codes_to_ids(codes.cpu()).unbind(-1):
             streamer.put(ids)

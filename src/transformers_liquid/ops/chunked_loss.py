@@ -216,7 +216,7 @@ def max_z_loss(logits, labels, shift_labels=None, num_items_in_batch=None, **kwa
 
 def image_targets(config: LiquidConfig, targets: torch.LongTensor) -> torch.BoolTensor:
     """Which targets `(B, L)` belong to an image: codes, the eoi after them, and the eos after that."""
-    codes = config.image_layout.is_image_token(targets)
+    codes = config.image_layout.is_picture(targets)
     eoi = targets == config.eoi_token_id
     eos = config.get_text_config().eos_token_id
     eos = torch.as_tensor([] if eos is None else eos, device=targets.device, dtype=targets.dtype)

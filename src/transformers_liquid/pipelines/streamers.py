@@ -25,7 +25,8 @@ def partial_pictures(
 
     Args:
         model ([`LiquidForCausalLM`]): The model that draws.
-        image_tokens (`torch.LongTensor` of shape `(B, n)`): The first n image ids of each picture, n >= 1.
+        image_tokens (`torch.LongTensor` of shape `(B, n)`): The first n image ids of each picture, n >= 1; with K codes a
+            position, their codes `(B, K, n)`.
         height (`int`, *optional*): Of the whole picture in pixels; defaults to `config.image_size`.
         width (`int`, *optional*): Likewise.
 
@@ -46,7 +47,7 @@ def partial_pictures(
     """
     grid_height, grid_width = model.config.grid(height, width)
     codes, num_codes = model.config.image_layout.ids_to_codes(image_tokens), grid_height * grid_width
-    number = codes.shape[1] if codes.ndim == 2 else 0
+    number = codes.shape[-1] if codes.ndim == 2 + len(model.config.image_layout.of_position) else 0
     if not 1 <= number <= num_codes:
         raise ValueError(
             f"A picture of {grid_height} x {grid_width} codes needs image ids of shape (batch, 1 ... {num_codes}), got "
@@ -56,8 +57,8 @@ def partial_pictures(
     last_above = number - 1 - (number - 1 - position) % grid_width
     last_above = last_above.where(last_above >= 0, number - 1)
     is_drawn = position < number
-    filled = codes[:, position.where(is_drawn, last_above)]
-    pixel_values = model.decode_codes(filled.view(-1, grid_height, grid_width)).float().cpu()
+    filled = codes[..., position.where(is_drawn, last_above)]
+    pixel_values = model.decode_codes(filled.unflatten(-1, (grid_height, grid_width))).float().cpu()
 
     factor = model.config.downsample_factor
     is_blank = ~is_drawn.cpu().view(grid_height, grid_width).repeat_interleave(factor, 0).repeat_interleave(factor, 1)
@@ -98,8 +99,8 @@ class ImageStreamer(BaseStreamer):
         self.codes = []
 
     def put_codes(self, codes: torch.LongTensor) -> None:
-        """Receives the codes of one or more further positions, `(B, n)`."""
-        for one in codes.split(1, dim=1):
+        """Receives the codes of one or more further positions, `(B, [K,] n)`."""
+        for one in codes.split(1, dim=-1):
             self.codes.append(one)
             if len(self.codes) % self.every == 0 and len(self.codes) != self.num_codes:
                 self._show()
@@ -119,7 +120,7 @@ class ImageStreamer(BaseStreamer):
         raise NotImplementedError
 
     def _show(self, **kwargs: bool) -> None:
-        codes = torch.cat(self.codes, dim=1)
+        codes = torch.cat(self.codes, dim=-1)
         check_drawn(codes)
         ids = self.model.config.image_layout.codes_to_ids(codes)
         pictures = partial_pictures(self.model, ids, self.height, self.width)

@@ -156,7 +156,8 @@ class LiquidImageGenerationPipeline(Pipeline):
             callback_on_step_end (`Callable`, *optional*): Called after every step of a batch with `(pipe, step,
                 timestep, callback_kwargs)`, as diffusers does: `step` is the index of the last finished code (a step
                 can finish several), `timestep` the number of codes still to come, and
-                `callback_kwargs["image_tokens"]` holds the ids so far, `(B, step + 1)`. What it returns is ignored; an
+                `callback_kwargs["image_tokens"]` holds the ids so far, `(B, step + 1)` (with K codes a position, `(B, K,
+                step + 1)`). What it returns is ignored; an
                 exception ends the call. [`partial_pictures`] makes pictures of the ids.
             progress_bar (`bool`, *optional*, defaults to `True`): Whether to show one.
             return_dict (`bool`, *optional*, defaults to `False`): Whether to tell how each picture was drawn; a seed is
@@ -485,12 +486,12 @@ class _Watcher(BaseStreamer):
 
     def put_codes(self, codes: torch.LongTensor) -> None:
         layout = self.pipe.model.config.image_layout
-        self.bar.update(codes.numel())
+        self.bar.update(codes.shape[0] * codes.shape[-1])
         put_codes(self.streamer, codes, layout)
         if self.callback is not None:
             self.codes.append(codes)
-            ids = layout.codes_to_ids(torch.cat(self.codes, dim=1))
-            number = ids.shape[1]
+            ids = layout.codes_to_ids(torch.cat(self.codes, dim=-1))
+            number = ids.shape[-1]
             self.callback(self.pipe, number - 1, self.num_codes - number, {"image_tokens": ids})
 
     def end(self) -> None:

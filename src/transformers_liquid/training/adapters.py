@@ -30,6 +30,7 @@ def liquid_lora_config(
     embeddings a saved adapter holds these rows only. PEFT copies the whole table in each forward, except that
     pictures are drawn with merged weights.
 
+    - With several codes a position there are no rows of codes: what embeds and draws them is trained whole.
     - Experts that are fused parameters are no linear layers and stay frozen, like their router: attention alone is
       adapted in mixtral and qwen3_moe. Name them in `target_parameters` to adapt them.
     - Of state space mixers (mamba) only the input projection is adapted: their kernels read the other weights without
@@ -84,6 +85,8 @@ def liquid_lora_config(
         "exclude_modules": r"model\.vq_model\..*",
         "trainable_token_indices": dict.fromkeys(_row_modules(model), rows),
     }
+    if model.code_head is not None:
+        defaults["modules_to_save"] = ["code_embedder", "code_head"]
     return LoraConfig(r=r, lora_alpha=2 * r if lora_alpha is None else lora_alpha, **defaults | kwargs)
 
 
@@ -100,9 +103,13 @@ def liquid_rows_config(model: LiquidForCausalLM) -> TrainableTokensConfig:
         [`peft.TrainableTokensConfig`] for `get_peft_model`.
 
     Raises:
-        ValueError, ImportError: As in [`liquid_lora_config`].
+        ValueError, ImportError: As in [`liquid_lora_config`]; or if codes have no rows, with several of them a position.
     """
     rows = _trainable_rows(model)
+    if model.code_head is not None:
+        raise ValueError(
+            "With several codes a position, codes have no rows of the vocabulary to train alone: use liquid_lora_config."
+        )
     from peft import TrainableTokensConfig
 
     # As an expression: PEFT warns about names of tied embeddings in a list, though it keeps these tied.

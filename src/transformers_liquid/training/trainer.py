@@ -183,6 +183,17 @@ class LiquidTrainer(WholeTrainer):
             self._stats["train" if model.training else "eval"] += outputs["token_stats"].detach() * counts
         return (loss, outputs) if return_outputs else loss
 
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """As in the Trainer; a position of a picture has as many labels as codes."""
+        config = liquid_model(self.model).config
+        if config.num_codebooks > 1:
+            all_labels = [batch["labels"].flatten() for batch in batch_samples]
+            counts = [torch.where(labels == config.image_token_id, config.num_codebooks, 1) for labels in all_labels]
+            batch_samples = [
+                {"labels": labels.repeat_interleave(count)} for labels, count in zip(all_labels, counts, strict=True)
+            ]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As in the Trainer, for `compute_metrics` and `predict()` too; their logits take a second forward pass."""
         loss, *_ = super().prediction_step(model, inputs, prediction_loss_only=True, ignore_keys=ignore_keys)

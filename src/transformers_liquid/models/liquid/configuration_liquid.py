@@ -31,17 +31,20 @@ class LiquidConfig(PreTrainedConfig):
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of any causal language model, its
             `vocab_size` counting text and image rows. Defaults to llama.
-        vq_config (`dict`, *optional*): Arguments of [`LiquidVQModel`]. Defaults to Chameleon's VQGAN.
+        vq_config (`dict`, *optional*): Arguments of [`LiquidVQModel`], or of [`UniTokModel`], which has several codes a
+            position. Defaults to Chameleon's VQGAN.
         image_token_offset (`int`, *optional*): Id of code 0; code `c` has id `image_token_offset + c`. Stored,
             never derived from the size of the tokenizer or of the embeddings. Defaults to the last
-            `num_vq_embeddings` rows of the vocabulary.
+            `num_vq_embeddings` rows of the vocabulary. Several codes a position have no rows: then it is 0.
         boi_token_id (`int`, defaults to 7): Begins an image.
         eoi_token_id (`int`, defaults to 8): Ends an image.
-        uncond_token_id (`int`, defaults to 9): Stands for "no text" in classifier-free guidance.
+        uncond_token_id (`int`, defaults to 9): Stands for "no text" in classifier-free guidance; with several codes a
+            position also a list of ids, of a text that stands for it.
         image_token_id (`int`, defaults to 10): Placeholder for one code of an input image; never a code itself.
         image_size (`int`, *optional*): Default height and width in pixels. Defaults to the codec's `sample_size`.
         max_z_loss_coef (`float`, defaults to 0.0): Weight of the mean squared greatest logit in the training loss, which
-            keeps logits from growing. Baichuan 2 (arXiv 2309.10305), where it comes from, uses 2e-4.
+            keeps logits from growing. Baichuan 2 (arXiv 2309.10305), where it comes from, uses 2e-4. With several codes
+            a position it is about the logits of codes alone, as in UniTok, which uses 5e-5.
         image_generation_config (`dict`, *optional*): Settings of pictures for a model that is made of its configuration
             alone; a repository's `generation_config.json` outranks them. Saving a model writes both.
 
@@ -64,7 +67,7 @@ class LiquidConfig(PreTrainedConfig):
     image_token_offset: int | None = None
     boi_token_id: int = 7
     eoi_token_id: int = 8
-    uncond_token_id: int = 9
+    uncond_token_id: int | list[int] = 9
     image_token_id: int = 10
     image_size: int | None = None
     max_z_loss_coef: float = 0.0
@@ -85,7 +88,7 @@ class LiquidConfig(PreTrainedConfig):
         vq_config = {key: value for key, value in vq_config.items() if not key.startswith("_")}
         self.vq_config = json.loads(json.dumps(vq_config))
         if self.image_token_offset is None:
-            self.image_token_offset = self.text_config.vocab_size - self.codebook_size
+            self.image_token_offset = 0 if self.num_codebooks > 1 else self.text_config.vocab_size - self.codebook_size
         if self.image_size is None:
             self.image_size = self.vq_config.get("sample_size", 512)
         # The head and the embeddings are the base's: what it says about tying holds.
@@ -96,7 +99,9 @@ class LiquidConfig(PreTrainedConfig):
                 setattr(self, name, getattr(self.text_config, name, None))
 
         vocab_size = self.text_config.vocab_size
-        if self.image_token_offset < 0 or self.image_token_offset + self.codebook_size > vocab_size:
+        if self.num_codebooks > 1:
+            self._check_several_codes()
+        elif self.image_token_offset < 0 or self.image_token_offset + self.codebook_size > vocab_size:
             raise ValueError(
                 f"The codebook needs ids {self.image_token_offset} ... "
                 f"{self.image_token_offset + self.codebook_size - 1}, but the language model has a vocabulary of "
@@ -105,10 +110,12 @@ class LiquidConfig(PreTrainedConfig):
         special = {
             name: getattr(self, name) for name in ("boi_token_id", "eoi_token_id", "uncond_token_id", "image_token_id")
         }
-        if len({*special.values()}) < len(special):
+        if self.num_codebooks > 1 and isinstance(self.uncond_token_id, list):
+            del special["uncond_token_id"]
+        if len({*map(str, special.values())}) < len(special):
             raise ValueError(f"{', '.join(special)} must be four different ids, got {special}.")
         for name, token_id in special.items():
-            if not 0 <= token_id < vocab_size or token_id in self.image_token_range:
+            if not isinstance(token_id, int) or not 0 <= token_id < vocab_size or token_id in self.image_token_range:
                 raise ValueError(
                     f"{name}={token_id} must be a text id: in 0 ... {vocab_size - 1} and outside of the image ids "
                     f"{self.image_token_range.start} ... {self.image_token_range.stop - 1}."
@@ -120,10 +127,29 @@ class LiquidConfig(PreTrainedConfig):
         self.auto_map = write_remote_code(save_directory, **AUTO_CLASSES)
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def _check_several_codes(self) -> None:
+        """Raises a `ValueError` if several codes a position do not fit what else is configured."""
+        if self.image_token_offset != 0:
+            raise ValueError(
+                f"Several codes a position have no rows in the vocabulary: image_token_offset must be 0, got "
+                f"{self.image_token_offset}."
+            )
+        scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+        if given := [name for name in scaled if getattr(self.text_config, name, None) not in (None, 1)]:
+            raise ValueError(
+                f"Several codes a position are drawn from the hidden states of the base, which {given[0]} of "
+                f"{self.text_config.model_type!r} would change: use another base, such as llama or qwen3."
+            )
+
     @property
     def codebook_size(self) -> int:
-        """Number of image ids."""
+        """Number of codes of a codebook; with one code a position, of image ids."""
         return self.vq_config["num_vq_embeddings"]
+
+    @property
+    def num_codebooks(self) -> int:
+        """Codes of a position."""
+        return self.vq_config.get("num_codebooks", 1)
 
     @property
     def downsample_factor(self) -> int:

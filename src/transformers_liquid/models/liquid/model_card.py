@@ -35,7 +35,7 @@ def model_card(model: LiquidPreTrainedModel, name: str) -> str:
     grid_height, grid_width = config.grid()
     base = text_config.name_or_path
     settings = getattr(model.generation_config, "image_generation_config", None) if model.can_generate() else None
-    image_ids = config.image_token_range
+    image_ids, several = config.image_token_range, config.num_codebooks > 1
     return Template((Path(__file__).parent / "model_card_template.md").read_text(encoding="utf-8")).substitute(
         # A path on the machine that trained it helps nobody.
         base_metadata=f"base_model: {base}\n" if base.count("/") == 1 and not Path(base).exists() else "",
@@ -43,12 +43,15 @@ def model_card(model: LiquidPreTrainedModel, name: str) -> str:
         base=f"`{text_config.model_type}`" + (f" (`{base}`)" if base.count("/") == 1 else ""),
         parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         codec=(
-            f"a VQ codec with {config.codebook_size:,} codes of {vq_config.get('vq_embed_dim')} channels, "
+            f"a VQ codec with {f'{config.num_codebooks} codes a position, each one of ' if several else ''}"
+            f"{config.codebook_size:,} codes of {vq_config.get('vq_embed_dim')} channels, "
             f"{config.downsample_factor} × {config.downsample_factor} pixels per code"
         ),
         grid=f"{grid_height} × {grid_width} = {grid_height * grid_width}",
         vocab_size=f"{text_config.vocab_size:,}",
-        image_ids=f"{image_ids.start} … {image_ids.stop - 1}",
+        image_ids="none (a head beside the vocabulary draws the codes)"
+        if several
+        else f"{image_ids.start} … {image_ids.stop - 1}, in the order of the codes",
         **dataclasses.asdict(config.image_layout),
         settings=", ".join(f"`{key}={value}`" for key, value in (settings or DEFAULT_IMAGE_GENERATION_CONFIG).items()),
     )

@@ -27,12 +27,15 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
-from ...codecs.vq_model import LiquidVQModel
+from ...codecs.unitok import codec_class
+from ...codecs.vq_model import CodeMixin
 from ...generation.guidance import SuppressImageTokensLogitsProcessor
 from ...generation.image_generation import generate_image_tokens
 from ...generation.interleaved import generate_interleaved
+from ...generation.sampling import draw_codes
 from ...generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 from ...ops.chunked_loss import (
+    IGNORE_INDEX,
     LiquidCausalLMOutputWithPast,
     chunked_causal_lm_loss,
     image_targets,
@@ -49,6 +52,7 @@ from .configuration_liquid import LiquidConfig
 from .model_card import write_model_card
 from .reference import ReferenceCheckpoint, load_whole
 from .remote_code import not_copied
+from .several_codes import CodeEmbedder, CodeHead
 from .vocabulary import check_generation_mode
 
 
@@ -171,9 +175,11 @@ class LiquidModel(LiquidPreTrainedModel):
         self.text_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         # One object: what resizing writes to the one must be read from the other.
         config.text_config = self.text_model.config
-        codec = LiquidVQModel(**config.vq_config)
+        codec = codec_class(config.vq_config)(**config.vq_config)
         # Whatever the default dtype is; ZeRO-3 has taken the weights apart by now.
         self.vq_model = (codec if is_deepspeed_zero3_enabled() else codec.float()).requires_grad_(False)
+        # With one code a position, codes are rows of the vocabulary.
+        self.code_embedder = CodeEmbedder(config) if config.num_codebooks > 1 else None
         self._cache_argument = next(
             name for name in CACHE_NAMES if name in inspect.signature(self.text_model.forward).parameters
         )
@@ -213,7 +219,7 @@ class LiquidModel(LiquidPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(N, 3, H, W)` or a list of N tensors `(3, H, W)`): In [-1, 1].
 
         Returns:
-            N tensors of ids, one for each code, row by row.
+            N tensors of ids `(n,)`, one for each code, row by row; of codes `(K, n)` with K codes a position.
 
         Raises:
             ValueError: If the codec was rounded, or something is NaN or infinite.
@@ -225,7 +231,7 @@ class LiquidModel(LiquidPreTrainedModel):
             )
         if isinstance(pixel_values, torch.Tensor):
             codes = self.vq_model.encode_codes(pixel_values)
-            return list(self.config.image_layout.codes_to_ids(codes).flatten(1))
+            return list(self.config.image_layout.codes_to_ids(codes).flatten(-2))
         return [self.encode_images(picture[None])[0] for picture in pixel_values]
 
     def fill_image_placeholders(
@@ -243,20 +249,44 @@ class LiquidModel(LiquidPreTrainedModel):
         if input_ids is None:
             raise ValueError("pixel_values need input_ids or inputs_embeds: placeholders say where the images go.")
         pictures = self.encode_images(pixel_values)
+        is_placeholder = self._check_placeholders(input_ids, pictures)
+        if not pictures:
+            return input_ids
+        return input_ids.masked_scatter(is_placeholder, torch.cat(pictures).to(input_ids))
+
+    def embed_pictures(
+        self, input_ids: torch.LongTensor, image_codes: torch.LongTensor | list[torch.LongTensor]
+    ) -> torch.Tensor:
+        """Embeddings `(B, L, hidden)` of ids, in which each run of placeholders is the next picture of several codes a
+        position; pictures `(N, K, n)`, or a list of N of different sizes `(K, n)`. Raises as
+        [`~LiquidModel.fill_image_placeholders`]."""
+        embeds = self.get_input_embeddings()(input_ids.clamp(min=0))
+        is_placeholder = self._check_placeholders(input_ids, image_codes)
+        if not len(image_codes):  # as in `CodeHead.loss`
+            return embeds + 0 * self.code_embedder(input_ids.new_zeros(1, self.config.num_codebooks, 1)).sum()
+        batches = [image_codes] if isinstance(image_codes, torch.Tensor) else [one[None] for one in image_codes]
+        embedded = [self.code_embedder(one.to(embeds.device)).flatten(0, 1) for one in batches]
+        return embeds.masked_scatter(is_placeholder[..., None], torch.cat(embedded).to(embeds))
+
+    def _check_placeholders(self, input_ids: torch.LongTensor, pictures: Any) -> torch.BoolTensor:
+        """Where placeholders are; raises a `ValueError` unless each run of them is as long as the next picture."""
         is_placeholder = input_ids == self.config.image_token_id
         edges = nn.functional.pad(is_placeholder.int(), (1, 1)).diff(dim=1)
         starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
         if len(starts) != len(pictures):
             raise ValueError(f"The prompts have room for {len(starts)} images, but {len(pictures)} were given.")
         for index, ((sequence, start), (_, end), picture) in enumerate(zip(starts, ends, pictures, strict=True)):
-            if end - start != len(picture):
+            if picture.shape[:-1] != self.config.image_layout.of_position:
                 raise ValueError(
-                    f"Image {index} has {len(picture)} codes, but its place in sequence {sequence} from position {start} "
-                    f"on has {end - start} placeholders. Prepare text and images with one call of the processor."
+                    f"Image {index} has codes of shape {tuple(picture.shape)}, but the model has "
+                    f"{self.config.num_codebooks} a position."
                 )
-        if not pictures:
-            return input_ids
-        return input_ids.masked_scatter(is_placeholder, torch.cat(pictures).to(input_ids))
+            if end - start != picture.shape[-1]:
+                raise ValueError(
+                    f"Image {index} has {picture.shape[-1]} codes, but its place in sequence {sequence} from position "
+                    f"{start} on has {end - start} placeholders. Prepare text and images with one call of the processor."
+                )
+        return is_placeholder
 
     def fill_image_embeds(
         self, inputs_embeds: torch.Tensor, pixel_values: torch.Tensor | list[torch.Tensor]
@@ -265,8 +295,12 @@ class LiquidModel(LiquidPreTrainedModel):
         embed = self.get_input_embeddings()
         placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         is_placeholder = (inputs_embeds == embed(placeholder)).all(-1)
-        ids = self.fill_image_placeholders(torch.where(is_placeholder, placeholder, -1), pixel_values)
-        return torch.where(is_placeholder[..., None], embed(ids.clamp(min=0)), inputs_embeds)
+        ids = torch.where(is_placeholder, placeholder, -1)
+        if self.code_embedder is None:
+            filled = embed(self.fill_image_placeholders(ids, pixel_values).clamp(min=0))
+        else:
+            filled = self.embed_pictures(ids, self.encode_images(pixel_values))
+        return torch.where(is_placeholder[..., None], filled, inputs_embeds)
 
     @can_return_tuple
     def forward(
@@ -276,10 +310,12 @@ class LiquidModel(LiquidPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         cache: Cache | None = None,
+        image_codes: torch.LongTensor | list[torch.LongTensor] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the base model's body; arguments as in [`LiquidForCausalLM.forward`]."""
-        inputs = self._text_inputs(input_ids, pixel_values, inputs_embeds, past_key_values if cache is None else cache)
+        cache = past_key_values if cache is None else cache
+        inputs = self._text_inputs(input_ids, pixel_values, inputs_embeds, cache, image_codes)
         outputs = self.text_model.base_model(**inputs, **kwargs)
         return BaseModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -288,9 +324,15 @@ class LiquidModel(LiquidPreTrainedModel):
             **{CACHE_NAME: outputs.get(self._cache_argument)},
         )
 
-    def _text_inputs(self, input_ids, pixel_values, inputs_embeds, cache) -> dict[str, Any]:
+    def _text_inputs(self, input_ids, pixel_values, inputs_embeds, cache, image_codes) -> dict[str, Any]:
         """What the base model is given in place of ids, pictures and a cache."""
-        if pixel_values is not None and inputs_embeds is not None and input_ids is None:
+        if image_codes is not None:
+            if self.code_embedder is None or pixel_values is not None or input_ids is None:
+                raise ValueError(
+                    "image_codes stand beside input_ids for codecs of several codes a position, in place of pixel_values."
+                )
+            input_ids, inputs_embeds = None, self.embed_pictures(input_ids, image_codes)
+        elif pixel_values is not None and inputs_embeds is not None and input_ids is None:
             inputs_embeds = self.fill_image_embeds(inputs_embeds, pixel_values)
         elif pixel_values is not None:
             input_ids = self.fill_image_placeholders(input_ids, pixel_values)
@@ -320,6 +362,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
     def __init__(self, config: LiquidConfig):
         super().__init__(config)
         self.model = LiquidModel(config)
+        self.code_head = CodeHead(config) if config.num_codebooks > 1 else None
         # What a state space model cannot do (assisted generation) or compile, its wrapper cannot either.
         self._is_stateful = self.model.text_model._is_stateful
         self._can_compile_fullgraph = self.model.text_model._can_compile_fullgraph
@@ -363,6 +406,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
         cache: Cache | None = None,
+        image_codes: torch.LongTensor | list[torch.LongTensor] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits over text and image ids together, or the loss alone.
@@ -379,10 +423,13 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
                 transformers 5.24.
             inputs_embeds (`torch.Tensor` of shape `(B, L, hidden)`, *optional*): Instead of `input_ids`.
             use_cache (`bool`, *optional*): Whether to return the cache. With labels, the default is `False`.
-            labels (`torch.LongTensor` of shape `(B, L)`, *optional*): Text and image ids to predict, -100 elsewhere.
+            labels (`torch.LongTensor` of shape `(B, L)`, *optional*): Text and image ids to predict, -100 elsewhere. With
+                several codes a position, `config.image_token_id` where the codes of a picture are to be predicted.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): As in transformers; 0 keeps all positions.
             skip_logits (`bool`, *optional*): With labels: whether to compute the loss in chunks, without ever holding
-                all logits. Defaults to whether the model is training.
+                all logits. Defaults to whether the model is training. With several codes a position always.
+            image_codes (`torch.LongTensor` of shape `(N, K, n)` or a list of N tensors `(K, n)`, *optional*): With K
+                codes a position, in place of `pixel_values`: of pictures in reading order.
             kwargs: Handed to the base model and its loss (`num_items_in_batch`, `shift_labels`, ...).
 
         Returns:
@@ -393,7 +440,9 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             ValueError: If placeholders and pictures do not match, or there is nothing to learn.
         """
         cache = past_key_values if cache is None else cache
-        inputs = self.model._text_inputs(input_ids, pixel_values, inputs_embeds, cache)
+        if self.code_head is not None and pixel_values is not None and input_ids is not None:
+            image_codes, pixel_values = self.model.encode_images(pixel_values), None
+        inputs = self.model._text_inputs(input_ids, pixel_values, inputs_embeds, cache, image_codes)
         inputs.update(attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         labels = kwargs.get("shift_labels") if labels is None else labels  # a base wants both
         has_labels = labels is not None
@@ -404,7 +453,10 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         # A base's router loss is part of its own loss, and ZeRO-3 gathers a head's weight for its own forward only.
         routes = getattr(self.config.get_text_config(), "output_router_logits", False)
         text_model = self.model.text_model
-        if not skip_logits or routes or is_deepspeed_zero3_enabled():
+        if self.code_head is not None and has_labels:
+            if routes or is_deepspeed_zero3_enabled():
+                raise ValueError("Several codes a position are not trained with a router's loss or with ZeRO-3.")
+        elif not skip_logits or routes or is_deepspeed_zero3_enabled():
             outputs = text_model(labels=labels, logits_to_keep=logits_to_keep, use_cache=use_cache, **inputs)
             if has_labels and self.config.max_z_loss_coef:
                 z_loss = max_z_loss(outputs.logits, labels, **kwargs)
@@ -415,9 +467,14 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         outputs = text_model.base_model(use_cache=use_cache, **inputs)
         targets = (next_labels(labels) if targets is None else targets).to(outputs.last_hidden_state.device)
         is_image = image_targets(self.config, targets)
-        loss, token_stats = chunked_causal_lm_loss(
-            text_model, outputs, targets, is_image, self.config.max_z_loss_coef, num_items
-        )
+        if self.code_head is None:
+            loss, token_stats = chunked_causal_lm_loss(
+                text_model, outputs, targets, is_image, self.config.max_z_loss_coef, num_items
+            )
+        else:
+            loss, token_stats = self._loss_of_several_codes(
+                outputs, targets, is_image, self._code_targets(input_ids, image_codes, targets), num_items
+            )
         return LiquidCausalLMOutputWithPast(
             loss=loss,
             token_stats=token_stats,
@@ -425,6 +482,57 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             attentions=outputs.get("attentions"),
             **{CACHE_NAME: outputs.get(self.model._cache_argument)},
         )
+
+    def _code_targets(
+        self, input_ids: torch.LongTensor | None, image_codes: Any, targets: torch.LongTensor
+    ) -> torch.LongTensor:
+        """The codes `(N, K)` of the N positions whose target is a placeholder."""
+        is_code = targets == self.config.image_token_id
+        if image_codes is None or not len(image_codes):
+            if is_code.any():
+                raise ValueError("Labels of a picture need its codes: pass image_codes or pixel_values with input_ids.")
+            return targets.new_zeros(0, self.config.num_codebooks)
+        codes = torch.cat([one.T for one in image_codes]).to(targets.device)
+        of_positions = targets.new_zeros(*targets.shape, self.config.num_codebooks)
+        of_positions[input_ids == self.config.image_token_id] = codes
+        return of_positions.roll(-1, dims=1)[is_code]
+
+    def _loss_of_several_codes(
+        self,
+        outputs: ModelOutput,
+        targets: torch.LongTensor,
+        is_image: torch.BoolTensor,
+        codes: torch.LongTensor,
+        num_items: torch.Tensor | int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean cross-entropy over all ids of text and all codes, and its statistics; as in UniTok's `forward`."""
+        is_code = targets == self.config.image_token_id
+        if num_items is None:
+            num_items = (targets[~is_code] != IGNORE_INDEX).sum() + codes.numel()
+        texts = targets.masked_fill(is_code, IGNORE_INDEX)
+        loss, token_stats = chunked_causal_lm_loss(self.model.text_model, outputs, texts, is_image, 0.0, num_items)
+        hidden_states = outputs.last_hidden_state[is_code]
+        of_codes, stats = self.code_head.loss(hidden_states, codes, self.config.max_z_loss_coef)
+        return loss + of_codes / num_items, torch.stack([token_stats[0], token_stats[1] + stats])
+
+    def code_inputs(self, inputs: dict[str, Any], codes: torch.LongTensor) -> dict[str, Any]:
+        """The arguments of a forward whose ids end with those of the codes that were drawn, `(B, n)` or `(B, K, n)`.
+
+        With several codes a position they become embeddings; a projection of a picture's earlier positions is part of
+        these, for which the codes are its cache: it is small beside the language model.
+        """
+        if self.code_head is None:
+            return inputs
+        ids = inputs["input_ids"]
+        number = min(ids.shape[1], codes.shape[-1])
+        drawn = self.model.code_embedder(codes, number).repeat(len(ids) // len(codes), 1, 1)
+        before = self.get_input_embeddings()(ids[:, : ids.shape[1] - number])
+        return inputs | {"input_ids": None, "inputs_embeds": torch.cat([before, drawn.to(before)], dim=1)}
+
+    def draw_codes(self, logits: torch.Tensor, *drawing: Any) -> tuple[torch.LongTensor, torch.Tensor]:
+        """Codes `(B, W)`, or with K codes a position `(B, K, W)`, of what a view for images returns as logits: see
+        [`generation.sampling.draw_codes`]."""
+        return draw_codes(logits, *drawing) if self.code_head is None else self.code_head.draw(logits, *drawing)
 
     def prepare_inputs_for_generation(self, *args: Any, inputs_embeds: Any = None, **kwargs: Any) -> dict[str, Any]:
         # Named, since generate() looks here whether a model takes embeddings.
@@ -454,7 +562,8 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
 
         Args:
             image_tokens (`torch.LongTensor` of shape `(B, n)` or `(n,)`): Image ids, row by
-                row, as returned by `generate(generation_mode="image")`.
+                row, as returned by `generate(generation_mode="image")`; with K codes a position, codes `(B, K, n)` or
+                `(K, n)`.
             height (`int`, *optional*): Of the picture in pixels; defaults to `config.image_size`.
             width (`int`, *optional*): Of the picture in pixels; defaults to `config.image_size`.
             dtype (`torch.dtype`, *optional*): Half precision for the codec: see [`LiquidVQModel.decode_codes`].
@@ -467,7 +576,8 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
                 precision.
         """
         grid_height, grid_width = self.config.grid(height, width)
-        image_tokens = image_tokens[None] if image_tokens.ndim == 1 else image_tokens
+        is_one = image_tokens.ndim == 1 + len(self.config.image_layout.of_position)
+        image_tokens = image_tokens[None] if is_one else image_tokens
         if image_tokens.shape[-1] != grid_height * grid_width:
             raise ValueError(
                 f"A picture of {grid_height} x {grid_width} codes needs {grid_height * grid_width} image ids, got "
@@ -475,12 +585,12 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
                 "was stopped before its end, see `partial_pictures`."
             )
         return self.decode_codes(
-            self.config.image_layout.ids_to_codes(image_tokens).view(-1, grid_height, grid_width), dtype=dtype
+            self.config.image_layout.ids_to_codes(image_tokens).unflatten(-1, (grid_height, grid_width)), dtype=dtype
         )
 
     @torch.no_grad()
     def decode_codes(self, codes: torch.LongTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Turns codes `(B, grid_height, grid_width)` into pictures `(B, 3, H, W)` in [-1, 1]."""
+        """Turns codes `(B, [K,] grid_height, grid_width)` into pictures `(B, 3, H, W)` in [-1, 1]."""
         return self.model.vq_model.decode_codes(codes, dtype=dtype).clamp(-1, 1)
 
     @telling_reader
@@ -543,8 +653,8 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
 
         Returns:
             Text mode: as in transformers (prompts and continuations). Image mode: `torch.LongTensor` of shape
-            `(B * num_return_sequences, number of codes)`, the image ids alone, for
-            [`~LiquidForCausalLM.decode_image_tokens`]; or an output with these as `sequences` if
+            `(B * num_return_sequences, number of codes)`, the image ids alone (with K codes a position the codes, `(B *
+            num_return_sequences, K, positions)`), for [`~LiquidForCausalLM.decode_image_tokens`]; or an output with these as `sequences` if
             `return_dict_in_generate`. Interleaved mode: a [`generation.interleaved.InterleavedOutput`].
 
         Raises:
@@ -556,8 +666,16 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
                 "Gradient checkpointing keeps no cache: call `model.eval()` before `generate`, `model.train()` after it."
             )
         input_ids = kwargs.pop("input_ids", inputs)
+        several = self.code_head is not None
+        if several and (generation_mode == "interleaved" or (generation_mode == "image" and pixel_values is not None)):
+            raise ValueError(
+                "With several codes a position, pictures are drawn from text alone: pass generation_mode='image' without "
+                "pixel_values, or generation_mode='text'."
+            )
         if pixel_values is not None and input_ids is None and kwargs.get("inputs_embeds") is not None:
             kwargs["inputs_embeds"] = self.model.fill_image_embeds(kwargs["inputs_embeds"], pixel_values)
+        elif pixel_values is not None and several:
+            kwargs["inputs_embeds"] = self.model.embed_pictures(input_ids, self.model.encode_images(pixel_values))
         elif pixel_values is not None:
             input_ids = self.model.fill_image_placeholders(input_ids, pixel_values)
             negative = kwargs.get("negative_prompt_ids")
@@ -583,7 +701,8 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         return super().generate(input_ids, **settings, **kwargs)
 
     def image_head_view(self) -> LiquidForCausalLM:
-        """This model with only the image rows in its head: logits have `codebook_size` columns, column c is code c.
+        """This model with only the image rows in its head: logits have `codebook_size` columns, column c is code c. With
+        several codes a position, for which [`~LiquidForCausalLM.draw_codes`] has a head, they are the hidden states.
 
         Weights are shared, but for those that adapters change ([`merged_view`]), and this model is left as it is. The base's own head path still runs, so soft-capping,
         scaling and biases hold. Its generation config is empty: what the base has there is about text.
@@ -591,7 +710,9 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         view, view.model = shallow_copy(self), shallow_copy(self.model)
         view.model.text_model = shallow_copy(merged_view(self.model.text_model))
         head, rows = view.get_output_embeddings(), self.config.image_layout.image_slice
-        if is_plain_linear(head):
+        if self.code_head is not None:
+            sliced = StandIn(head, lambda hidden_states: hidden_states)
+        elif is_plain_linear(head):
             sliced = nn.Linear(head.in_features, rows.stop - rows.start, bias=head.bias is not None, device="meta")
             for name, parameter in head.named_parameters():
                 setattr(sliced, name, nn.Parameter(parameter[rows], requires_grad=False))
@@ -608,7 +729,7 @@ def _base_class(config: LiquidConfig) -> type[PreTrainedModel]:
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
 
 
-def assemble(config: LiquidConfig, base_model: PreTrainedModel, codec: LiquidVQModel) -> LiquidForCausalLM:
+def assemble(config: LiquidConfig, base_model: PreTrainedModel, codec: CodeMixin) -> LiquidForCausalLM:
     """Puts a base model and a codec into a [`LiquidForCausalLM`] without copying their weights."""
     config.dtype = base_model.config.dtype
     config._attn_implementation = base_model.config._attn_implementation

@@ -65,9 +65,11 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
         eoi_token (`str`, defaults to `"<eoi>"`): Ends an image.
         uncond_token (`str`, defaults to `"<unconditional>"`): Stands for "no text" in classifier-free guidance.
         image_token_offset (`int`, defaults to 256000): Id of code 0. Defaults to the reference's layout.
-        codebook_size (`int`, defaults to 8192): Number of image ids.
+        codebook_size (`int`, defaults to 8192): Number of codes in a codebook; with one code a position, of image ids.
         known_words (`list[str]`, *optional*): For a small model, the words of prompts that it was trained on, in
             lower case: pipelines warn of a prompt without any of them. Defaults to no list, and no warning.
+        num_codebooks (`int`, defaults to 1): Codes of a position. With several, `uncond_token` may be a text of several
+            tokens.
 
     Raises:
         ValueError: If a token is not exactly one token of the tokenizer, two of them are the same, or an id of the
@@ -98,6 +100,7 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
         image_token_offset: int = 256000,
         codebook_size: int = 8192,
         known_words: list[str] | None = None,
+        num_codebooks: int = 1,
         **kwargs,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
@@ -107,12 +110,16 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
         self.uncond_token = uncond_token
         self.image_token_offset = image_token_offset
         self.codebook_size = codebook_size
+        self.num_codebooks = num_codebooks
         self.known_words = known_words
         self.image_token_id, self.boi_token_id, self.eoi_token_id, self.uncond_token_id = (
             tokenizer.convert_tokens_to_ids(token) for token in self._image_tokens
         )
         tokens = {token: self.encode(token) for token in self._image_tokens}
-        if len(tokens) < len(self._image_tokens) or not all(is_one_token(tokenizer, token) for token in tokens):
+        if num_codebooks > 1 and len(tokens[uncond_token]) > 1:
+            self.uncond_token_id = tokens.pop(uncond_token)
+        number = len(self._image_tokens) - isinstance(self.uncond_token_id, list)
+        if len(tokens) < number or not all(is_one_token(tokenizer, token) for token in tokens):
             raise ValueError(
                 "image_token, boi_token, eoi_token and uncond_token must be four tokens of the tokenizer, of one id each, "
                 f"but their ids are {tokens}. Name tokens that the tokenizer has, or add them with "
@@ -243,6 +250,7 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
         return ImageLayout(
             image_token_offset=self.image_token_offset,
             codebook_size=self.codebook_size,
+            num_codebooks=self.num_codebooks,
             boi_token_id=self.boi_token_id,
             eoi_token_id=self.eoi_token_id,
             uncond_token_id=self.uncond_token_id,
@@ -390,6 +398,8 @@ def build_processor(config: LiquidConfig, tokenizer: PreTrainedTokenizerBase) ->
         ValueError: If the tokenizer does not fit the configuration.
     """
     tokens = {name: tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_id")) for name in IMAGE_TOKENS}
+    if isinstance(config.uncond_token_id, list):
+        tokens["uncond_token"] = tokenizer.decode(config.uncond_token_id)
     for name, token in tokens.items():
         # A piece of ordinary text would pass every later check.
         if token is None or not (token.startswith(("<", "[")) and token.endswith((">", "]"))):
@@ -402,5 +412,6 @@ def build_processor(config: LiquidConfig, tokenizer: PreTrainedTokenizerBase) ->
         tokenizer,
         image_token_offset=config.image_token_offset,
         codebook_size=config.codebook_size,
+        num_codebooks=config.num_codebooks,
         **tokens,
     )

@@ -301,19 +301,23 @@ class LiquidPrompts:
         """Token ids of codes in reading order.
 
         Args:
-            codes (list, `np.ndarray` or `torch.Tensor` of ints, 1-D or 2-D): Codes without offset.
+            codes (list, `np.ndarray` or `torch.Tensor` of ints, 1-D or 2-D): Codes without offset; with K codes a
+                position after a first dimension of K. A placeholder then stands for those of each position.
 
         Raises:
             ValueError: If a code is outside the codebook, naming it and its position, or codes are no integers.
         """
         codes = as_integers(codes)
-        if codes.ndim not in (1, 2) or codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
+        of_position = self.image_layout.of_position
+        is_shape = codes.ndim - len(of_position) in (1, 2) and codes.shape[: len(of_position)] == of_position
+        if not is_shape or codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
+            several = f" after {self.num_codebooks} codes a position" if of_position else ""
             raise ValueError(
-                f"codes must be integers in one or two dimensions, got shape {codes.shape} of type {codes.dtype}."
+                f"codes must be integers in one or two dimensions{several}, got shape {codes.shape} of type {codes.dtype}."
             )
-        codes = torch.from_numpy(codes.reshape(-1).astype(np.int64))
+        codes = torch.from_numpy(codes.reshape(*of_position, -1).astype(np.int64))
         check_codes(codes, range(self.codebook_size))
-        return self.image_layout.codes_to_ids(codes).tolist()
+        return self.image_layout.sequence_ids(codes).tolist()
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text, without the tokens that the tokenizer adds around it unless asked for."""

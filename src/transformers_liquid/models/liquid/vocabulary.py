@@ -60,28 +60,32 @@ class ImageLayout:
 
     Args:
         image_token_offset (`int`): Id of code 0; code `c` has id `image_token_offset + c`.
-        codebook_size (`int`): Number of codes, and of image ids.
+        codebook_size (`int`): Number of codes of a codebook, and of image ids.
         boi_token_id (`int`): Begins an image.
         eoi_token_id (`int`): Ends an image.
-        uncond_token_id (`int`): Stands for "no text".
-        image_token_id (`int`): Placeholder for one code of an input image.
+        uncond_token_id (`int` or list of `int`): Stands for "no text".
+        image_token_id (`int`): Placeholder for one position of an image whose codes stand beside the ids.
         image_size (`int`): Default height and width in pixels.
         downsample_factor (`int`): Pixels per code along one side.
+        num_codebooks (`int`, defaults to 1): Codes of a position. Several have no ids: every position of a picture is a
+            placeholder in a sequence, the offset is 0, and what is called ids of codes are the codes themselves,
+            `(..., num_codebooks, n)` of n positions.
     """
 
     image_token_offset: int
     codebook_size: int
     boi_token_id: int
     eoi_token_id: int
-    uncond_token_id: int
+    uncond_token_id: int | list[int]
     image_token_id: int
     image_size: int
     downsample_factor: int
+    num_codebooks: int = 1
 
     @property
     def image_token_range(self) -> range:
         """All image ids."""
-        return range(self.image_token_offset, self.image_token_offset + self.codebook_size)
+        return range(self.image_token_offset, self.image_token_offset + self.codebook_size * (self.num_codebooks == 1))
 
     @property
     def image_slice(self) -> slice:
@@ -91,7 +95,15 @@ class ImageLayout:
     @property
     def special_image_token_ids(self) -> list[int]:
         """The ids of boi, eoi, the unconditional token and the placeholder."""
-        return [self.boi_token_id, self.eoi_token_id, self.uncond_token_id, self.image_token_id]
+        uncond = (
+            [] if isinstance(self.uncond_token_id, list) else [self.uncond_token_id]
+        )  # of several tokens it is text
+        return [self.boi_token_id, self.eoi_token_id, *uncond, self.image_token_id]
+
+    @property
+    def of_position(self) -> tuple[int, ...]:
+        """The dimension of codes before those of the picture: none, or that of several codes a position."""
+        return () if self.num_codebooks == 1 else (self.num_codebooks,)
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width in codes of a picture.
@@ -137,8 +149,19 @@ class ImageLayout:
         Raises:
             ValueError: If an id is no image id, naming it and its position.
         """
-        check_codes(ids, self.image_token_range, "Id")
+        check_codes(ids, range(self.image_token_offset, self.image_token_offset + self.codebook_size), "Id")
         return ids - self.image_token_offset
+
+    def sequence_ids(self, codes: torch.Tensor) -> torch.Tensor:
+        """What stands in a sequence for codes: their ids, or with several codes a position one placeholder for each
+        position `(..., n)`."""
+        if self.num_codebooks == 1:
+            return self.codes_to_ids(codes)
+        return torch.full_like(codes[..., 0, :], self.image_token_id, dtype=torch.long)
+
+    def is_picture(self, ids: torch.Tensor) -> torch.BoolTensor:
+        """Where ids are what [`~ImageLayout.sequence_ids`] writes."""
+        return self.is_image_token(ids) if self.num_codebooks == 1 else ids == self.image_token_id
 
     def is_image_token(self, ids: torch.Tensor) -> torch.BoolTensor:
         """Where ids are those of codes."""
@@ -165,7 +188,7 @@ class ImageLayout:
             ends (`bool`, defaults to `True`): Whether bos and eos may be there, as a chat template writes them.
         """
         forbidden = [] if ends else [tokenizer.bos_token_id, tokenizer.eos_token_id]
-        most = dict.fromkeys([self.uncond_token_id, *forbidden], 0)
+        most = dict.fromkeys(self.special_image_token_ids[2:-1] + forbidden, 0)
         most |= dict.fromkeys([self.boi_token_id, self.eoi_token_id], marks)
         for index in set(ids):
             if index in self.image_token_range:
