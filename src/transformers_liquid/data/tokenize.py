@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..codecs.loading import load_codec
-from ..codecs.vq_model import LiquidVQModel, codec_identity
+from ..codecs.vq_model import CodeMixin, codec_identity
 from ..models.liquid.configuration_liquid import LiquidConfig
 from ..models.liquid.image_processing_liquid import BASE64, WEB, LiquidImageProcessor, load_image, open_image
 from ..models.liquid.prompts import with_marks
@@ -148,17 +148,12 @@ def tokenize_dataset(
     if grids is None or grids == "common":
         grids = [config.image_layout.grid()] if grids is None else config.image_layout.common_grids()
     settings = {
-        "codec": codec_identity(codec),
-        "codebook_size": config.codebook_size,
-        "downsample_factor": config.downsample_factor,
-        "dtype": "int16" if config.codebook_size <= np.iinfo(np.int16).max else "int32",
+        **codec_settings(config, codec),
         "grids": [as_integers(grid).tolist() for grid in grids],
         "framing": framing,
         "kind": kind,
         "records_per_shard": records_per_shard,
     }
-    if config.num_codebooks > 1:
-        settings["num_codebooks"] = config.num_codebooks
     check_settings(settings, batch_size=batch_size, num_workers=num_workers, records_per_shard=records_per_shard)
     image_processor = LiquidImageProcessor(config.image_size, config.downsample_factor, framing)
     folder = image_folder(source)
@@ -226,11 +221,22 @@ def tokenize_in_cache(model: str | os.PathLike, dataset: str, grids: Literal["co
 # Plan
 
 
-def load_codec_alone(model: str | os.PathLike) -> tuple[LiquidConfig, LiquidVQModel]:
+def load_codec_alone(model: str | os.PathLike) -> tuple[LiquidConfig, CodeMixin]:
     """Configuration and codec of a repository, without the files that hold the language model alone."""
     if (reference := ReferenceCheckpoint.find(model)) is not None:
         return reference.config, reference.codec
     return LiquidConfig.from_pretrained(model), load_codec(model)
+
+
+def codec_settings(config: LiquidConfig, codec: CodeMixin) -> dict[str, Any]:
+    """What the manifest says of the codec, and how codes are stored."""
+    several = {"num_codebooks": config.num_codebooks} if config.num_codebooks > 1 else {}
+    return several | {
+        "codec": codec_identity(codec),
+        "codebook_size": config.codebook_size,
+        "downsample_factor": config.downsample_factor,
+        "dtype": "int16" if config.codebook_size <= np.iinfo(np.int16).max else "int32",
+    }
 
 
 def check_settings(settings: Mapping[str, Any], **counts: int) -> None:
@@ -426,7 +432,7 @@ def read_pictures(
 
 
 def encode_pictures(
-    pictures: Iterable[Picture], codec: LiquidVQModel, batch_size: int, dtype: str
+    pictures: Iterable[Picture], codec: CodeMixin, batch_size: int, dtype: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The records of one shard in the order of the source, and what was left out of it."""
     kept, skipped, waiting = [], [], defaultdict(list)  # by sizes, until they make a batch

@@ -35,7 +35,6 @@ from ...generation.interleaved import generate_interleaved
 from ...generation.sampling import draw_codes
 from ...generation.settings import DEFAULT_IMAGE_GENERATION_CONFIG
 from ...ops.chunked_loss import (
-    IGNORE_INDEX,
     LiquidCausalLMOutputWithPast,
     chunked_causal_lm_loss,
     image_targets,
@@ -50,9 +49,10 @@ from ...utils.versions import CACHE_NAME, CACHE_NAMES
 from .adapters import adjust_peft, load_whole_adapter
 from .configuration_liquid import LiquidConfig
 from .model_card import write_model_card
+from .placeholders import PlacesPictures
 from .reference import ReferenceCheckpoint, load_whole
 from .remote_code import not_copied
-from .several_codes import CodeEmbedder, CodeHead
+from .several_codes import CodeEmbedder, CodeHead, code_targets, loss_of_several_codes
 from .vocabulary import check_generation_mode
 
 
@@ -167,7 +167,7 @@ class LiquidPreTrainedModel(PreTrainedModel):
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
 
-class LiquidModel(LiquidPreTrainedModel):
+class LiquidModel(PlacesPictures, LiquidPreTrainedModel):
     """The whole base language model (`text_model`) beside the codec (`vq_model`)."""
 
     def __init__(self, config: LiquidConfig):
@@ -211,97 +211,6 @@ class LiquidModel(LiquidPreTrainedModel):
         codec._apply(without_rounding, recurse)
         return self
 
-    @torch.no_grad()
-    def encode_images(self, pixel_values: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
-        """Turns pictures into image token ids.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(N, 3, H, W)` or a list of N tensors `(3, H, W)`): In [-1, 1].
-
-        Returns:
-            N tensors of ids `(n,)`, one for each code, row by row; of codes `(K, n)` with K codes a position.
-
-        Raises:
-            ValueError: If the codec was rounded, or something is NaN or infinite.
-        """
-        if self.vq_model.dtype != torch.float32:
-            raise ValueError(
-                f"The codec is in {self.vq_model.dtype}, in which it gives other codes: load the model with "
-                "`from_pretrained`, which keeps it in float32 whatever the `dtype`."
-            )
-        if isinstance(pixel_values, torch.Tensor):
-            codes = self.vq_model.encode_codes(pixel_values)
-            return list(self.config.image_layout.codes_to_ids(codes).flatten(-2))
-        return [self.encode_images(picture[None])[0] for picture in pixel_values]
-
-    def fill_image_placeholders(
-        self, input_ids: torch.LongTensor, pixel_values: torch.Tensor | list[torch.Tensor]
-    ) -> torch.LongTensor:
-        """Replaces every run of placeholders with the ids of the next picture.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(B, L)`): With one run of `image_token_id` per picture.
-            pixel_values: The pictures in reading order, as in [`~LiquidModel.encode_images`].
-
-        Raises:
-            ValueError: If the runs and the pictures do not match, saying which and where.
-        """
-        if input_ids is None:
-            raise ValueError("pixel_values need input_ids or inputs_embeds: placeholders say where the images go.")
-        pictures = self.encode_images(pixel_values)
-        is_placeholder = self._check_placeholders(input_ids, pictures)
-        if not pictures:
-            return input_ids
-        return input_ids.masked_scatter(is_placeholder, torch.cat(pictures).to(input_ids))
-
-    def embed_pictures(
-        self, input_ids: torch.LongTensor, image_codes: torch.LongTensor | list[torch.LongTensor]
-    ) -> torch.Tensor:
-        """Embeddings `(B, L, hidden)` of ids, in which each run of placeholders is the next picture of several codes a
-        position; pictures `(N, K, n)`, or a list of N of different sizes `(K, n)`. Raises as
-        [`~LiquidModel.fill_image_placeholders`]."""
-        embeds = self.get_input_embeddings()(input_ids.clamp(min=0))
-        is_placeholder = self._check_placeholders(input_ids, image_codes)
-        if not len(image_codes):  # as in `CodeHead.loss`
-            return embeds + 0 * self.code_embedder(input_ids.new_zeros(1, self.config.num_codebooks, 1)).sum()
-        batches = [image_codes] if isinstance(image_codes, torch.Tensor) else [one[None] for one in image_codes]
-        embedded = [self.code_embedder(one.to(embeds.device)).flatten(0, 1) for one in batches]
-        return embeds.masked_scatter(is_placeholder[..., None], torch.cat(embedded).to(embeds))
-
-    def _check_placeholders(self, input_ids: torch.LongTensor, pictures: Any) -> torch.BoolTensor:
-        """Where placeholders are; raises a `ValueError` unless each run of them is as long as the next picture."""
-        is_placeholder = input_ids == self.config.image_token_id
-        edges = nn.functional.pad(is_placeholder.int(), (1, 1)).diff(dim=1)
-        starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
-        if len(starts) != len(pictures):
-            raise ValueError(f"The prompts have room for {len(starts)} images, but {len(pictures)} were given.")
-        for index, ((sequence, start), (_, end), picture) in enumerate(zip(starts, ends, pictures, strict=True)):
-            if picture.shape[:-1] != self.config.image_layout.of_position:
-                raise ValueError(
-                    f"Image {index} has codes of shape {tuple(picture.shape)}, but the model has "
-                    f"{self.config.num_codebooks} a position."
-                )
-            if end - start != picture.shape[-1]:
-                raise ValueError(
-                    f"Image {index} has {picture.shape[-1]} codes, but its place in sequence {sequence} from position "
-                    f"{start} on has {end - start} placeholders. Prepare text and images with one call of the processor."
-                )
-        return is_placeholder
-
-    def fill_image_embeds(
-        self, inputs_embeds: torch.Tensor, pixel_values: torch.Tensor | list[torch.Tensor]
-    ) -> torch.Tensor:
-        """As [`~LiquidModel.fill_image_placeholders`], where placeholders are known by their embedding, `(B, L, hidden)`."""
-        embed = self.get_input_embeddings()
-        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        is_placeholder = (inputs_embeds == embed(placeholder)).all(-1)
-        ids = torch.where(is_placeholder, placeholder, -1)
-        if self.code_embedder is None:
-            filled = embed(self.fill_image_placeholders(ids, pixel_values).clamp(min=0))
-        else:
-            filled = self.embed_pictures(ids, self.encode_images(pixel_values))
-        return torch.where(is_placeholder[..., None], filled, inputs_embeds)
-
     @can_return_tuple
     def forward(
         self,
@@ -323,23 +232,6 @@ class LiquidModel(LiquidPreTrainedModel):
             attentions=outputs.get("attentions"),
             **{CACHE_NAME: outputs.get(self._cache_argument)},
         )
-
-    def _text_inputs(self, input_ids, pixel_values, inputs_embeds, cache, image_codes) -> dict[str, Any]:
-        """What the base model is given in place of ids, pictures and a cache."""
-        if image_codes is not None:
-            if self.code_embedder is None or pixel_values is not None or input_ids is None:
-                raise ValueError(
-                    "image_codes stand beside input_ids for codecs of several codes a position, in place of pixel_values."
-                )
-            input_ids, inputs_embeds = None, self.embed_pictures(input_ids, image_codes)
-        elif pixel_values is not None and inputs_embeds is not None and input_ids is None:
-            inputs_embeds = self.fill_image_embeds(inputs_embeds, pixel_values)
-        elif pixel_values is not None:
-            input_ids = self.fill_image_placeholders(input_ids, pixel_values)
-        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
-        if cache is not None:
-            inputs[self._cache_argument] = cache
-        return inputs
 
 
 class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
@@ -472,9 +364,8 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
                 text_model, outputs, targets, is_image, self.config.max_z_loss_coef, num_items
             )
         else:
-            loss, token_stats = self._loss_of_several_codes(
-                outputs, targets, is_image, self._code_targets(input_ids, image_codes, targets), num_items
-            )
+            codes = code_targets(self.config, input_ids, image_codes, targets)
+            loss, token_stats = loss_of_several_codes(self, outputs, targets, is_image, codes, num_items)
         return LiquidCausalLMOutputWithPast(
             loss=loss,
             token_stats=token_stats,
@@ -482,38 +373,6 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             attentions=outputs.get("attentions"),
             **{CACHE_NAME: outputs.get(self.model._cache_argument)},
         )
-
-    def _code_targets(
-        self, input_ids: torch.LongTensor | None, image_codes: Any, targets: torch.LongTensor
-    ) -> torch.LongTensor:
-        """The codes `(N, K)` of the N positions whose target is a placeholder."""
-        is_code = targets == self.config.image_token_id
-        if image_codes is None or not len(image_codes):
-            if is_code.any():
-                raise ValueError("Labels of a picture need its codes: pass image_codes or pixel_values with input_ids.")
-            return targets.new_zeros(0, self.config.num_codebooks)
-        codes = torch.cat([one.T for one in image_codes]).to(targets.device)
-        of_positions = targets.new_zeros(*targets.shape, self.config.num_codebooks)
-        of_positions[input_ids == self.config.image_token_id] = codes
-        return of_positions.roll(-1, dims=1)[is_code]
-
-    def _loss_of_several_codes(
-        self,
-        outputs: ModelOutput,
-        targets: torch.LongTensor,
-        is_image: torch.BoolTensor,
-        codes: torch.LongTensor,
-        num_items: torch.Tensor | int | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean cross-entropy over all ids of text and all codes, and its statistics; as in UniTok's `forward`."""
-        is_code = targets == self.config.image_token_id
-        if num_items is None:
-            num_items = (targets[~is_code] != IGNORE_INDEX).sum() + codes.numel()
-        texts = targets.masked_fill(is_code, IGNORE_INDEX)
-        loss, token_stats = chunked_causal_lm_loss(self.model.text_model, outputs, texts, is_image, 0.0, num_items)
-        hidden_states = outputs.last_hidden_state[is_code]
-        of_codes, stats = self.code_head.loss(hidden_states, codes, self.config.max_z_loss_coef)
-        return loss + of_codes / num_items, torch.stack([token_stats[0], token_stats[1] + stats])
 
     def code_inputs(self, inputs: dict[str, Any], codes: torch.LongTensor) -> dict[str, Any]:
         """The arguments of a forward whose ids end with those of the codes that were drawn, `(B, n)` or `(B, K, n)`.

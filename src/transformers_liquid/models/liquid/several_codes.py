@@ -4,20 +4,23 @@ a head that draws one after the other. Facts are those of `eval/liquid/model/` i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, LogitsProcessorList
+from transformers.utils import ModelOutput
 
 from ...codecs.unitok import AttnProjection, code_vectors
 from ...generation.sampling import draw_codes
+from ...ops.chunked_loss import IGNORE_INDEX, chunked_causal_lm_loss
 
 
 if TYPE_CHECKING:
     from ...generation.guidance import GuidanceLogitsProcessor
     from .configuration_liquid import LiquidConfig
+    from .modeling_liquid import LiquidForCausalLM
 
 
 # Layers of the head that draws the codes of a position.
@@ -133,3 +136,46 @@ class CodeHead(nn.Module):
         is_right = (predicted == codes.flatten()).sum()
         stats = torch.stack([cross_entropies.detach(), is_right, torch.full_like(is_right, number)])
         return (loss, stats) if number else (loss * 0, stats * 0)
+
+
+def code_targets(
+    config: LiquidConfig, input_ids: torch.LongTensor | None, image_codes: Any, targets: torch.LongTensor
+) -> torch.LongTensor:
+    """The codes `(N, K)` of the N positions whose target is a placeholder, of pictures `(K, n)` in reading order.
+
+    Raises:
+        ValueError: If there are such targets and no pictures.
+    """
+    is_code = targets == config.image_token_id
+    if image_codes is None or not len(image_codes):
+        if is_code.any():
+            raise ValueError("Labels of a picture need its codes: pass image_codes or pixel_values with input_ids.")
+        return targets.new_zeros(0, config.num_codebooks)
+    of_positions = targets.new_zeros(*targets.shape, config.num_codebooks)
+    of_positions[input_ids == config.image_token_id] = torch.cat([one.T for one in image_codes]).to(targets)
+    return of_positions.roll(-1, dims=1)[is_code]
+
+
+def loss_of_several_codes(
+    model: LiquidForCausalLM,
+    outputs: ModelOutput,
+    targets: torch.LongTensor,
+    is_image: torch.BoolTensor,
+    codes: torch.LongTensor,
+    num_items: torch.Tensor | int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean cross-entropy over all ids of text and all codes, and its statistics; as in UniTok's `forward`.
+
+    Args:
+        model ([`LiquidForCausalLM`]): The model.
+        outputs, targets, is_image, num_items: As in [`chunked_causal_lm_loss`]; of codes, the target is the placeholder.
+        codes (`torch.LongTensor` of shape `(N, K)`): Of the positions that have it.
+    """
+    is_code = targets == model.config.image_token_id
+    if num_items is None:
+        num_items = (targets[~is_code] != IGNORE_INDEX).sum() + codes.numel()
+    texts = targets.masked_fill(is_code, IGNORE_INDEX)
+    loss, token_stats = chunked_causal_lm_loss(model.model.text_model, outputs, texts, is_image, 0.0, num_items)
+    hidden_states = outputs.last_hidden_state[is_code]
+    of_codes, stats = model.code_head.loss(hidden_states, codes, model.config.max_z_loss_coef)
+    return loss + of_codes / num_items, torch.stack([token_stats[0], token_stats[1] + stats])
