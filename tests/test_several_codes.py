@@ -34,6 +34,7 @@ from transformers_liquid import (
     partial_pictures,
 )
 from transformers_liquid.generation.sampling import gumbel_noise
+from transformers_liquid.serving.engine import PictureEngine
 
 
 K, N, V = 4, 16, 16
@@ -409,6 +410,10 @@ class TestRefused:
         with pytest.raises(ValueError, match="4 codes a position with a head of its own"):
             export_base_model(model, processor, tmp_path / "base")
         assert not (tmp_path / "base").exists()
+
+    def test_an_engine_whose_pictures_join_a_batch(self, model, processor):
+        with pytest.raises(ValueError, match="do not join a batch that runs"):
+            PictureEngine(LiquidImageGenerationPipeline(model=model, processor=processor))
 
     def test_rows_alone(self, model):
         pytest.importorskip("peft")

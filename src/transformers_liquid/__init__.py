@@ -22,9 +22,10 @@ from .checkpoints import EMOJI_CHECKPOINT
 from .codecs.llamagen import load_llamagen_codec, save_llamagen_codec
 from .codecs.loading import load_codec
 from .codecs.taming import load_taming_codec, save_taming_codec
+from .codecs.unitok import UniTokModel, load_unitok_codec, save_unitok_codec
 from .codecs.vq_model import CHAMELEON_VQ_CONFIG, LiquidVQModel
 from .conversion.expand import expand_vocabulary
-from .conversion.export import export_base_model
+from .conversion.export import export_base_model, export_unitok
 from .data.collator import LiquidDataCollator
 from .data.mixture import load_records, mix_records
 from .data.tokenize import tokenize_dataset
@@ -35,6 +36,7 @@ from .models.liquid.configuration_liquid import LiquidConfig
 from .models.liquid.image_processing_liquid import LiquidImageProcessor
 from .models.liquid.modeling_liquid import LiquidForCausalLM, LiquidModel, LiquidPreTrainedModel
 from .models.liquid.processing_liquid import LiquidProcessor
+from .models.liquid.unitok_reference import UniTokConfig
 from .models.voken.configuration_voken import VokenConfig
 from .models.voken.image_decoder import VokenCondition, VokenImageDecoder
 from .models.voken.modeling_voken import VokenFeatureMapper, VokenForConditionalGeneration
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 AutoConfig.register("liquid", LiquidConfig)
+AutoConfig.register(UniTokConfig.model_type, UniTokConfig)
 AutoModel.register(LiquidConfig, LiquidModel)
 for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto_class.register(LiquidConfig, LiquidForCausalLM)
@@ -107,6 +110,7 @@ __all__ = [
     "LiquidTrainer",
     "LiquidVQModel",
     "SuppressImageTokensLogitsProcessor",
+    "UniTokModel",
     "VokenCondition",
     "VokenConfig",
     "VokenDataCollator",
@@ -118,6 +122,7 @@ __all__ = [
     "add_vokens",
     "expand_vocabulary",
     "export_base_model",
+    "export_unitok",
     "liquid_lora_config",
     "liquid_rows_config",
     "load_codec",
@@ -125,11 +130,13 @@ __all__ = [
     "load_minigpt5",
     "load_records",
     "load_taming_codec",
+    "load_unitok_codec",
     "mix_records",
     "partial_pictures",
     "save_llamagen_codec",
     "save_minigpt5",
     "save_taming_codec",
+    "save_unitok_codec",
     "story_samples",
     "tokenize_dataset",
     "voken_lora_config",

@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from huggingface_hub import save_torch_state_dict
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from ..codecs.taming import save_taming_codec
+from ..codecs.unitok import UNITOK_CHECKPOINT_NAME, save_unitok_codec
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
 from ..models.liquid.reference import (
@@ -18,6 +20,7 @@ from ..models.liquid.reference import (
     EXPORTED_LAYOUT_KEY,
     REFERENCE_CODEC_FOLDER,
 )
+from ..models.liquid.unitok_reference import UNITOK_TOKENS, UniTokConfig, to_unitok
 from ..models.liquid.vocabulary import REFERENCE_TOKENS
 from ..utils.files import read_json, write_json
 
@@ -51,7 +54,7 @@ def export_base_model(
     if config.num_codebooks > 1:
         raise ValueError(
             f"The model draws {config.num_codebooks} codes a position with a head of its own, which a plain causal language "
-            "model has no place for: use save_pretrained."
+            "model has no place for: use save_pretrained, or export_unitok for UniTok's own layout."
         )
     if isinstance(processor, LiquidProcessor):
         processor.check_fits(config)
@@ -89,6 +92,48 @@ def export_base_model(
         save_taming_codec(model.model.vq_model, directory / REFERENCE_CODEC_FOLDER)
     except ValueError:
         model.model.vq_model.save_pretrained(directory / DIFFUSERS_CODEC_FOLDER)
+
+
+def export_unitok(
+    model: LiquidForCausalLM, processor: LiquidProcessor, directory: str | os.PathLike, max_shard_size: str = "5GB"
+) -> None:
+    """Writes UniTok's own layout, that of `FoundationVision/unitok_mllm`, with the codec as `unitok_tokenizer.pth` beside it.
+
+    Args:
+        model ([`LiquidForCausalLM`]): With several codes a position, on llama.
+        processor ([`LiquidProcessor`]): Its processor.
+        directory (`str` or `os.PathLike`): Where to write; made if it does not exist.
+        max_shard_size (`str`, defaults to `"5GB"`): Of files with weights.
+
+    Raises:
+        ValueError: If the model is another one, the processor does not fit it, or its image tokens are not those of the
+            layout; nothing is written then.
+    """
+    text_model = getattr(getattr(model, "model", None), "text_model", None)
+    if (
+        not isinstance(model, LiquidForCausalLM)
+        or model.code_head is None
+        or not isinstance(text_model, LlamaForCausalLM)
+    ):
+        raise ValueError(
+            f"UniTok's layout has several codes a position and llama, got {type(model).__name__} on "
+            f"{type(text_model).__name__}."
+        )
+    processor.check_fits(model.config)
+    tokens = {name: getattr(processor, name) for name in UNITOK_TOKENS}
+    if tokens != UNITOK_TOKENS:
+        raise ValueError(f"UniTok's layout has the image tokens {UNITOK_TOKENS}, got {tokens}.")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(to_unitok(model.state_dict()), directory, max_shard_size=max_shard_size)
+    config_dict = text_model.config.to_dict() | {"architectures": ["MiniGeminiLlamaForCausalLM"]}
+    layout = {"vq_config": model.config.vq_config, "image_size": model.config.image_size}
+    write_json(
+        directory / CONFIG_NAME, config_dict | {"model_type": UniTokConfig.model_type, EXPORTED_LAYOUT_KEY: layout}
+    )
+    model.generation_config.save_pretrained(directory)
+    processor.tokenizer.save_pretrained(directory)
+    save_unitok_codec(model.model.vq_model, directory / UNITOK_CHECKPOINT_NAME)
 
 
 def _rename(tree: Any, names: dict[str, str]) -> Any:

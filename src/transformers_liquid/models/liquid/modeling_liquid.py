@@ -53,6 +53,7 @@ from .placeholders import PlacesPictures
 from .reference import ReferenceCheckpoint, load_whole
 from .remote_code import not_copied
 from .several_codes import CodeEmbedder, CodeHead, code_targets, loss_of_several_codes
+from .unitok_reference import UniTokReference
 from .vocabulary import check_generation_mode
 
 
@@ -95,6 +96,14 @@ class LiquidPreTrainedModel(PreTrainedModel):
         kwargs.setdefault("trust_remote_code", False)
         reference = ReferenceCheckpoint.find(pretrained_model_name_or_path, vq_checkpoint=vq_checkpoint, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
+        if isinstance(reference, UniTokReference):
+            kwargs.pop("config", None)
+            load = functools.partial(super(LiquidPreTrainedModel, LiquidForCausalLM).from_pretrained, None)
+            kwargs |= {"config": reference.config, "state_dict": reference.state_dict()}
+            model, info = load_whole(load, str(reference.name_or_path), **kwargs)
+            model.base_model.vq_model.requires_grad_(False)
+            model = model.model if issubclass(cls, LiquidModel) else model
+            return (model, info) if wants_info else model
         if reference is not None:
             kwargs.pop("image_token_offset", None)
             config, codec = reference.config, reference.codec

@@ -148,7 +148,8 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
             # Trainers save the processor beside an adapter, PEFT does not.
             if (base := adapter_base(pretrained_model_name_or_path, **hub_arguments(kwargs))) is not None:
                 return cls.from_pretrained(base, **kwargs)
-            reference = ReferenceCheckpoint(pretrained_model_name_or_path, **kwargs)
+            reference = ReferenceCheckpoint.find(pretrained_model_name_or_path, **kwargs)
+            reference = reference or ReferenceCheckpoint(pretrained_model_name_or_path, **kwargs)
             return build_processor(reference.config, reference.tokenizer)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 

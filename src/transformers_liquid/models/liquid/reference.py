@@ -127,7 +127,9 @@ class ReferenceCheckpoint:
         Raises:
             ValueError: If it is neither of the two.
         """
-        if name_or_path is None or isinstance(kwargs.get("config"), LiquidConfig):
+        config = kwargs.get("config")
+        # One of several codes may be what AutoConfig made of a checkpoint of another type.
+        if name_or_path is None or (isinstance(config, LiquidConfig) and config.num_codebooks == 1):
             return None
         hub = hub_arguments(kwargs)
         try:
@@ -137,7 +139,11 @@ class ReferenceCheckpoint:
             if not os.path.exists(name_or_path):
                 raise
             return None
-        if config_dict.get("model_type") == LiquidConfig.model_type:
+        model_type = config_dict.get("model_type")
+        for kind in cls.__subclasses__():
+            if kind.model_type == model_type:
+                return kind(name_or_path, **kwargs)
+        if model_type == LiquidConfig.model_type or isinstance(config, LiquidConfig):
             return None
         if "model_type" not in config_dict and find_adapter_config_file(name_or_path, **hub) is not None:
             return None  # transformers loads the base of an adapter
