@@ -29,7 +29,8 @@ from .taming import (
     vq_config_from_taming,
     vq_key_table,
 )
-from .vq_model import LiquidVQModel, downsample_factor
+from .unitok import codec_class, load_unitok_codec
+from .vq_model import CodeMixin, LiquidVQModel, downsample_factor
 
 
 # Where the reference keeps its codec: in `chameleon/` of the Space. Its published models do without one of their own.
@@ -41,7 +42,7 @@ DIFFUSERS_CODEC_FOLDER = "vq_model"
 
 PIPELINE_INDEX_NAME = "model_index.json"
 EXPECTED = (
-    f"expected a folder with {TAMING_CHECKPOINT_NAME} and {TAMING_CONFIG_NAME}, such a .ckpt, a .pt of LlamaGen, a saved "
+    f"expected a folder with {TAMING_CHECKPOINT_NAME} and {TAMING_CONFIG_NAME}, such a .ckpt, a .pt of LlamaGen, UniTok's .pth, a saved "
     "LiquidVQModel or VQModel, a pipeline of diffusers with a VQModel (amused/amused-256), or a Liquid checkpoint "
     "(liquid-emoji); names on the Hub may go on with a file or folder."
 )
@@ -57,10 +58,10 @@ class FoundCodec:
     """
 
     config: dict[str, Any]
-    load: Callable[[], LiquidVQModel]
+    load: Callable[[], CodeMixin]
 
 
-def load_codec(name_or_path: str | os.PathLike, **kwargs: Any) -> LiquidVQModel:
+def load_codec(name_or_path: str | os.PathLike, **kwargs: Any) -> CodeMixin:
     """Loads a codec from wherever one may lie.
 
     Args:
@@ -68,12 +69,13 @@ def load_codec(name_or_path: str | os.PathLike, **kwargs: Any) -> LiquidVQModel:
             a Liquid checkpoint, of which the language model is not read (`"liquid-emoji"` is the embedded one);
             a saved [`LiquidVQModel`] or diffusers `VQModel`; a pipeline of diffusers that has one, such as
             `"amused/amused-256"`; taming's `vqgan.ckpt` and `vqgan.yaml`; a checkpoint of LlamaGen, such as
-            `"peizesun/llamagen_t2i/vq_ds16_t2i.pt"`; Chameleon as transformers saves it, where it has a decoder.
+            `"peizesun/llamagen_t2i/vq_ds16_t2i.pt"`; UniTok's
+            `"FoundationVision/unitok_tokenizer/unitok_tokenizer.pth"`; Chameleon as transformers saves it, where it has a decoder.
             `"chameleon"` is the codec of the reference.
         kwargs: As in `from_pretrained`; those that say where files come from are used.
 
     Returns:
-        [`LiquidVQModel`] in float32 and eval mode.
+        [`LiquidVQModel`], or a [`UniTokModel`] of several codes a position, in float32 and eval mode.
 
     Raises:
         OSError: If there is nothing of that name, or the network fails.
@@ -106,7 +108,7 @@ def find_codec(name_or_path: str | os.PathLike, **hub: Any) -> FoundCodec:
             return _in_repository(name, given, hub)
     if Path(name).suffix == ".ckpt" or Path(name).with_suffix(".yaml").is_file():
         return FoundCodec(load_taming_config(name), partial(load_taming_codec, name))
-    codec = load_llamagen_codec(name)
+    codec = load_unitok_codec(name) if Path(name).suffix == ".pth" else load_llamagen_codec(name)
     return FoundCodec(dict(codec.config), lambda: codec)
 
 
@@ -130,7 +132,7 @@ def _in_repository(name: str, given: str, hub: dict[str, Any]) -> FoundCodec:
 
     config, index = read(CONFIG_NAME), read(PIPELINE_INDEX_NAME)
     if "num_vq_embeddings" in config:
-        return FoundCodec(config, partial(_load_diffusers, name, **hub))
+        return FoundCodec(config, partial(_load_diffusers, name, codec_class(config), **hub))
     if config.get("model_type") == "liquid":
         return FoundCodec(config["vq_config"], partial(_load_liquid, name, config["vq_config"], hub))
     if config.get("model_type") == "chameleon":
@@ -146,7 +148,7 @@ def _in_repository(name: str, given: str, hub: dict[str, Any]) -> FoundCodec:
         size = read(os.path.join(denoiser, CONFIG_NAME)).get("sample_size")
         size = {"sample_size": size * downsample_factor(vq_config)} if isinstance(size, int) else {}
         where = hub | {"subfolder": Path(hub.get("subfolder", ""), part).as_posix()}
-        return FoundCodec(vq_config | size, partial(_load_diffusers, name, **where, **size))
+        return FoundCodec(vq_config | size, partial(_load_diffusers, name, LiquidVQModel, **where, **size))
 
     if kind := config.get("model_type", config.get("_class_name")):
         raise ValueError(_no_codec(given, f"a model of type {kind!r}, which has no codec"))
@@ -165,12 +167,12 @@ def _load_taming(name: str, folder: str, hub: dict[str, Any]) -> LiquidVQModel:
     return load_taming_codec(Path(cached_file(name, os.path.join(folder, TAMING_CHECKPOINT_NAME), **hub)).parent)
 
 
-def _load_diffusers(name: str, **kwargs: Any) -> LiquidVQModel:
-    return LiquidVQModel.from_pretrained(name, **kwargs).float().eval()
+def _load_diffusers(name: str, kind: type[CodeMixin], **kwargs: Any) -> CodeMixin:
+    return kind.from_pretrained(name, **kwargs).float().eval()
 
 
-def _load_liquid(name: str, vq_config: dict[str, Any], hub: dict[str, Any]) -> LiquidVQModel:
-    codec = LiquidVQModel(**vq_config)
+def _load_liquid(name: str, vq_config: dict[str, Any], hub: dict[str, Any]) -> CodeMixin:
+    codec = codec_class(vq_config)(**vq_config)
     try:
         codec.load_state_dict(_read_part(name, "vq_model.", hub))
     except RuntimeError as error:
