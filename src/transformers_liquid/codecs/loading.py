@@ -42,9 +42,9 @@ DIFFUSERS_CODEC_FOLDER = "vq_model"
 
 PIPELINE_INDEX_NAME = "model_index.json"
 EXPECTED = (
-    f"expected a folder with {TAMING_CHECKPOINT_NAME} and {TAMING_CONFIG_NAME}, such a .ckpt, a .pt of LlamaGen, UniTok's .pth, a saved "
-    "LiquidVQModel or VQModel, a pipeline of diffusers with a VQModel (amused/amused-256), or a Liquid checkpoint "
-    "(liquid-emoji); names on the Hub may go on with a file or folder."
+    f"expected a folder with {TAMING_CHECKPOINT_NAME} and {TAMING_CONFIG_NAME}, such a .ckpt, a .pt of LlamaGen, UniTok's "
+    ".pth, a saved LiquidVQModel or VQModel, a pipeline of diffusers with a VQModel (amused/amused-256), or a Liquid "
+    "checkpoint (liquid-emoji); names on the Hub may go on with a file or folder."
 )
 
 
