@@ -7,13 +7,16 @@ the vector of the greatest cosine. Facts are those of `models/` in github.com/Fo
 
 from __future__ import annotations
 
+import json
 import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin
 from torch import nn
 from torch.nn import functional as F
 from transformers.utils.generic import maybe_autocast
@@ -38,7 +41,7 @@ ARGS_FIXED = {"quant_proj": "attn", "num_query": 0}
 SKIPPED = re.compile(r"(text_encoder|fc_norm|projection)\..*|logit_scale|quantizer\.codebooks\.\d+\.vocab_usage")
 
 
-class UniTokModel(CodeMixin, ModelMixin, ConfigMixin):
+class UniTokModel(CodeMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     """A codec with `num_codebooks` codes a position, saved and loaded as models of diffusers are.
 
     Args:
@@ -61,7 +64,7 @@ class UniTokModel(CodeMixin, ModelMixin, ConfigMixin):
     ```
     """
 
-    use_slicing = False
+    use_slicing = False  # `enable_slicing()` lets `decode_codes` work picture by picture
 
     @register_to_config
     def __init__(
@@ -89,10 +92,6 @@ class UniTokModel(CodeMixin, ModelMixin, ConfigMixin):
         )
         self.post_quant_proj = AttnProjection(vq_embed_dim, width)
         self.decoder = _Decoder(block_out_channels, layers_per_block, num_layers, num_attention_heads)
-
-    def enable_slicing(self) -> None:
-        """Lets `decode_codes` work picture by picture."""
-        self.use_slicing = True
 
     @torch.no_grad()
     def encode_unchecked(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -135,6 +134,10 @@ def code_vectors(codebooks: nn.ParameterList, codes: torch.LongTensor) -> torch.
     return torch.cat(vectors, dim=-1)
 
 
+def _named(**modules: nn.Module) -> nn.ModuleDict:
+    return nn.ModuleDict(modules)
+
+
 class AttnProjection(nn.Module):
     """From one number of channels to another by attention; what becomes fewer is the mean over the heads.
 
@@ -148,9 +151,8 @@ class AttnProjection(nn.Module):
         width, self.head_dim = max(in_channels, out_channels), min(in_channels, out_channels)
         self.causal, self.averages = causal, in_channels > out_channels
         self.norm1 = nn.LayerNorm(in_channels)
-        self.attn = nn.ModuleDict(
-            {"qkv": nn.Linear(in_channels, 3 * width, bias=False), "proj": nn.Linear(out_channels, out_channels)}
-        )
+        qkv = nn.Linear(in_channels, 3 * width, bias=False)
+        self.attn = _named(qkv=qkv, proj=nn.Linear(out_channels, out_channels))
         self.attn.q_bias, self.attn.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(in_channels, out_channels)
         self.norm3 = nn.LayerNorm(in_channels)
@@ -191,7 +193,7 @@ class _Layer(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm1, self.norm2 = nn.LayerNorm(channels, eps=1e-6), nn.LayerNorm(channels, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(channels, 3 * channels), "proj": nn.Linear(channels, channels)})
+        self.attn = _named(qkv=nn.Linear(channels, 3 * channels), proj=nn.Linear(channels, channels))
         self.mlp = _GatedMLP(channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -234,9 +236,8 @@ class _ConvBlock(nn.Module):
             self.shortcut = _Upsample(in_channels, out_channels)
         elif scale == 0.5:
             expand = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
-            self.shortcut = nn.Sequential()
-            self.shortcut.add_module("pool", nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False))
-            self.shortcut.add_module("expand", expand)
+            pool = nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False)
+            self.shortcut = nn.Sequential(OrderedDict(pool=pool, expand=expand))
         elif in_channels != out_channels:
             self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
@@ -257,19 +258,13 @@ class _Encoder(nn.Module):
     def __init__(self, channels: tuple[int, ...], layers_per_block: tuple[int, ...], num_layers: int, num_heads: int):
         super().__init__()
         pixels, stem, first, second, width = channels
-        self.stem = nn.ModuleDict(
-            {
-                "conv1": nn.Conv2d(pixels, stem, 3, stride=2, padding=1),
-                "norm1": _Norm2d(stem, eps=1e-6),
-                "conv2": nn.Conv2d(stem, stem, 3, padding=1),
-            }
-        )
+        conv = nn.Conv2d(pixels, stem, 3, stride=2, padding=1)
+        self.stem = _named(conv1=conv, norm1=_Norm2d(stem, eps=1e-6), conv2=nn.Conv2d(stem, stem, 3, padding=1))
         self.stages = nn.Sequential(
             _stage(stem, first, layers_per_block[0], 0.5), _stage(first, second, layers_per_block[1], 0.5)
         )
-        self.pool = nn.ModuleDict(
-            {"norm": _Norm2d(second, eps=1e-6), "proj": nn.Conv2d(second, width, 3, stride=2, padding=1)}
-        )
+        proj = nn.Conv2d(second, width, 3, stride=2, padding=1)
+        self.pool = _named(norm=_Norm2d(second, eps=1e-6), proj=proj)
         self.pos_embed = nn.Parameter(torch.zeros(1, 1, width), requires_grad=False)  # the same for all positions
         self.blocks = nn.Sequential(*(_Layer(width, num_heads) for _ in range(num_layers)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -292,13 +287,8 @@ class _Decoder(nn.Module):
         self.up_conv1 = _Upsample(width, second)
         self.up_conv2 = _stage(second, second, layers_per_block[1], 2)
         self.up_conv3 = _stage(second, first, layers_per_block[0], 2)
-        self.up_conv4 = nn.ModuleDict(
-            {
-                "conv1": _Upsample(first, first),
-                "norm1": _Norm2d(first, eps=1e-6),
-                "conv2": nn.Conv2d(first, pixels, 3, padding=1),
-            }
-        )
+        conv = nn.Conv2d(first, pixels, 3, padding=1)
+        self.up_conv4 = _named(conv1=_Upsample(first, first), norm1=_Norm2d(first, eps=1e-6), conv2=conv)
 
     def forward(self, features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         features = self.norm(self.blocks(features)).transpose(1, 2).unflatten(-1, grid)
@@ -368,13 +358,9 @@ def save_unitok_codec(codec: UniTokModel, path: str | Path) -> None:
         state_dict[f"{name}.attn.zero_k_bias"] = torch.zeros_like(ours[f"{name}.attn.q_bias"])
     args = {theirs: config[name] for theirs, name in ARGS.items()} | ARGS_FIXED
     args["vocab_size"] = config.num_codebooks * config.num_vq_embeddings
-    for name, size in UNITOK_SIZES.items():
-        if all(
-            list(config[key]) == value if isinstance(value, list) else config[key] == value
-            for key, value in size.items()
-        ):
-            args["model"] = name
-    torch.save({"args": {"model": None} | args, "trainer": {"unitok": state_dict}}, path)
+    of_size = {name: json.loads(json.dumps(config[name])) for name in UNITOK_SIZES["vitamin_large"]}  # lists, as there
+    args["model"] = next((name for name, size in UNITOK_SIZES.items() if size == of_size), None)
+    torch.save({"args": args, "trainer": {"unitok": state_dict}}, path)
 
 
 def config_from_args(args: dict[str, Any]) -> dict[str, Any]:

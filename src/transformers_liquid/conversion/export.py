@@ -127,7 +127,7 @@ def export_unitok(
     directory.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(to_unitok(model.state_dict()), directory, max_shard_size=max_shard_size)
     config_dict = text_model.config.to_dict() | {"architectures": ["MiniGeminiLlamaForCausalLM"]}
-    layout = {"vq_config": model.config.vq_config, "image_size": model.config.image_size}
+    layout = {name: getattr(model.config, name) for name in ("vq_config", "image_size")}
     write_json(
         directory / CONFIG_NAME, config_dict | {"model_type": UniTokConfig.model_type, EXPORTED_LAYOUT_KEY: layout}
     )

@@ -168,8 +168,7 @@ def guided_sequences(
             raise ValueError("negative_prompt_attention_mask needs negative_prompt_ids: leave it out.")
         bos = getattr(config, "bos_token_id", None)
         has_bos = bos is not None and bool((ids == bos).any())
-        uncond = config.uncond_token_id
-        uncond = uncond if isinstance(uncond, list) else [uncond]
+        uncond = [config.uncond_token_id] if isinstance(config.uncond_token_id, int) else config.uncond_token_id
         unconditional = ids.new_tensor([[bos] * has_bos + [*uncond, config.boi_token_id]]), None
     other_ids, other_mask = checked_prompts(config, "negative_prompt_ids", *unconditional)
     if len(other_ids) not in (1, len(ids)):

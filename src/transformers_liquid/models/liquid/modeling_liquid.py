@@ -97,20 +97,18 @@ class LiquidPreTrainedModel(PreTrainedModel):
         reference = ReferenceCheckpoint.find(pretrained_model_name_or_path, vq_checkpoint=vq_checkpoint, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         if isinstance(reference, UniTokReference):
-            kwargs.pop("config", None)
             load = functools.partial(super(LiquidPreTrainedModel, LiquidForCausalLM).from_pretrained, None)
             kwargs |= {"config": reference.config, "state_dict": reference.state_dict()}
             model, info = load_whole(load, str(reference.name_or_path), **kwargs)
             model.base_model.vq_model.requires_grad_(False)
-            model = model.model if issubclass(cls, LiquidModel) else model
-            return (model, info) if wants_info else model
-        if reference is not None:
+        elif reference is not None:
             kwargs.pop("image_token_offset", None)
             config, codec = reference.config, reference.codec
             # The class itself: AutoModelForCausalLM asks the network for an adapter even if told `local_files_only`.
             load = functools.partial(_base_class(config).from_pretrained, reference.name_or_path)
             base, info = load_whole(load, f"The language model {reference.name_or_path}", **kwargs)
             model = assemble(config, base, codec)
+        if reference is not None:
             model = model.model if issubclass(cls, LiquidModel) else model
             return (model, info) if wants_info else model
         if vq_checkpoint is not None:
@@ -535,7 +533,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             )
         input_ids = kwargs.pop("input_ids", inputs)
         several = self.code_head is not None
-        if several and (generation_mode == "interleaved" or (generation_mode == "image" and pixel_values is not None)):
+        if several and generation_mode != "text" and (generation_mode != "image" or pixel_values is not None):
             raise ValueError(
                 "With several codes a position, pictures are drawn from text alone: pass generation_mode='image' without "
                 "pixel_values, or generation_mode='text'."

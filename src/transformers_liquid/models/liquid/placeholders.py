@@ -112,6 +112,8 @@ class PlacesPictures:
             input_ids, inputs_embeds = None, self.embed_pictures(input_ids, image_codes)
         elif pixel_values is not None and inputs_embeds is not None and input_ids is None:
             inputs_embeds = self.fill_image_embeds(inputs_embeds, pixel_values)
+        elif pixel_values is not None and self.code_embedder is not None:
+            input_ids, inputs_embeds = None, self.embed_pictures(input_ids, self.encode_images(pixel_values))
         elif pixel_values is not None:
             input_ids = self.fill_image_placeholders(input_ids, pixel_values)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}

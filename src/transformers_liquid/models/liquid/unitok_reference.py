@@ -14,13 +14,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from transformers import AddedToken, AutoTokenizer, PreTrainedConfig
 from transformers.modeling_utils import load_state_dict
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-    cached_file,
-)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 
 from ...codecs.unitok import UNITOK_CHECKPOINT_NAME, UNITOK_SIZES, UniTokModel, load_unitok_codec
 from ...utils.files import read_json
@@ -31,20 +25,11 @@ from .reference import EXPORTED_LAYOUT_KEY, ReferenceCheckpoint, hub_arguments
 # Where the codec is published.
 UNITOK_CODEC_REPO = "FoundationVision/unitok_tokenizer"
 # Bytes that no text has are its image tokens, and "no text" is a text. It has no placeholder; the next byte is ours.
-UNITOK_TOKENS = {
-    "boi_token": "<0x00>",
-    "eoi_token": "<0x01>",
-    "image_token": "<0x02>",
-    "uncond_token": "<unconditional>",
-}
+UNITOK_TOKENS = {"boi_token": "<0x00>", "eoi_token": "<0x01>", "image_token": "<0x02>"}
+UNITOK_TOKENS |= {"uncond_token": "<unconditional>"}
 # UniTok's settings of `infer_genai.py`, and the weight of the z-loss in its `forward`.
-UNITOK_IMAGE_GENERATION_CONFIG = {
-    "guidance_scale": 5.0,
-    "do_sample": True,
-    "temperature": 0.9,
-    "top_k": 2048,
-    "top_p": 0.96,
-}
+UNITOK_IMAGE_GENERATION_CONFIG = {"guidance_scale": 5.0, "do_sample": True}
+UNITOK_IMAGE_GENERATION_CONFIG |= {"temperature": 0.9, "top_k": 2048, "top_p": 0.96}
 UNITOK_MAX_Z_LOSS_COEF = 5e-5
 
 # How our names of weights begin and end -> UniTok's. In both directions, the first one that fits.
@@ -130,17 +115,17 @@ class UniTokReference(ReferenceCheckpoint):
         config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path, **self.hub)
         self._config: LiquidConfig = UniTokConfig.from_dict(config_dict)
         self.text_config = self._config.text_config
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path, config=self.text_config, trust_remote_code=False, **self.hub
-        )
+        here = {"config": self.text_config, "trust_remote_code": False}
+        self.tokenizer = AutoTokenizer.from_pretrained(name_or_path, **here, **self.hub)
         single = [token for name, token in UNITOK_TOKENS.items() if name != "uncond_token"]
         if missing := [token for token in single if token not in self.tokenizer.get_vocab()]:
             raise ValueError(
                 f"{name_or_path}: the tokenizer has no bytes {', '.join(missing)}, which begin and end images."
             )
         # Their ids stay; but texts are no longer split within their names.
-        tokens = [AddedToken(token, special=True, normalized=False) for token in single]
-        self.tokenizer.add_tokens(tokens, special_tokens=True)
+        self.tokenizer.add_tokens(
+            [AddedToken(one, special=True, normalized=False) for one in single], special_tokens=True
+        )
 
     @cached_property
     def config(self) -> LiquidConfig:
@@ -157,13 +142,7 @@ class UniTokReference(ReferenceCheckpoint):
         file = self.vq_checkpoint or self._find(UNITOK_CHECKPOINT_NAME)
         if file is None:
             where = {name: self.hub[name] for name in self.hub if name not in ("revision", "subfolder")}
-            try:
-                file = hf_hub_download(UNITOK_CODEC_REPO, UNITOK_CHECKPOINT_NAME, **where)
-            except OSError as error:
-                raise ValueError(
-                    f"{self.name_or_path} holds no {UNITOK_CHECKPOINT_NAME}, and {UNITOK_CODEC_REPO} cannot be reached. Pass "
-                    f"`vq_checkpoint=`, that file or its folder. {error}"
-                ) from error
+            file = hf_hub_download(UNITOK_CODEC_REPO, UNITOK_CHECKPOINT_NAME, **where)
         return load_unitok_codec(file, self.config.vq_config)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
