@@ -324,10 +324,9 @@ def load_unitok_codec(path: str | Path, config: dict[str, Any] | None = None) ->
     path = Path(path) / UNITOK_CHECKPOINT_NAME if Path(path).is_dir() else Path(path)
     stored = read_tensors(path)
     check_keys(str(path), stored, required=("args", "trainer"))
-    check_keys(f"{path}: trainer", stored["trainer"], required=("unitok",))
     with torch.device("meta"):  # the tensors read become its weights
         codec = UniTokModel(**config_from_args(stored["args"]) if config is None else config)
-    table, tensors = unitok_key_table(codec), stored["trainer"]["unitok"]
+    table, tensors = unitok_key_table(codec), stored["trainer"].get("unitok", {})
     # A bias of keys that is always 0.
     zeros = [name for name in tensors if name.endswith(".attn.zero_k_bias") and not tensors[name].any()]
     tensors = {name: one for name, one in tensors.items() if not SKIPPED.fullmatch(name) and name not in zeros}
@@ -356,8 +355,8 @@ def save_unitok_codec(codec: UniTokModel, path: str | Path) -> None:
     state_dict = {name: ours[key] for name, key in unitok_key_table(codec).items()}
     for name in ("quant_proj", "post_quant_proj"):
         state_dict[f"{name}.attn.zero_k_bias"] = torch.zeros_like(ours[f"{name}.attn.q_bias"])
-    args = {theirs: config[name] for theirs, name in ARGS.items()} | ARGS_FIXED
-    args["vocab_size"] = config.num_codebooks * config.num_vq_embeddings
+    size = {"vocab_size": config.num_codebooks * config.num_vq_embeddings}
+    args = {theirs: config[name] for theirs, name in ARGS.items()} | ARGS_FIXED | size
     of_size = {name: json.loads(json.dumps(config[name])) for name in UNITOK_SIZES["vitamin_large"]}  # lists, as there
     args["model"] = next((name for name, size in UNITOK_SIZES.items() if size == of_size), None)
     torch.save({"args": args, "trainer": {"unitok": state_dict}}, path)

@@ -220,9 +220,7 @@ class PictureEngine:
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
         if pipe.model.config.num_codebooks > 1:
-            raise ValueError(
-                "Pictures of several codes a position do not join a batch that runs: draw with the pipeline."
-            )
+            raise ValueError("Pictures of several codes a position do not join a batch that runs: use the pipeline.")
         layers = DynamicCache(config=pipe.model.config.get_text_config(decoder=True)).layers
         kinds = {type(layer) for layer in layers}
         if kinds - {DynamicLayer, DynamicSlidingWindowLayer}:

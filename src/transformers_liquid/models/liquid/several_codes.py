@@ -67,7 +67,8 @@ class CodeHead(nn.Module):
     def __init__(self, config: LiquidConfig):
         super().__init__()
         text_config = config.get_text_config()
-        own = {"num_hidden_layers": NUM_HEAD_LAYERS, "vocab_size": 1, "pad_token_id": None}
+        own = {"num_hidden_layers": NUM_HEAD_LAYERS, "vocab_size": 1}
+        own |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         left_out = ("layer_types", "quantization_config", "dtype")
         settings = {name: value for name, value in text_config.to_dict().items() if name not in left_out}
         self.body = AutoModel.from_config(AutoConfig.for_model(**settings | own))
