@@ -15,9 +15,7 @@ def evaluate(
         Argument(help="emoji, vqav2, gqa, textvqa, pope, mme, loss, folder, mjhq, genai-bench, wise, language."),
     ] = None,
     data: Annotated[Path | None, Option(help="The folder with the benchmarks' files, as they are published.")] = None,
-    output: Annotated[
-        Path | None, Option(help="The folder of the run. The same command goes on where it stopped.")
-    ] = None,
+    output: Annotated[Path | None, Option(help="A folder; the same command goes on where it stopped.")] = None,
     limit: Annotated[int | None, Option(min=1, help="Only what is about that many pictures of each.")] = None,
     batch_size: Annotated[int, Option(min=1, help="Questions, or pictures drawn, at once.")] = 1,
     max_new_tokens: options.MaxNewTokens = 128,
