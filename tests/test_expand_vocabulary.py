@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import VQModel
 from tiny import CODEBOOK_SIZE, tiny_base, tiny_codec, tiny_model, tiny_pictures, tiny_text_config, tiny_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from transformers_liquid.codecs.vq_model import LiquidVQModel
 from transformers_liquid.conversion.expand import expand_vocabulary
 from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM
 from transformers_liquid.models.liquid.processing_liquid import LiquidProcessor
@@ -217,7 +217,7 @@ def test_the_attention_implementation_is_the_bases():
 def test_what_cannot_be_expanded_is_refused_before_anything_changes():
     base, tokenizer, codec = tiny_base(vocab_size=NUM_TOKENS), tiny_tokenizer(BASE_TOKENS), tiny_codec()
     state = {name: value.clone() for name, value in base.state_dict().items()}
-    plain_codec = LiquidVQModel.__mro__[1].from_config(codec.config)
+    plain_codec = VQModel.from_config(codec.config)
     quantized = tiny_base(vocab_size=NUM_TOKENS)
     quantized.config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
     headless = AutoModel.from_config(base.config)

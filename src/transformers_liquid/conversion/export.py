@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import transformers  # its models, as they are used
 from huggingface_hub import save_torch_state_dict
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from ..codecs.taming import save_taming_codec
@@ -113,7 +114,7 @@ def export_unitok(
     if (
         not isinstance(model, LiquidForCausalLM)
         or model.code_head is None
-        or not isinstance(text_model, LlamaForCausalLM)
+        or not isinstance(text_model, transformers.LlamaForCausalLM)
     ):
         raise ValueError(
             f"UniTok's layout has several codes a position and llama, got {type(model).__name__} on "

@@ -32,6 +32,7 @@ from ..models.liquid.processing_liquid import LiquidProcessor
 from ..models.liquid.reference import adapter_base
 from ..ops.merged_adapters import unload_adapters
 from ..utils.files import differences, read_json, write_json
+from ..utils.hub import naming
 from .adapters import liquid_lora_config, liquid_rows_config
 from .arguments import DataArguments, LiquidTrainingArguments, ModelArguments, parse_arguments
 from .checkpoints import alone, last_complete_checkpoint, last_whole_checkpoint, progress
@@ -78,6 +79,8 @@ def main(argv: Sequence[str]) -> None:
     check_datasets_installed()
     # Once without the data, so that wrong options are found before pictures become codes.
     model_args, data_args, args = parse_arguments(argv)
+    with naming(model_args.model):  # before data are read
+        LiquidProcessor.from_pretrained(model_args.model)
     records = use_codes(model_args, data_args)
     say = print if args.process_index == 0 else lambda text: None
     if model_args.preset is not None:

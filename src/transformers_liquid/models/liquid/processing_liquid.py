@@ -299,7 +299,10 @@ class LiquidProcessor(LiquidPrompts, ProcessorMixin):
         """As in transformers, if what is saved can be loaded; see [`LiquidConfig.save_pretrained`]."""
         self.image_layout.check_vocabulary(self.tokenizer)
         self.auto_map = write_remote_code(save_directory, AutoProcessor=type(self).__name__)
-        return super().save_pretrained(save_directory, **kwargs)
+        try:
+            return super().save_pretrained(save_directory, **kwargs)
+        finally:
+            del self.auto_map  # of the repository, not of the processor
 
     @property
     def _image_tokens(self) -> tuple[str, str, str, str]:
