@@ -304,8 +304,8 @@ def continue_from(model: LiquidForCausalLM, processor: LiquidProcessor, args: ar
         )
         mixed = (similar / 0.05).softmax(-1) @ its_rows[[its_ids[word] for word in words]]
         rows[[ids[token] for token in new]] = mixed + 0.3 * rows[[ids[token] for token in new]]
-    weights = earlier.state_dict()
-    for name, weight in model.state_dict().items():
+    weights = earlier.model.text_model.state_dict()  # the codec is the one given
+    for name, weight in model.model.text_model.state_dict().items():
         its = rows if weight.shape == rows.shape else weights[name]
         if name.endswith("down_proj.weight"):
             weight.zero_()  # what new neurons say
