@@ -441,8 +441,13 @@ def _layers(model):
     ("model_type", "tied"), [("llama", True), ("llama", False), ("gemma3_text", True), ("gpt2", False), ("mamba", True)]
 )
 def test_an_adapter_draws_with_the_weights_of_the_merged_model_and_stays_as_it_was(make_config, model_type, tied):
-    model = tiny_model(model_type, tied)
-    adapted = _disturb(get_peft_model(model, make_config(model)))
+
+    def adapt():  # old versions of PEFT make adapters of rows that cannot be copied
+        torch.manual_seed(0)
+        base = tiny_model(model_type, tied)
+        return base, _disturb(get_peft_model(base, make_config(base)))
+
+    (model, adapted), (_, other) = adapt(), adapt()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     drawn, view = _draw(adapted), model.image_head_view()
     assert "peft" in _layers(model)
@@ -453,7 +458,7 @@ def test_an_adapter_draws_with_the_weights_of_the_merged_model_and_stays_as_it_w
         assert head.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    merged = copy.deepcopy(adapted).merge_and_unload()
+    merged = other.merge_and_unload()
     assert torch.equal(merged.image_head_view()(_ids()).logits, view(_ids()).logits)
     assert torch.equal(_draw(merged), drawn)
 
