@@ -71,7 +71,7 @@ class Page:
 
             def watch(pipe: Any, step: int, _: int, values: dict[str, torch.Tensor]) -> None:
                 nonlocal told
-                if criteria[-1].is_set.is_set():
+                if criteria[-1].is_set():
                     raise InterruptedError
                 if step + 1 - told >= self.every:
                     told = step + 1

@@ -118,7 +118,7 @@ def read_events(queue: Queue, work: Callable[[list], None], criteria: Sequence =
         work: What generates, given `criteria` and one that stops it within a step when the iterator is closed.
         criteria (sequence of `StoppingCriteria`): The caller's.
     """
-    cancel = _Cancelled()
+    cancel = Cancelled()
 
     def follow() -> None:
         try:
@@ -133,7 +133,7 @@ def read_events(queue: Queue, work: Callable[[list], None], criteria: Sequence =
     return events
 
 
-def _events(queue: Queue[Any], cancel: _Cancelled, thread: Thread) -> Iterator[dict[str, Any]]:
+def _events(queue: Queue[Any], cancel: Cancelled, thread: Thread) -> Iterator[dict[str, Any]]:
     """What comes; before it `None`, once the first is there."""
 
     def get() -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _events(queue: Queue[Any], cancel: _Cancelled, thread: Thread) -> Iterator[d
             event = get()
         yield event
     finally:
-        cancel.is_set.set()
+        cancel.set()
         thread.join()
 
 
@@ -181,12 +181,11 @@ class GrowingText:
         return new
 
 
-class _Cancelled(StoppingCriteria):
-    def __init__(self) -> None:
-        self.is_set = Event()
+class Cancelled(Event, StoppingCriteria):
+    """Once it is set, a generation stops within a step."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.BoolTensor:
-        return torch.full((len(input_ids),), self.is_set.is_set(), device=input_ids.device)
+        return torch.full((len(input_ids),), self.is_set(), device=input_ids.device)
 
 
 class _EventQueue(BaseStreamer):

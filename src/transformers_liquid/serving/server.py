@@ -12,7 +12,6 @@ import io
 import json
 import re
 import socket
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -30,11 +29,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from transformers import LogitsProcessorList, StoppingCriteria, SuppressTokensLogitsProcessor
+from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.utils import logging
 
 from ..models.liquid.image_processing_liquid import load_image
-from ..pipelines.conversation import LiquidConversation, add_event
+from ..pipelines.conversation import Cancelled, LiquidConversation, add_event
 from .engine import EngineFullError, PictureEngine, PictureEvent, PictureRequest
 
 
@@ -297,7 +296,7 @@ class Server:
         self, body: Chat, messages: list[dict[str, Any]], told: _Told
     ) -> AsyncIterator[dict[str, Any]]:
         """The reply as it comes, pictures as OpenAI's parts."""
-        begin, cancelled = time.monotonic(), _Cancelled()
+        begin, cancelled = time.monotonic(), Cancelled()
         settings = self._chat_settings(body) | {"stopping_criteria": [cancelled], "seed": body.seed}
 
         def answer() -> None:
@@ -352,11 +351,6 @@ class Server:
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self.name):
             raise HTTPException(404, f"There is no model {name!r} here, only {self.name!r}.")
-
-
-class _Cancelled(threading.Event, StoppingCriteria):
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.BoolTensor:
-        return torch.full((len(input_ids),), self.is_set(), device=input_ids.device)
 
 
 class _Told:
