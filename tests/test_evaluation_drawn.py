@@ -516,6 +516,7 @@ def test_a_server_that_fails_ends_the_run_which_goes_on_later(checkpoint, data, 
         assert "401 who are you?" in capsys.readouterr().err
         assert "Authorization" not in asked[0][1] and not (tmp_path / "results.json").exists()
         broken[0], already = False, len(asked)
+        assert already == 6
         assert main(arguments) == 0
         assert len(asked) == already + 2  # the second batch of four: the first was kept
     assert "without_score" not in json.loads((tmp_path / "results.json").read_text())["wise/openai-m"]

@@ -235,7 +235,8 @@ def judge_all(
 
     def write(chosen: slice) -> list[dict[str, Any]]:
         together = [samples[chosen], pictures[chosen]]
-        given = [*map(judge, *together)] if workers == 1 else [*ThreadPoolExecutor(workers).map(judge, *together)]
+        with ThreadPoolExecutor(workers) as pool:  # what fails ends the batch after its other answers have come
+            given = [*(pool.map if workers > 1 else map)(judge, *together)]
         return [
             {"id": sample.id, "picture": picture.name, "groups": sample.groups, "scores": scores}
             for sample, picture, scores in zip(*together, given, strict=True)
