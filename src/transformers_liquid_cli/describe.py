@@ -1,17 +1,12 @@
 """`transformers-liquid describe`"""
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from . import options
-
-
-# A path or an address of a picture: a question has spaces.
-PICTURE = re.compile(r"\S+\.(png|jpe?g|webp|gif|bmp|tiff?|avif|heic)|(https?|file|data):\S+", flags=re.IGNORECASE)
 
 
 @options.shared(options.Written, options.Running)
@@ -43,8 +38,13 @@ def describe(
       transformers-liquid describe apple.png "What colour is it?"
       transformers-liquid describe photos/ --output photos/metadata.jsonl
     """
+    from transformers_liquid.data.source import PICTURE_ENDINGS
+
     *before, last = images
-    question = None if not before or last == "-" or os.path.exists(last) or PICTURE.fullmatch(last) else last
+    # A path or an address of a picture has no spaces, which a question has.
+    is_named = last.lower().startswith(("http:", "https:", "file:", "data:")) or last.lower().endswith(PICTURE_ENDINGS)
+    is_picture = last == "-" or os.path.exists(last) or (is_named and " " not in last)
+    question = last if before and not is_picture else None
     names = images if question is None else before
     given |= {"framing": framing, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "as_json": as_json}
     if len(names) == 1 and os.path.isdir(names[0]):
