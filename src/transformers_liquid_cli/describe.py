@@ -38,12 +38,10 @@ def describe(
       transformers-liquid describe apple.png "What colour is it?"
       transformers-liquid describe photos/ --output photos/metadata.jsonl
     """
-    from transformers_liquid.data.source import PICTURE_ENDINGS
+    from transformers_liquid.data.source import names_picture
 
     *before, last = images
-    # A path or an address of a picture has no spaces, which a question has.
-    is_named = last.lower().startswith(("http:", "https:", "file:", "data:")) or last.lower().endswith(PICTURE_ENDINGS)
-    is_picture = last == "-" or os.path.exists(last) or (is_named and " " not in last)
+    is_picture = last == "-" or os.path.exists(last) or names_picture(last)
     question = last if before and not is_picture else None
     names = images if question is None else before
     given |= {"framing": framing, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "as_json": as_json}

@@ -7,7 +7,6 @@ from typing import Annotated
 from typer import Argument, Context, Option, Typer
 
 from . import options
-from .describe import PICTURE
 
 
 voken_app = Typer(help="A language model that says what to draw, and a diffusion model that draws it (MiniGPT-5).")
@@ -110,6 +109,7 @@ def story(
     import torch
 
     from transformers_liquid import InterleavedVokenPipeline
+    from transformers_liquid.data.source import names_picture
     from transformers_liquid.models.liquid.image_processing_liquid import load_image
     from transformers_liquid.models.liquid.reference import naming
     from transformers_liquid.utils.files import write_text
@@ -118,7 +118,7 @@ def story(
     from .pictures import save_beside
 
     silence_libraries()
-    if missing := [one for one in prompt if PICTURE.fullmatch(one) and not os.path.isfile(one)]:
+    if missing := [one for one in prompt if names_picture(one) and not os.path.isfile(one)]:
         raise ValueError(f"No file of these names, which are those of pictures: {', '.join(missing)}.")
     parts = [load_image(one) if os.path.isfile(one) else one for one in prompt]
     with naming(model), reading(model):

@@ -58,6 +58,13 @@ def pictures_of(folder: str | os.PathLike) -> list[Path]:
     return [file for file in files_of(folder) if file.suffix.lower() in PICTURE_ENDINGS]
 
 
+def names_picture(text: str) -> bool:
+    """Whether a text is a path or an address of a picture: those have no spaces, which prompts and questions have."""
+    text = text.lower()
+    is_address = text.startswith(("http:", "https:", "file:", "data:"))
+    return " " not in text and (is_address or text.endswith(PICTURE_ENDINGS))
+
+
 def is_photo_folder(folder: str | os.PathLike) -> bool:
     """Whether a folder holds pictures, and no data but `METADATA` of them."""
     names = {file.suffix.lower() for file in files_of(folder) if file.name not in METADATA}
