@@ -40,7 +40,7 @@ liquid generate --prompts-file prompts.txt --output-dir drawn --sheet sheet.png 
 liquid describe drawn/*.png --model model --max-new-tokens 32 --json
 
 say serve
-liquid serve model --port 8765 &
+"$PYTHON" -m transformers_liquid serve model --port 8765 &  # itself, not a shell around it, which is what `kill` ends
 server=$!
 trap 'kill $server' EXIT
 until "$PYTHON" -c "import urllib.request as web; web.urlopen('http://127.0.0.1:8765/v1/models')" 2> /dev/null; do
