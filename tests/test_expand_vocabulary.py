@@ -6,9 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import VQModel
-from tiny import CODEBOOK_SIZE, tiny_base, tiny_codec, tiny_model, tiny_pictures, tiny_text_config, tiny_tokenizer
+from tiny import (
+    CODEBOOK_SIZE,
+    TINY_UNITOK_CONFIG,
+    tiny_base,
+    tiny_codec,
+    tiny_model,
+    tiny_pictures,
+    tiny_text_config,
+    tiny_tokenizer,
+)
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from transformers_liquid import UniTokModel
 from transformers_liquid.conversion.expand import expand_vocabulary
 from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM
 from transformers_liquid.models.liquid.processing_liquid import LiquidProcessor
@@ -229,6 +239,7 @@ def test_what_cannot_be_expanded_is_refused_before_anything_changes():
         ((tiny_base(vocab_size=NUM_TOKENS - 1), tokenizer, codec), "has id 258, but the model has 258 rows"),
         ((base, "tokenizer", codec), "must be the base's tokenizer, got str"),
         ((base, tokenizer, plain_codec), "must be a LiquidVQModel.*got VQModel"),
+        ((tiny_base("gemma2", vocab_size=NUM_TOKENS), tokenizer, UniTokModel(**TINY_UNITOK_CONFIG)), "softcapping"),
         ((base, tokenizer, codec, 9), "multiple"),
         ((base, tokenizer, codec, 8, "zeros"), "init must be 'codebook', 'normal' or 'mean', got 'zeros'"),
     ]:
@@ -237,6 +248,68 @@ def test_what_cannot_be_expanded_is_refused_before_anything_changes():
     assert len(tokenizer) == NUM_TOKENS
     assert state.keys() == base.state_dict().keys()
     assert all(torch.equal(value, base.state_dict()[name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize(("model_type", "rows"), [("llama", NUM_TOKENS), ("qwen3", NUM_TOKENS + 37)])
+def test_several_codes_a_position_get_a_head_in_place_of_rows(model_type, rows, tmp_path):
+    codec = UniTokModel(**TINY_UNITOK_CONFIG)
+    base, tokenizer = tiny_base(model_type, vocab_size=rows), tiny_tokenizer(BASE_TOKENS)
+    ids = _ids(tokenizer)
+    with torch.no_grad():
+        expected = base(ids).logits
+        state = torch.random.get_rng_state()
+        model, processor = expand_vocabulary(base, tokenizer, codec)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        model.save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
+        reloaded = LiquidForCausalLM.from_pretrained(tmp_path)
+        for one in (model, reloaded):
+            torch.testing.assert_close(one(ids).logits[..., :rows], expected, rtol=0, atol=1e-5)
+    assert model.get_input_embeddings().num_embeddings == max(rows, NUM_TOKENS + 4)
+    assert model.config.image_token_offset == 0 and model.model.vq_model is codec
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    LiquidProcessor.from_pretrained(tmp_path).check_fits(reloaded.config)
+
+    inputs = processor(text=["red apple", "dog"], generation_mode="image", return_tensors="pt")
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    codes = model.generate(**inputs, generation_mode="image", generator=generators)
+    assert codes.shape == (2, 4, 16) and model.decode_image_tokens(codes).shape == (2, 3, 64, 64)
+    inputs = processor(text="<image>What?", images=tiny_pictures(1, 64, 64)[0] / 2 + 0.5, return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)[:, -4:].max() < rows + 4
+
+
+def test_embeddings_of_several_codes_begin_with_the_codec_and_as_text_does():
+    def expanded(seed):
+        base = tiny_base(vocab_size=NUM_TOKENS).to(torch.bfloat16)
+        base.get_input_embeddings().weight.data.add_(0.5)
+        codec = UniTokModel(**TINY_UNITOK_CONFIG)
+        return expand_vocabulary(base, tiny_tokenizer(BASE_TOKENS), codec, seed=seed)[0]
+
+    model = expanded(1)
+    embedder, codec = model.model.code_embedder, model.model.vq_model
+    for ours, theirs in zip(embedder.codebooks, codec.codebooks, strict=True):
+        assert torch.equal(ours, theirs.bfloat16())
+    projection = codec.post_quant_proj.state_dict()
+    assert all(torch.equal(one, projection[name].bfloat16()) for name, one in embedder.projection.state_dict().items())
+    assert {one.dtype for part in (embedder, model.code_head) for one in part.parameters()} == {torch.bfloat16}
+
+    rows = model.get_input_embeddings().weight[:NUM_TOKENS].float()
+    embedded = embedder.float()(torch.randint(16, (64, 4, 16))).flatten(0, 1)
+    assert (embedded.mean(0) - rows.mean(0)).abs().mean() < 0.3 * rows.std()
+    assert 0.8 < (embedded - embedded.mean(0)).std() / (rows - rows.mean(0)).std() < 1.25
+    heads = [one.code_head.output.weight for one in (model, expanded(1), expanded(2))]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def test_a_unitok_codec_of_one_code_a_position_has_rows():
+    codec = UniTokModel(**TINY_UNITOK_CONFIG | {"num_codebooks": 1})
+    pixels = tiny_pictures(2, 64, 64)
+    codes = codec.encode_codes(pixels)
+    assert codes.shape == (2, 4, 4) and codec.decode_codes(codes).shape == pixels.shape
+    model, processor = expand_vocabulary(tiny_base(vocab_size=NUM_TOKENS), tiny_tokenizer(BASE_TOKENS), codec)
+    assert model.code_head is None and len(model.config.image_token_range) == 16
+    inputs = processor(text=["dog"], generation_mode="image", return_tensors="pt")
+    assert model.decode_image_tokens(model.generate(**inputs, generation_mode="image")).shape == (1, 3, 64, 64)
 
 
 @pytest.mark.slow

@@ -51,8 +51,7 @@ def expand(
     with whole_folder(output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-    ids = model.config.image_token_range
-    print(f"{output}: {base} with image ids {ids.start} ... {ids.stop - 1}. Train it from there.")
+    print(f"{output}: {base} with {model.config.image_layout.place}. Train it from there.")
 
 
 def _load_base(base: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:

@@ -53,7 +53,7 @@ def info(
         processor = cached_file(base or name, PROCESSOR_NAME, **optional)
         known = None if processor is None else read_json(processor).get("known_words")
     of_codec = empty.model.vq_model.num_parameters()
-    text, ids, factor = config.get_text_config(), config.image_token_range, config.downsample_factor
+    text, factor = config.get_text_config(), config.downsample_factor
     positions = getattr(text, "max_position_embeddings", "unlimited")
     height, width = config.grid()
     if as_json:
@@ -67,10 +67,10 @@ def info(
         "checkpoint": f"{name} ({layout} layout)",
         "base model": f"{text.model_type}, {text.num_hidden_layers} layers of {text.hidden_size}, {positions} positions",
         "parameters": f"{empty.num_parameters() - of_codec:,} + {of_codec:,} of the codec",
-        "vocabulary": f"{text.vocab_size:,} rows, image ids {ids.start} ... {ids.stop - 1}",
+        "vocabulary": f"{text.vocab_size:,} rows, {config.image_layout.place}",
         "special ids": f"boi {config.boi_token_id}, eoi {config.eoi_token_id}, unconditional {config.uncond_token_id}, "
         f"placeholder {config.image_token_id}",
-        "codec": f"{config.codebook_size:,} codes, {factor} x {factor} pixels each",
+        "codec": f"{f'{config.num_codebooks} x ' * bool(config.image_layout.of_position)}{config.codebook_size:,} codes, {factor} x {factor} pixels each",
         "picture": f"{height * factor} x {width * factor} pixels = {height} x {width} codes",
         "settings": ", ".join(f"{name}={value}" for name, value in settings.to_dict().items()),
         "knows": "any words"

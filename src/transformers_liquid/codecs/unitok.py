@@ -100,18 +100,24 @@ class UniTokModel(CodeMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         with maybe_autocast(self.execution_device.type, enabled=False):
             features = self.encoder(pixel_values.to(self.execution_device, self.dtype))
             height, width = features.shape[-2:]
-            features = self.quant_proj(features.flatten(2).transpose(1, 2)).float()
+            features = self.quant_proj(features.flatten(2).transpose(1, 2))
+            codes = self.nearest_codes(features).unflatten(-1, (height, width))
+        return codes if self.num_codebooks > 1 else codes[:, 0]
+
+    def nearest_codes(self, features: torch.Tensor) -> torch.LongTensor:
+        """Codes `(B, num_codebooks, n)` of the codebooks' vectors nearest to features `(B, n, channels)`, by their cosines in
+        fp32; -1 where one is not finite."""
         codebooks = F.normalize(torch.stack([*self.codebooks]).float(), dim=-1)
-        pieces = F.normalize(features.unflatten(-1, (len(codebooks), -1)), dim=-1)
+        pieces = F.normalize(features.float().unflatten(-1, (len(codebooks), -1)), dim=-1)
         scores = torch.einsum("bnkd,kvd->bknv", pieces, codebooks.to(pieces.device))
-        codes = torch.where(scores.amax(-1).isfinite(), scores.argmax(-1), -1)
-        return codes.unflatten(-1, (height, width))
+        return torch.where(scores.amax(-1).isfinite(), scores.argmax(-1), -1)
 
     @torch.no_grad()
     def decode_codes(self, codes: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Turns codes `(B, num_codebooks, h, w)` into pictures `(B, 3, h * 16, w * 16)`; else as
         [`LiquidVQModel.decode_codes`]."""
         codes = self.checked_codes(codes, dtype)
+        codes = codes if self.num_codebooks > 1 else codes[:, None]
         with maybe_autocast(codes.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
             decoded = []
             for piece in codes.split(1 if self.use_slicing else len(codes)):

@@ -142,6 +142,11 @@ class LiquidVQModel(CodeMixin, VQModel):
 
     use_slicing = False
 
+    @property
+    def codebooks(self) -> list[torch.Tensor]:
+        """The vectors `(codebook_size, channels)` of its one codebook."""
+        return [self.quantize.embedding.weight]
+
     @torch.no_grad()
     def encode_unchecked(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """As `encode_codes`, but -1 where latents are not finite: for those who look for it later than each batch."""

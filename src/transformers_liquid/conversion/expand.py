@@ -1,4 +1,4 @@
-"""Turns a causal language model and an image codec into a Liquid model: rows for the codes, tokens around them."""
+"""Turns a causal language model and an image codec into a Liquid model: rows or a head for the codes, tokens around them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..codecs.vq_model import LiquidVQModel, code_grid
-from ..models.liquid.configuration_liquid import LiquidConfig
+from ..codecs.vq_model import CodeMixin, code_grid
+from ..models.liquid.configuration_liquid import LiquidConfig, several_codes_obstacle
 from ..models.liquid.modeling_liquid import LiquidForCausalLM, LiquidPreTrainedModel, assemble
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
+from ..models.liquid.several_codes import CodeEmbedder, CodeHead
 from ..models.liquid.vocabulary import IMAGE_TOKENS, free_tokens, is_one_token
 
 
 def expand_vocabulary(
     base_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    codec: LiquidVQModel,
+    codec: CodeMixin,
     image_size: int | None = None,
     init: str = "codebook",
     seed: int = 0,
@@ -29,12 +30,15 @@ def expand_vocabulary(
     a new token in a padded row, a new token in a new row. No row that exists is changed, so that reserved tokens and
     padded rows begin as the base has them.
 
+    Several codes a position have no rows: beside the base stand what embeds them, which begins with the codec's vectors and
+    its projection (as in UniTok's `initialize_embedder`), and a head that draws them.
+
     Args:
         base_model (`PreTrainedModel`): Any model that `AutoModelForCausalLM` loads. It becomes a part of the result:
             its embeddings grow in place and its weights are not copied.
         tokenizer (`PreTrainedTokenizerBase`): The base's. It becomes a part of the processor: special tokens are
             added in place.
-        codec ([`LiquidVQModel`]): One code per position. It becomes a part of the result, frozen and in fp32.
+        codec ([`LiquidVQModel`] or [`UniTokModel`]): It becomes a part of the result, frozen and in fp32.
         image_size (`int`, *optional*): Default height and width of pictures in pixels. Defaults to the codec's
             `sample_size`.
         init (`str`, defaults to `"codebook"`): What new rows begin as. `"mean"`: the mean of the tokenizer's rows (the
@@ -48,7 +52,8 @@ def expand_vocabulary(
 
     Raises:
         ValueError: If the base cannot be expanded, is expanded already, the tokenizer has ids beyond the base's rows,
-            the codec is no [`LiquidVQModel`], or `image_size` does not fit it. Nothing has been changed then.
+            the codec is none of these, has several codes a position and the base changes its logits, or `image_size` does
+            not fit it. Nothing has been changed then.
 
     Example:
 
@@ -70,21 +75,24 @@ def expand_vocabulary(
     num_rows, num_text_tokens = len(base_model.get_input_embeddings().weight), max(tokenizer.get_vocab().values()) + 1
     ids = special_token_ids(base_model, tokenizer, list(IMAGE_TOKENS.values()))
     token_ids = {f"{name}_id": one for name, one in zip(IMAGE_TOKENS, ids, strict=True)}
-    image_token_offset = max(num_rows, max(ids) + 1)
+    num_rows, has_rows = max(num_rows, max(ids) + 1), codec.num_codebooks == 1
     draws = "normal" if init == "codebook" else init
-    grow(base_model, image_token_offset + codec.codebook_size, num_text_tokens, draws, seed)
-    if init == "codebook":
-        _arrange_like_codebook(base_model, codec.quantize.embedding.weight, image_token_offset)
+    grow(base_model, num_rows + codec.codebook_size * has_rows, num_text_tokens, draws, seed)
+    if init == "codebook" and has_rows:
+        _arrange_like_codebook(base_model, codec.codebooks[0], num_rows)
     config = LiquidConfig(
         text_config=base_model.config,
         vq_config=dict(codec.config),
-        image_token_offset=image_token_offset,
+        image_token_offset=num_rows * has_rows,
         image_size=image_size,
         attn_implementation=base_model.config._attn_implementation,
         **token_ids,
     )
     processor = build_processor(config, tokenizer)
-    return assemble(config, base_model, codec), processor
+    model = assemble(config, base_model, codec)
+    if not has_rows:
+        _begin_several_codes(model, num_text_tokens, seed)
+    return model, processor
 
 
 def special_token_ids(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> list[int]:
@@ -116,16 +124,15 @@ def grow(base_model: PreTrainedModel, num_rows: int, num_text_tokens: int, init:
 
 
 def _obstacle(
-    base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: LiquidVQModel, init: str
+    base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: CodeMixin, init: str
 ) -> str | None:
     """Why these cannot become a Liquid model."""
     if (problem := base_obstacle(base_model, tokenizer)) is not None:
         return problem
-    if not isinstance(codec, LiquidVQModel):
-        return (
-            f"codec must be a LiquidVQModel (one code per position), got {type(codec).__name__}. `load_codec` loads those "
-            "of other layouts; codecs with several codes per position do not fit."
-        )
+    if not isinstance(codec, CodeMixin):
+        return f"codec must be a LiquidVQModel or a UniTokModel, got {type(codec).__name__}: `load_codec` makes it one."
+    if codec.num_codebooks > 1 and (problem := several_codes_obstacle(base_model.config)) is not None:
+        return problem
     is_known = init in ("codebook", "normal", "mean")
     return None if is_known else f"init must be 'codebook', 'normal' or 'mean', got {init!r}."
 
@@ -184,6 +191,26 @@ def _set_new_rows(text_rows: torch.Tensor, new_rows: torch.Tensor, init: str, ge
         variances, directions = torch.linalg.eigh(covariance)
         draws = torch.randn(new_rows.shape, generator=generator).to(new_rows.device)
         new_rows.copy_(mean + (draws * variances.clamp(min=0).sqrt()) @ directions.T)
+
+
+@torch.no_grad()
+def _begin_several_codes(model: LiquidForCausalLM, num_text_tokens: int, seed: int) -> None:
+    """Gives a model what embeds and what draws several codes a position. Embeddings have the mean and the spread of the
+    first `num_text_tokens` rows of the base."""
+    config, codec, base = model.config, model.model.vq_model, model.model.text_model
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        embedder, head = CodeEmbedder(config), CodeHead(config)
+        codes = torch.randint(config.codebook_size, (16, config.num_codebooks, 16))
+    embedder.codebooks.load_state_dict(codec.codebooks.state_dict())
+    embedder.projection.load_state_dict(codec.post_quant_proj.state_dict())
+    rows = model.get_input_embeddings().weight[:num_text_tokens].float()
+    embedded, last = embedder(codes).flatten(0, 1), embedder.mlp[-1]
+    last.weight.mul_((rows - rows.mean(0)).std().cpu() / (embedded - embedded.mean(0)).std())
+    last.bias.add_(rows.mean(0).cpu() - embedder(codes).mean((0, 1)))
+    model.model.code_embedder = embedder.to(base.device, base.dtype)
+    model.code_head = head.to(base.device, base.dtype)
+    model.train(base.training)
 
 
 @torch.no_grad()

@@ -117,8 +117,8 @@ class LiquidConfig(PreTrainedConfig):
         for name, token_id in special.items():
             if not isinstance(token_id, int) or not 0 <= token_id < vocab_size or token_id in self.image_token_range:
                 raise ValueError(
-                    f"{name}={token_id} must be a text id: in 0 ... {vocab_size - 1} and outside of the image ids "
-                    f"{self.image_token_range.start} ... {self.image_token_range.stop - 1}."
+                    f"{name}={token_id} must be a text id: in 0 ... {vocab_size - 1} and outside of the "
+                    f"{self.image_layout.place}."
                 )
         self.grid()
 
@@ -134,12 +134,8 @@ class LiquidConfig(PreTrainedConfig):
                 f"Several codes a position have no rows in the vocabulary: image_token_offset must be 0, got "
                 f"{self.image_token_offset}."
             )
-        scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-        if given := [name for name in scaled if getattr(self.text_config, name, None) not in (None, 1)]:
-            raise ValueError(
-                f"Several codes a position are drawn from the hidden states of the base, which {given[0]} of "
-                f"{self.text_config.model_type!r} would change: use another base, such as llama or qwen3."
-            )
+        if (problem := several_codes_obstacle(self.text_config)) is not None:
+            raise ValueError(problem)
 
     @property
     def codebook_size(self) -> int:
@@ -169,3 +165,14 @@ class LiquidConfig(PreTrainedConfig):
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width in codes of a picture: see [`ImageLayout.grid`]."""
         return self.image_layout.grid(height, width)
+
+
+def several_codes_obstacle(text_config: PreTrainedConfig) -> str | None:
+    """Why a base of this configuration cannot draw several codes a position."""
+    scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    if given := [name for name in scaled if getattr(text_config, name, None) not in (None, 1)]:
+        return (
+            f"Several codes a position are drawn from the hidden states of the base, which {given[0]} of "
+            f"{text_config.model_type!r} would change: use another base, such as llama or qwen3."
+        )
+    return None

@@ -93,6 +93,14 @@ class ImageLayout:
         return slice(self.image_token_range.start, self.image_token_range.stop)
 
     @property
+    def place(self) -> str:
+        """Where the codes lie, in words."""
+        ids = self.image_token_range
+        return (
+            f"image ids {ids.start} ... {ids.stop - 1}" if ids else f"{self.num_codebooks} codes a position without ids"
+        )
+
+    @property
     def special_image_token_ids(self) -> list[int]:
         """The ids of boi, eoi, the unconditional token and the placeholder."""
         uncond = (
@@ -169,12 +177,10 @@ class ImageLayout:
 
     def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises a `ValueError` if a token of the tokenizer has the id of a code."""
-        image_ids = self.image_token_range
         for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-            if index in image_ids:
+            if index in self.image_token_range:
                 raise ValueError(
-                    f"The tokenizer does not fit: its token {token!r} has id {index}, one of the image ids "
-                    f"{image_ids.start} ... {image_ids.stop - 1}. In place of a token added to it, use one that the base "
+                    f"The tokenizer does not fit: its token {token!r} has id {index}, one of the {self.place}. In place of a token added to it, use one that the base "
                     "reserved, or add it before `expand_vocabulary`."
                 )
 
