@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -120,6 +121,25 @@ def test_prompts_are_the_references(repository):
     assert inputs["negative_prompt_ids"].tolist() == [
         [1, *tokenizer.encode("<unconditional>", add_special_tokens=False), 3]
     ]
+
+
+def test_questions_are_asked_in_the_references_words(repository, tmp_path):
+    """The words of `vicuna_v1` in the reference; around a picture stand its begin and its end."""
+    words = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    words += "detailed, and polite answers to the user's questions. USER: <image>\nWhat is this? ASSISTANT:"
+    LiquidProcessor.from_pretrained(repository).save_pretrained(tmp_path)
+    for name in (repository, tmp_path):
+        processor = LiquidProcessor.from_pretrained(name)
+        content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+        messages = [{"role": "user", "content": content}]
+        assert processor.apply_chat_template(messages, add_generation_prompt=True) == f"<s>{words}"
+        messages += [{"role": "assistant", "content": "A dog."}, {"role": "user", "content": "Why?"}]
+        expected = f"<s>{words} A dog.</s>USER: Why? ASSISTANT:"
+        assert processor.apply_chat_template(messages, add_generation_prompt=True) == expected
+        system = [{"role": "system", "content": "Be short."}, *messages[2:]]
+        assert processor.apply_chat_template(system) == "<s>Be short. USER: Why? "
+    before, after = (processor.tokenizer.encode(part, add_special_tokens=False) for part in words.split("<image>"))
+    assert processor.question_ids("What is this?", np.zeros((K, 16), int)) == [1, *before, 3, *[5] * 16, 4, *after]
 
 
 def test_without_a_negative_prompt_the_text_is_the_references(repository, model):

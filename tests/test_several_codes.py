@@ -25,6 +25,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from transformers_liquid import (
     ImageStreamer,
+    LiquidConversation,
     LiquidDataCollator,
     LiquidForCausalLM,
     LiquidImageGenerationPipeline,
@@ -402,12 +403,25 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             model.generate(**{**inputs, "generation_mode": "image"} | settings)
 
+    def test_pictures_in_the_context_of_a_drawing(self, model, processor):
+        picture = processor.image_processor.postprocess(tiny_pictures(1, 64, 64))[0]
+        pipe = LiquidImageGenerationPipeline(model=model, processor=processor)
+        with pytest.raises(ValueError, match="drawn from text alone"):
+            pipe("<image> in blue", image=picture)
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": "dog"}]
+        for told in ("once", [{"role": "user", "content": content}]):
+            with pytest.raises(ValueError, match="drawn from text alone"):
+                LiquidConversation(model, processor)(told)
+
     def test_a_processor_of_one_code(self, model):
         with pytest.raises(ValueError, match="num_codebooks is 1 in the processor, 4 in the model"):
             tiny_processor().check_fits(model.config)
 
     def test_a_plain_base_has_no_head_for_codes(self, model, processor, tmp_path):
-        with pytest.raises(ValueError, match="4 codes a position with a head of its own"):
+        with pytest.raises(
+            ValueError,
+            match=r"several codes a position \(here 4\), a plain causal language model has no place for the head",
+        ):
             export_base_model(model, processor, tmp_path / "base")
         assert not (tmp_path / "base").exists()
 

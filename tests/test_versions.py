@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from diffusers.models.autoencoders import vae
 from packaging.requirements import Requirement
 from tiny import tiny_model
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
     Trainer,
+    modeling_utils,
 )
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.utils import PushToHubMixin
@@ -55,6 +57,8 @@ INTERNALS = {
         ProcessorMixin,
         ["get_text_with_replacements", "validate_inputs", "_process_images"],
     ),
+    "models/liquid/unitok_reference.py: weights in either format": (modeling_utils, ["load_state_dict"]),
+    "codecs/unitok.py: what codecs of diffusers share": (vae, ["AutoencoderMixin"]),
     "models/liquid/model_card.py: cards that are pushed": (PushToHubMixin, ["_upload_modified_files"]),
     "models/voken/reference.py: what stands for a picture": (
         PreTrainedTokenizerBase,

@@ -1,7 +1,10 @@
 """Trains two codecs that differ in nothing but their codes: one of 2,048, or four of 256, for each of 4 x 4 positions.
 
-    python examples/several_codes/train_codec.py --data_dir emoji-data --output_dir k4/codec --num_codebooks 4
-    python examples/several_codes/train_codec.py --data_dir emoji-data --output_dir k1/codec --num_codebooks 1
+    python examples/several_codes/train_codec.py --data_dir emoji-data --output_dir begun --num_codebooks 1 --epochs 6 12 0
+    python examples/several_codes/train_codec.py --data_dir emoji-data --output_dir k4/codec --num_codebooks 4 \\
+        --continue_from begun
+    python examples/several_codes/train_codec.py --data_dir emoji-data --output_dir k1/codec --num_codebooks 1 \\
+        --continue_from begun
 
 A small `UniTokModel`, in the three phases of examples/codec/codec_training.py. Run a command again to continue it.
 """
@@ -45,9 +48,9 @@ MAX_SHIFT = 4
 GROUPS = ("Smileys & Emotion", "Animals & Nature", "Food & Drink", "Activities")
 
 
-def load_things(data_dir: str) -> tuple[list[str], torch.Tensor]:
+def load_things(data_dir: str, groups: tuple[str, ...] = GROUPS) -> tuple[list[str], torch.Tensor]:
     """Names and pictures of the emoji of these groups."""
-    emoji = [one for one in load_emoji(data_dir) if one.group in GROUPS and not split_tones(one.name)[1]]
+    emoji = [one for one in load_emoji(data_dir) if one.group in groups and not split_tones(one.name)[1]]
     return [one.name for one in emoji], load_pixels(emoji)
 
 
@@ -64,6 +67,9 @@ def main(args: argparse.Namespace) -> None:
     codec = UniTokModel(
         num_codebooks=args.num_codebooks, num_vq_embeddings=CODEBOOK_SIZES[args.num_codebooks], **CODEC_CONFIG
     )
+    if args.continue_from is not None:
+        weights = UniTokModel.from_pretrained(args.continue_from).state_dict()
+        codec.load_state_dict({name: one for name, one in weights.items() if "codebooks" not in name}, strict=False)
     codec.codebooks.requires_grad_(False)
     books = [MovingAverageCodebook(one) for one in codec.codebooks]
     optimizer = torch.optim.AdamW(codec.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -124,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
         print(
             f"epoch {epoch + 1} {phase} lr {rate:.1e} loss {sum(losses) / len(losses):.4f} {seconds:.0f} s", flush=True
         )
-        if phase != "continuous" and (epoch % 5 == 4 or epoch + 1 == sum(args.epochs)):
+        if phase != "continuous" and (epoch % 3 == 1 or epoch + 1 == sum(args.epochs)):
             for name, some in {"seen": seen, "held out": held_out}.items():
                 codes, drawn = reconstruct(codec, some)
                 print(f"  {name}: PSNR {psnr(drawn, some).mean():.2f} dB", flush=True)
@@ -141,8 +147,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="emoji-data")
     parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--continue_from", help="a codec: its weights, but for the codebooks, instead of new ones")
     parser.add_argument("--num_codebooks", type=int, choices=CODEBOOK_SIZES, required=True)
-    parser.add_argument("--epochs", type=int, nargs=3, default=(6, 12, 2), metavar=PHASES, help="epochs per phase")
+    parser.add_argument("--epochs", type=int, nargs=3, default=(2, 9, 2), metavar=PHASES, help="epochs per phase")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--decoder_learning_rate", type=float, default=2e-4)

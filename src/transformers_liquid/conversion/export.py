@@ -52,11 +52,10 @@ def export_base_model(
             f"Only a LiquidForCausalLM can be exported, got {type(model).__name__}. (Merge adapters first.)"
         )
     config, directory = model.config, Path(directory)
-    if config.num_codebooks > 1:
-        raise ValueError(
-            f"The model draws {config.num_codebooks} codes a position with a head of its own, which a plain causal language "
-            "model has no place for: use save_pretrained, or export_unitok for UniTok's own layout."
-        )
+    config.image_layout.check_one_code(
+        "a plain causal language model has no place for the head that draws them: use save_pretrained, or export_unitok for "
+        "UniTok's own layout."
+    )
     if isinstance(processor, LiquidProcessor):
         processor.check_fits(config)
         tokenizer = processor.tokenizer

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation import StoppingCriteriaList
 from transformers.generation.configuration_utils import STATIC_CACHE_IMPLEMENTATIONS
 from transformers.generation.streamers import BaseStreamer
@@ -69,7 +69,10 @@ def generate_image_tokens(
     drawing = guidance, generator, streamer, has_own_processors
 
     of_ids = [one for one in logits_processor or () if looks_for_ids(one)]
-    _check_several_codes(model.config, window, of_ids)
+    wrong = [f"the logits processor {type(one).__name__}, which looks for them" for one in of_ids]
+    wrong += [] if window is None else ["speculative, which drafts them"]
+    if wrong:
+        model.config.image_layout.check_one_code(f"codes have no ids: leave out {wrong[0]}.")
 
     def draw(view, input_ids, logits_processor, stopping_criteria, generation_config, **prepared):
         for index, one in enumerate(logits_processor):
@@ -98,14 +101,6 @@ def generate_image_tokens(
         return layout.codes_to_ids(drawn)
     drawn.sequences = layout.codes_to_ids(drawn.sequences)
     return drawn
-
-
-def _check_several_codes(config: LiquidConfig, window: int | None, of_ids: list[LogitsProcessor]) -> None:
-    """Raises a `ValueError` for what is there for one code a position alone: drafts, and processors that look for ids."""
-    wrong = [f"the logits processor {type(one).__name__}, which looks for ids" for one in of_ids]
-    wrong += [] if window is None else ["speculative, which drafts one"]
-    if wrong and config.num_codebooks > 1:
-        raise ValueError(f"The model draws several codes a position, which have no ids: leave out {wrong[0]}.")
 
 
 def check_generators(generator: Any, number: int) -> torch.Generator | list[torch.Generator] | None:

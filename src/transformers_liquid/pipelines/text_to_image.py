@@ -29,7 +29,7 @@ from ..models.liquid.model_card import write_model_card
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
 from ..models.liquid.prompts import negative_texts, with_marks
-from ..models.liquid.vocabulary import IMAGE_MARK, as_integers
+from ..models.liquid.vocabulary import FROM_TEXT_ALONE, IMAGE_MARK, as_integers
 from ..ops.merged_adapters import unload_adapters
 from ..utils.streaming import tell_reader, telling_reader
 
@@ -376,6 +376,7 @@ class LiquidImageGenerationPipeline(Pipeline):
         """The prompts with marks for the pictures of their contexts, and the ids of these pictures."""
         if image is None:
             return prompt, []
+        self.model.config.image_layout.check_one_code(FROM_TEXT_ALONE)
         prompts = self.processor.check_texts(prompt, "prompt")
         of_each = list(image) if isinstance(image, (list, tuple)) else [image] * len(prompts)
         if len(of_each) != len(prompts):

@@ -219,8 +219,7 @@ class PictureEngine:
         for name, value in (("slots", slots), ("max_waiting", max_waiting)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        if pipe.model.config.num_codebooks > 1:
-            raise ValueError("Pictures of several codes a position do not join a batch that runs: use the pipeline.")
+        pipe.model.config.image_layout.check_one_code("pictures do not join a batch that runs: use the pipeline.")
         layers = DynamicCache(config=pipe.model.config.get_text_config(decoder=True)).layers
         kinds = {type(layer) for layer in layers}
         if kinds - {DynamicLayer, DynamicSlidingWindowLayer}:

@@ -106,10 +106,8 @@ def liquid_rows_config(model: LiquidForCausalLM) -> TrainableTokensConfig:
         ValueError, ImportError: As in [`liquid_lora_config`]; or if codes have no rows, with several of them a position.
     """
     rows = _trainable_rows(model)
-    if model.code_head is not None:
-        raise ValueError(
-            "With several codes a position, codes have no rows of the vocabulary to train alone: use liquid_lora_config."
-        )
+    without_rows = "codes have no rows of the vocabulary to train alone: use liquid_lora_config."
+    model.config.image_layout.check_one_code(without_rows)
     from peft import TrainableTokensConfig
 
     # As an expression: PEFT warns about names of tied embeddings in a list, though it keeps these tied.

@@ -12,16 +12,16 @@ def default_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | dict[str,
     its own line. Without a template of its own, a Gemma tokenizer gets the reference's conversation and others plain
     lines.
     """
-    folder = Path(__file__).parent / "chat_templates"
-    # On one line each, as they are stored. The first one ends with empty output, which keeps the white space at the
-    # beginning of the base's template.
-    parts_to_text, gemma, plain = (
-        "".join(line.strip() for line in (folder / f"{name}.jinja").read_text(encoding="utf-8").splitlines())
-        for name in ("parts_to_text", "gemma", "plain")
-    )
-    template = tokenizer.chat_template
+    # Ends with empty output, which keeps the white space at the beginning of the base's template.
+    parts_to_text, template = read_template("parts_to_text"), tokenizer.chat_template
     if isinstance(template, dict):
         return {name: parts_to_text + content for name, content in template.items()}
     if template is None:
-        template = gemma if "<start_of_turn>" in tokenizer.get_vocab() else plain
+        template = read_template("gemma" if "<start_of_turn>" in tokenizer.get_vocab() else "plain")
     return parts_to_text + template
+
+
+def read_template(name: str) -> str:
+    """A template of `chat_templates/` on one line, as they are stored."""
+    file = Path(__file__).parent / "chat_templates" / f"{name}.jinja"
+    return "".join(line.strip() for line in file.read_text(encoding="utf-8").splitlines())

@@ -54,7 +54,7 @@ from .reference import ReferenceCheckpoint, load_whole
 from .remote_code import not_copied
 from .several_codes import CodeEmbedder, CodeHead, code_targets, loss_of_several_codes
 from .unitok_reference import UniTokReference
-from .vocabulary import check_generation_mode
+from .vocabulary import FROM_TEXT_ALONE, check_generation_mode
 
 
 class LiquidPreTrainedModel(PreTrainedModel):
@@ -532,15 +532,11 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
                 "Gradient checkpointing keeps no cache: call `model.eval()` before `generate`, `model.train()` after it."
             )
         input_ids = kwargs.pop("input_ids", inputs)
-        several = self.code_head is not None
-        if several and generation_mode != "text" and (generation_mode != "image" or pixel_values is not None):
-            raise ValueError(
-                "With several codes a position, pictures are drawn from text alone: pass generation_mode='image' without "
-                "pixel_values, or generation_mode='text'."
-            )
+        if generation_mode == "interleaved" or (generation_mode == "image" and pixel_values is not None):
+            self.config.image_layout.check_one_code(FROM_TEXT_ALONE)
         if pixel_values is not None and input_ids is None and kwargs.get("inputs_embeds") is not None:
             kwargs["inputs_embeds"] = self.model.fill_image_embeds(kwargs["inputs_embeds"], pixel_values)
-        elif pixel_values is not None and several:
+        elif pixel_values is not None and self.code_head is not None:
             kwargs["inputs_embeds"] = self.model.embed_pictures(input_ids, self.model.encode_images(pixel_values))
         elif pixel_values is not None:
             input_ids = self.model.fill_image_placeholders(input_ids, pixel_values)

@@ -18,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from ...codecs.unitok import UNITOK_CHECKPOINT_NAME, UNITOK_SIZES, UniTokModel, load_unitok_codec
 from ...utils.files import read_json
+from .chat_template import read_template
 from .configuration_liquid import LiquidConfig
 from .reference import EXPORTED_LAYOUT_KEY, ReferenceCheckpoint, hub_arguments
 
@@ -122,6 +123,8 @@ class UniTokReference(ReferenceCheckpoint):
             raise ValueError(
                 f"{name_or_path}: the tokenizer has no bytes {', '.join(missing)}, which begin and end images."
             )
+        if self.tokenizer.chat_template is None:  # Vicuna's words, `vicuna_v1` of `eval/liquid/conversation.py`
+            self.tokenizer.chat_template = read_template("vicuna")
         # Their ids stay; but texts are no longer split within their names.
         self.tokenizer.add_tokens(
             [AddedToken(one, special=True, normalized=False) for one in single], special_tokens=True

@@ -20,6 +20,8 @@ from ...codecs.vq_model import check_codes, code_grid
 
 # What users write in a text for an image, whatever the placeholder token of the tokenizer is called.
 IMAGE_MARK = "<image>"
+# What `check_one_code` says where a drawing would have pictures before it.
+FROM_TEXT_ALONE = "pictures are drawn from text alone: leave out other pictures, or pass generation_mode='text'."
 
 # The tokens around images: the argument of [`LiquidProcessor`], and what a token that is new to a base is called.
 IMAGE_TOKENS = {
@@ -112,6 +114,11 @@ class ImageLayout:
     def of_position(self) -> tuple[int, ...]:
         """The dimension of codes before those of the picture: none, or that of several codes a position."""
         return () if self.num_codebooks == 1 else (self.num_codebooks,)
+
+    def check_one_code(self, otherwise: str) -> None:
+        """Raises a `ValueError` that says what is `otherwise` if there are several codes a position."""
+        if self.num_codebooks > 1:
+            raise ValueError(f"With several codes a position (here {self.num_codebooks}), {otherwise}")
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width in codes of a picture.
