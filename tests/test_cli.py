@@ -21,7 +21,7 @@ import transformers
 import typer
 from accelerate import PartialState
 from PIL import Image
-from tiny import BOI_ID, EOS_ID, tiny_base, tiny_codec, tiny_model, tiny_processor, tiny_tokenizer
+from tiny import BOI_ID, EOS_ID, TINY_UNITOK_CONFIG, tiny_base, tiny_codec, tiny_model, tiny_processor, tiny_tokenizer
 from transformers import AutoModelForCausalLM, T5Config
 
 import transformers_liquid
@@ -30,6 +30,7 @@ from transformers_liquid import (
     LiquidConversation,
     LiquidForCausalLM,
     LiquidProcessor,
+    UniTokModel,
     load_taming_codec,
 )
 from transformers_liquid.training.train import DataArguments, ModelArguments
@@ -677,6 +678,23 @@ def test_expand_makes_a_repository_that_draws(codec_layout, tmp_path):
     assert model.config.image_token_offset >= 270
     assert all(torch.equal(ours, codec.state_dict()[name]) for name, ours in model.model.vq_model.state_dict().items())
     assert run("generate apple --model expanded --output apple.png --device cpu") == 0
+
+
+def test_a_codec_of_several_codes_a_position_is_expanded_and_told_of(capsys):
+    tiny_base(vocab_size=270).save_pretrained("base")
+    tiny_tokenizer(special_tokens=["<pad>", "<s>", "</s>"]).save_pretrained("base")
+    UniTokModel(**TINY_UNITOK_CONFIG).save_pretrained("codec")
+    assert run("expand base --codec codec --output expanded --device cpu") == 0
+    assert "base with 4 codes a position without ids" in capsys.readouterr().out
+    assert run("info --model expanded") == 0
+    said = capsys.readouterr().out
+    assert "270 rows, 4 codes a position without ids" in said and "4 x 16 codes, 16 x 16 pixels each" in said
+    assert run("generate apple --model expanded --output apple.png --device cpu") == 0
+    assert run("describe apple.png --model expanded --max-new-tokens 2 --device cpu") == 0
+    assert "drawn from text alone" in error_of(
+        "generate apple --image apple.png --model expanded --output b.png", capsys
+    )
+    assert "drawn from text alone" in error_of("story cat --model expanded --output story.md", capsys)
 
 
 def test_expand_finds_out_before_it_reads_weights(sources, monkeypatch, capsys):

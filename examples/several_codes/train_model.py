@@ -108,7 +108,7 @@ def measure(model, processor, names: list[str], pixels: torch.Tensor, output_dir
     save_sheet(pixels[:64], drawn[:64], output_dir / "drawn.png")
     nearest = torch.cdist(drawn.flatten(1), known.flatten(1)).argmin(1)
     results["drawn"] = (nearest == torch.arange(len(names))).float().mean().item()
-    draw, exact, right = random.Random(0), [], []
+    collator, draw, exact, right = LiquidDataCollator(processor), random.Random(0), [], []
     for shift in UNSEEN_SHIFTS:
         moved = shifted(pixels, *shift)
         prompts = torch.tensor([processor.caption_ids()] * len(names))
@@ -117,14 +117,17 @@ def measure(model, processor, names: list[str], pixels: torch.Tensor, output_dir
             one.split(CAPTION_INSTRUCTION)[-1] for one in processor.batch_decode(answers, skip_special_tokens=True)
         )
         exact += [text.strip() == name for text, name in zip(texts, names, strict=True)]
-        for name, codes in zip(names, reconstruct(model.model.vq_model, moved)[0], strict=True):
-            choices = [name, *draw.sample([one for one in names if one != name], NUM_CHOICES - 1)]
-            asked = [{"kind": "caption", "text": choice, "codes": codes.numpy()} for choice in choices]
-            batch = LiquidDataCollator(processor)(asked)
+        asked = [
+            {"kind": "caption", "text": choice, "codes": codes.numpy()}
+            for name, codes in zip(names, reconstruct(model.model.vq_model, moved)[0], strict=True)
+            for choice in (name, *draw.sample([one for one in names if one != name], NUM_CHOICES - 1))
+        ]
+        for start in range(0, len(asked), 16 * NUM_CHOICES):
+            batch = collator(asked[start : start + 16 * NUM_CHOICES])
             labels = batch.pop("labels")[:, 1:]
             logits = model(**batch).logits[:, :-1].float()
             losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)
-            right.append(losses.argmin().item() == 0)
+            right += (losses.view(-1, NUM_CHOICES).argmin(1) == 0).tolist()
     results |= {"named": sum(exact) / len(exact), "chosen": sum(right) / len(right), "names": len(names)}
     (output_dir / "results.json").write_text(json.dumps(results))
     print(json.dumps(results), flush=True)

@@ -69,10 +69,8 @@ def generate_image_tokens(
     drawing = guidance, generator, streamer, has_own_processors
 
     of_ids = [one for one in logits_processor or () if looks_for_ids(one)]
-    wrong = [f"the logits processor {type(one).__name__}, which looks for them" for one in of_ids]
-    wrong += [] if window is None else ["speculative, which drafts them"]
-    if wrong:
-        model.config.image_layout.check_one_code(f"codes have no ids: leave out {wrong[0]}.")
+    if need_ids := [type(one).__name__ for one in of_ids] + ["speculative"] * (window is not None):
+        model.config.image_layout.check_one_code(f"codes have no ids: leave out {need_ids[0]}, which looks for them.")
 
     def draw(view, input_ids, logits_processor, stopping_criteria, generation_config, **prepared):
         for index, one in enumerate(logits_processor):
