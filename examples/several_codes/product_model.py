@@ -1,7 +1,7 @@
-"""Trains a small language model around a codec of train_codec.py, and measures what it draws and describes.
+"""Trains a small language model around a codec of product_codec.py, and measures what it draws and describes.
 
-    python examples/several_codes/train_model.py --data_dir emoji-data --codec_dir k4/codec --output_dir k4/lm
-    python examples/several_codes/train_model.py --data_dir emoji-data --codec_dir k1/codec --output_dir k1/lm
+    python examples/several_codes/product_model.py --data_dir emoji-data --codec_dir k4/codec --output_dir k4/lm
+    python examples/several_codes/product_model.py --data_dir emoji-data --codec_dir k1/codec --output_dir k1/lm
 
 Both codecs get the same llama, by `expand_vocabulary`: one code a position becomes rows of the vocabulary, several get a head.
 It learns names -> pictures, and names of pictures that are moved by a few pixels. It is asked about other moves. Run a command
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from train_codec import load_things, psnr, reconstruct, save_sheet, shifted
+from product_codec import load_things, psnr, reconstruct, save_sheet, shifted
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 

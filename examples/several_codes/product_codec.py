@@ -1,9 +1,9 @@
 """Trains two codecs that differ in nothing but their codes: one of 2,048, or four of 256, for each of 4 x 4 positions.
 
-    python examples/several_codes/train_codec.py --data_dir emoji-data --output_dir begun --num_codebooks 1 --epochs 6 12 0
-    python examples/several_codes/train_codec.py --data_dir emoji-data --output_dir k4/codec --num_codebooks 4 \\
+    python examples/several_codes/product_codec.py --data_dir emoji-data --output_dir begun --num_codebooks 1 --epochs 6 12 0
+    python examples/several_codes/product_codec.py --data_dir emoji-data --output_dir k4/codec --num_codebooks 4 \\
         --continue_from begun
-    python examples/several_codes/train_codec.py --data_dir emoji-data --output_dir k1/codec --num_codebooks 1 \\
+    python examples/several_codes/product_codec.py --data_dir emoji-data --output_dir k1/codec --num_codebooks 1 \\
         --continue_from begun
 
 A small `UniTokModel`, in the three phases of examples/codec/codec_training.py. Run a command again to continue it.
