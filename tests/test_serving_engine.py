@@ -103,6 +103,19 @@ def test_every_base_joins(model_type, picture):
     test_pictures_are_those_of_the_pipeline_whenever_they_join(model_type, picture)
 
 
+def test_those_who_come_together_are_read_in_one_forward_and_equal_prompts_once(engine):
+    read, together, sizes = engine._read, [], []
+    engine._read = lambda pictures: together.append(len(pictures)) or read(pictures)
+    prefill = engine.view._prefill
+    engine.view._prefill = lambda ids, *others: sizes.append(len(ids)) or prefill(ids, *others)
+    asked = [{"prompt": "a"}, {"prompt": "a longer prompt"}, {"prompt": "a"}, {"prompt": "b", "guidance_scale": 1}]
+    with engine._changed:
+        requests = [engine.submit(**one, seed=seed) for seed, one in enumerate(asked)]
+    for seed, (one, request) in enumerate(zip(asked, requests, strict=True)):
+        assert images_of(request) == drawn_by(engine.pipe, **one, seed=seed)
+    assert together == [3, 1] and sizes == [3, 1]  # two prompts and the unconditional one
+
+
 def test_a_late_request_begins_with_the_next_step_and_ends_before_those_it_does_not_wait_for(engine):
     first = engine.submit("a", height=16, width=16, tell=(told := []).append)
     while engine.num_steps < 5:
@@ -142,16 +155,11 @@ def test_who_is_cancelled_frees_the_slot_and_the_others_are_drawn_on(engine):
 
 @pytest.mark.parametrize("where", ["reading", "step"])
 def test_what_fails_is_told_to_whom_it_concerns_and_the_engine_goes_on(engine, where, monkeypatch):
-    from transformers_liquid.serving import engine as module
-
     def fail(*args):
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        if where == "reading":
-            patch.setattr(module._Picture, "start", fail)
-        else:
-            patch.setattr(engine, "_step", fail)
+        patch.setattr(engine, {"reading": "_read", "step": "_step"}[where], fail)
         for _ in range(2):
             with pytest.raises(MemoryError, match="no room"):
                 images_of(engine.submit("a", num_images_per_prompt=2))

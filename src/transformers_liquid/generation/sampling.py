@@ -111,11 +111,8 @@ class ImageSequences:
         if not self.generation_config.do_sample:
             yield from [None] * self.num_codes
             return
-        for start in range(0, self.num_codes, NOISE_BLOCK):
-            # A block at a time: each transfer would make the host wait for the accelerator, step by step.
-            number = min(NOISE_BLOCK, self.num_codes - start)
-            size = number, self.num_pictures, self.layout.num_codebooks * self.layout.codebook_size
-            yield from gumbel_noise(self.generator, *size, self.ids.device)[:, :, None]
+        width = self.layout.num_codebooks * self.layout.codebook_size
+        yield from noise_by_position(self.generator, self.num_codes, self.num_pictures, width, self.ids.device)
 
     def start(self, prepare: Callable[[Cache], None] | None = None) -> ModelOutput:
         """Reads the prompts in one forward; of a cache that runs already, what it does not hold yet.
@@ -358,6 +355,15 @@ def gumbel_noise(
     uniform = uniform.to(device, non_blocking=True)
     # A uniform of 0 gives -inf: that code is not drawn. 1 does not occur.
     return -torch.log(-torch.log(uniform))
+
+
+def noise_by_position(
+    generator: torch.Generator | list[torch.Generator] | None, num_positions: int, *size: Any
+) -> Iterator[torch.Tensor]:
+    """[`gumbel_noise`], `(num_pictures, 1, codebook_size)` of one position after another."""
+    for start in range(0, num_positions, NOISE_BLOCK):
+        # A block at a time: each transfer would make the host wait for the accelerator, step by step.
+        yield from gumbel_noise(generator, min(NOISE_BLOCK, num_positions - start), *size)[:, :, None]
 
 
 def picture_seed(seed: int, index: int) -> int:

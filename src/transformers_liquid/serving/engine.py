@@ -7,12 +7,13 @@ in one forward, and moved into the cache of the others ([`JoinedCache`]), so tha
 
 from __future__ import annotations
 
+import itertools
 import queue
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +23,9 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
-from ..generation.image_generation import guided_sequences
-from ..generation.sampling import ImageSequences, check_drawn, draw_codes
+from ..generation.guidance import GuidanceLogitsProcessor
+from ..generation.image_generation import guided_sequences, pad_left, unpadded
+from ..generation.sampling import ImageSequences, check_drawn, draw_codes, noise_by_position
 from ..generation.settings import FILTERS, ImageGenerationConfig
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..pipelines.streamers import partial_pictures
@@ -106,37 +108,19 @@ class _Picture:
 
     request: PictureRequest
     index: int
-    inputs: dict[str, Any]
+    generator: torch.Generator
+    guidance: GuidanceLogitsProcessor | None
+    prompts: list[list[int]]  # of each side of guidance
     settings: ImageGenerationConfig
     previews: set[int]
     drawn: list[torch.LongTensor] = field(default_factory=list)
 
-    def start(self, view: LiquidForCausalLM) -> None:
-        """Reads the prompts and draws the first code, prepared by transformers as the pipeline's pictures are."""
-        inputs, config = self.inputs, view.config
-        sides = [
-            (inputs[f"{side}_ids"].to(view.device), inputs[mask].to(view.device))
-            for side, mask in (("input", "attention_mask"), ("negative_prompt", "negative_prompt_attention_mask"))
-        ]
-        guidance, (ids, mask) = guided_sequences(config, *sides, self.settings, may_lack_pictures=False)
-
-        def read(view, input_ids, logits_processor, stopping_criteria, generation_config, **prepared):
-            prepared_by_generate = input_ids, logits_processor, stopping_criteria, generation_config, prepared
-            self.sequences = ImageSequences(view, *prepared_by_generate, guidance, inputs["generator"], None, False)
-            self.noise = self.sequences.noise()
-            logits = self.sequences.start().logits[:, -1:]
-            return draw_codes(logits, None, guidance, logits_processor, next(self.noise))[0]
-
-        known = {name: value for name, value in self.settings.of_transformers.items() if name in _OF_PICTURES}
-        of_call = GenerationConfig(max_new_tokens=self.request.num_codes, **known)
-        first = GenerationMixin.generate(
-            view, ids, attention_mask=mask, generation_config=of_call, custom_generate=read
-        )
-        self.lengths = mask.sum(1).tolist()
-        self.drawn.append(first[0])
-        # Codes of pictures that have the same are drawn together.
+    def __post_init__(self) -> None:
+        self.filters = {name: value for name, value in self.settings.of_transformers.items() if name in _OF_PICTURES}
+        # Pictures that have the same are read together, and their codes are drawn together.
         of_guidance = ("guidance_scale", "guidance_min_p", "image_guidance_scale")
-        self.kind = (len(ids), *(getattr(self.settings, name) for name in of_guidance), *sorted(known.items()))
+        values = [getattr(self.settings, name) for name in of_guidance]
+        self.kind = (len(self.prompts), *values, *sorted(self.filters.items()))
 
 
 class JoinedCache:
@@ -277,19 +261,25 @@ class PictureEngine:
         if type(partial_images) is not int or partial_images < 0:
             raise ValueError(f"partial_images must be a whole number of at least 0, got {partial_images!r}.")
         seed = random.randrange(2**31) if seed is None else seed
+        config = self.pipe.model.config
         batches, checked, after, others = self.pipe.prepare(prompt, seed=seed, **{**settings, "batch_size": 1})
         refused = (checked.of_transformers.keys() & settings.keys()) - _OF_PICTURES | after.keys() | others.keys()
         if refused:
             raise ValueError(f"The picture engine takes no {', '.join(sorted(refused))}: leave it out.")
         batches.sort(key=lambda batch: batch["indices"])
-        num_codes = checked.num_codes(self.pipe.model.config)
-        seeds = [batch["generator"][0].initial_seed() for batch in batches]
-        request = PictureRequest(len(batches), seeds, batches[0]["input_ids"], num_codes, tell)
+        num_codes, one = checked.num_codes(config), batches[0]
+        negative = one["negative_prompt_ids"], one["negative_prompt_attention_mask"]
+        sides = (one["input_ids"], one["attention_mask"]), negative, checked
+        guidance, ids_and_mask = guided_sequences(config, *sides, may_lack_pictures=False)
+        generators = [batch["generator"][0] for batch in batches]
+        seeds = [generator.initial_seed() for generator in generators]
+        request = PictureRequest(len(batches), seeds, one["input_ids"], num_codes, tell)
         previews = {round(num_codes * (one + 1) / (partial_images + 1)) for one in range(partial_images)} - {
             0,
             num_codes,
         }
-        pictures = [_Picture(request, index, batch, checked, previews) for index, batch in enumerate(batches)]
+        same = guidance, unpadded(*ids_and_mask), checked, previews
+        pictures = [_Picture(request, index, generator, *same) for index, generator in enumerate(generators)]
         with self._changed:
             if self._is_closed:
                 raise RuntimeError("The engine is closed.")
@@ -339,24 +329,53 @@ class PictureEngine:
             picture.request.tell(PictureEvent("error", picture.index, error=error))
 
     def _admit(self) -> None:
-        """Whoever waits takes a free slot."""
-        while len(self.running) < self.slots:
-            with self._changed:
-                if not self.waiting:
-                    return
+        """Those who wait take the free slots."""
+        new: list[_Picture] = []
+        with self._changed:
+            while self.waiting and len(self.running) + len(new) < self.slots:
                 picture = self.waiting.popleft()
-            if picture.request.is_cancelled:
-                continue
+                new += [picture] * (not picture.request.is_cancelled)
+        for pictures in _grouped(new, lambda one: one.kind):
             try:
-                picture.began_at = time.monotonic()
-                picture.start(self.view)
+                cache = self._read(pictures)
             except Exception as error:
-                self._fail(picture, error)
+                for one in pictures:
+                    self._fail(one, error)
                 continue
-            self.num_codes += 1
-            self.running.append(picture)
-            self.cache.join(picture.sequences.kwargs.pop(self.view.model._cache_argument), picture.lengths)
+            self.running += pictures
+            self.cache.join(cache, [len(prompt) for one in pictures for prompt in one.prompts])
             self._arrange()
+
+    def _read(self, pictures: list[_Picture]) -> Cache:
+        """Their prompts in one forward, prepared by transformers as the pipeline's are, and the first code of each."""
+        first = pictures[0]
+        ids, mask = pad_left([prompt for one in pictures for prompt in one.prompts], self.view.device)
+
+        def read(view, input_ids, logits_processor, stopping_criteria, generation_config, **prepared):
+            prepared_by_generate = input_ids, logits_processor, stopping_criteria, generation_config, prepared
+            sequences = ImageSequences(view, *prepared_by_generate, first.guidance, None, None, False)
+            logits, codebook_size = sequences.start().logits[:, -1:], sequences.layout.codebook_size
+            for one in pictures:
+                one.began_at, one.logits_processor = time.monotonic(), logits_processor
+                size = one.request.num_codes, 1, codebook_size
+                of_positions = noise_by_position([one.generator], *size, view.device)
+                one.noise = of_positions if generation_config.do_sample else itertools.repeat(None)
+            self._draw(pictures, logits.unflatten(0, (len(pictures), -1)).transpose(0, 1).flatten(0, 1))
+            return sequences.cache
+
+        settings = GenerationConfig(max_new_tokens=1, **first.filters)
+        return GenerationMixin.generate(
+            self.view, ids, attention_mask=mask, generation_config=settings, custom_generate=read
+        )
+
+    def _draw(self, pictures: list[_Picture], logits: torch.Tensor) -> None:
+        """The next code of pictures of one kind; logits of their conditional sequences, then of each other side."""
+        noise = [next(one.noise) for one in pictures]
+        noise = None if noise[0] is None else torch.cat(noise)
+        codes, _ = draw_codes(logits, None, pictures[0].guidance, pictures[0].logits_processor, noise)
+        for one, code in zip(pictures, codes, strict=True):
+            one.drawn.append(code)
+        self.num_codes += len(pictures)
 
     def _leave(self, pictures: list[_Picture]) -> None:
         if not pictures:
@@ -371,54 +390,55 @@ class PictureEngine:
 
     def _places(self, picture: _Picture) -> range:
         """Which of the cache's sequences are a picture's."""
-        start = sum(len(one.lengths) for one in self.running[: self.running.index(picture)])
-        return range(start, start + len(picture.lengths))
+        start = sum(len(one.prompts) for one in self.running[: self.running.index(picture)])
+        return range(start, start + len(picture.prompts))
 
     def _arrange(self) -> None:
         """Pictures by their settings, with the places of their conditional sequences, then of those of each other side."""
-        device, kinds = self.view.device, {}
-        for one in self.running:
-            kinds.setdefault(one.kind, []).append(one)
         self.groups = []
-        for pictures in kinds.values():
+        for pictures in _grouped(self.running, lambda one: one.kind):
             places = torch.tensor([[*self._places(one)] for one in pictures])
-            self.groups.append((pictures, places.T.flatten().to(device)))
+            self.groups.append((pictures, places.T.flatten().to(self.view.device)))
 
     def _step(self) -> None:
         """One more code of every picture, in one forward."""
-        last = [one.drawn[-1].expand(len(one.lengths)) for one in self.running]
+        last = [one.drawn[-1].expand(len(one.prompts)) for one in self.running]
         ids = self.view.config.image_layout.codes_to_ids(torch.cat(last))[:, None]
         logits = self.cache.forward(ids)
         for pictures, places in self.groups:
-            noise = [next(one.noise) for one in pictures]
-            noise = None if noise[0] is None else torch.cat(noise)
-            first = pictures[0].sequences
-            codes, _ = draw_codes(logits[places], None, first.guidance, first.logits_processor, noise)
-            for one, code in zip(pictures, codes, strict=True):
-                one.drawn.append(code)
+            self._draw(pictures, logits[places])
         self.num_steps += 1
-        self.num_codes += len(self.running)
 
     def _tell(self) -> None:
         """Previews that are due, and pictures that are done, which leave."""
         done = [one for one in self.running if len(one.drawn) == one.request.num_codes]
-        due: dict[tuple, list[_Picture]] = {}
+        due = []
         for one in [*(one for one in self.running if len(one.drawn) in one.previews), *done]:
             try:
                 check_drawn(torch.cat(one.drawn)[None])
             except ValueError as error:
                 self._fail(one, error)
-            if not one.request.is_cancelled:
-                due.setdefault((len(one.drawn), one.settings.height, one.settings.width), []).append(one)
+            due += [one] * (not one.request.is_cancelled)
         events = []
-        for (number, *size), pictures in due.items():  # the codec decodes those of one size together
+        # The codec decodes those of one size together.
+        for pictures in _grouped(due, lambda one: (len(one.drawn), one.settings.height, one.settings.width)):
+            first = pictures[0].settings
             codes = torch.stack([torch.cat(one.drawn) for one in pictures])
             ids = self.view.config.image_layout.codes_to_ids(codes)
-            for one, image in zip(pictures, partial_pictures(self.pipe.model, ids, *size), strict=True):
+            images = partial_pictures(self.pipe.model, ids, first.height, first.width)
+            for one, image in zip(pictures, images, strict=True):
                 kind = "image" if one in done else "partial"
-                events.append((one.request, PictureEvent(kind, one.index, image, number)))
+                events.append((one.request, PictureEvent(kind, one.index, image, len(one.drawn))))
         self.num_pictures += len(done)
         self.num_seconds += sum(time.monotonic() - one.began_at for one in done)
         self._leave(done)
         for request, event in events:
             request.tell(event)
+
+
+def _grouped(pictures: list[_Picture], key: Callable[[_Picture], tuple]) -> Iterable[list[_Picture]]:
+    """Lists of those with equal keys, in their order."""
+    groups: dict[tuple, list[_Picture]] = {}
+    for one in pictures:
+        groups.setdefault(key(one), []).append(one)
+    return groups.values()
