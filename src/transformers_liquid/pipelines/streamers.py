@@ -15,7 +15,11 @@ from ..models.liquid.modeling_liquid import LiquidForCausalLM
 
 
 def partial_pictures(
-    model: LiquidForCausalLM, image_tokens: torch.LongTensor, height: int | None = None, width: int | None = None
+    model: LiquidForCausalLM,
+    image_tokens: torch.LongTensor,
+    height: int | None = None,
+    width: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Image.Image]:
     """The pictures that the first codes show; what is still to be drawn is grey.
 
@@ -29,6 +33,7 @@ def partial_pictures(
             position, their codes `(B, K, n)`.
         height (`int`, *optional*): Of the whole picture in pixels; defaults to `config.image_size`.
         width (`int`, *optional*): Likewise.
+        dtype (`torch.dtype`, *optional*): Half precision for the codec: see [`LiquidVQModel.decode_codes`].
 
     Returns:
         B pictures of that size.
@@ -58,7 +63,7 @@ def partial_pictures(
     last_above = last_above.where(last_above >= 0, number - 1)
     is_drawn = position < number
     filled = codes[..., position.where(is_drawn, last_above)]
-    pixel_values = model.decode_codes(filled.unflatten(-1, (grid_height, grid_width))).float().cpu()
+    pixel_values = model.decode_codes(filled.unflatten(-1, (grid_height, grid_width)), dtype).float().cpu()
 
     factor = model.config.downsample_factor
     is_blank = ~is_drawn.cpu().view(grid_height, grid_width).repeat_interleave(factor, 0).repeat_interleave(factor, 1)

@@ -74,7 +74,7 @@ class PictureRequest:
         seeds (list of `int`): Of each.
         prompt_ids (`torch.LongTensor` of shape `(1, L)`): What they are drawn from, with the codes of its pictures.
         num_codes (`int`): Of each picture.
-        tell (`Callable`, *optional*): Called in the engine's thread with each [`PictureEvent`], in place of iterating.
+        tell (`Callable`, *optional*): Called in a thread of the engine with each [`PictureEvent`], in place of iterating.
     """
 
     num_pictures: int
@@ -178,7 +178,7 @@ class JoinedCache:
 
 
 class PictureEngine:
-    """Draws pictures in a thread of its own, which others ask from any thread.
+    """Draws pictures in threads of its own, which others ask from any thread.
 
     Args:
         pipe ([`LiquidImageGenerationPipeline`]): What checks requests and draws; its model is not to be changed meanwhile.
@@ -212,6 +212,9 @@ class PictureEngine:
                 "cannot be moved: draw with the pipeline."
             )
         self.pipe, self.slots, self.max_waiting = pipe, slots, max_waiting
+        # With AMX that takes half the time, and no one sees it (see [`LiquidVQModel.decode_codes`]).
+        has_amx = pipe.model.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+        self.preview_dtype = torch.bfloat16 if has_amx else None
         self.view = pipe.model.image_head_view()
         self.cache = JoinedCache(self.view)
         self.running: list[_Picture] = []
@@ -220,8 +223,11 @@ class PictureEngine:
         self.num_codes = self.num_steps = self.num_pictures = 0
         self.num_seconds = 0.0
         self._changed, self._is_closed = threading.Condition(), False
-        self._thread = threading.Thread(target=self._run, name="pictures", daemon=True)
-        self._thread.start()
+        # One thread draws, another one decodes what is to be shown, so that no step waits for the codec.
+        self._shown: queue.Queue[tuple[list[_Picture], torch.LongTensor] | None] = queue.Queue(slots)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._run, self._show)]
+        for thread in self._threads:
+            thread.start()
 
     def __call__(self, prompt: str, **settings: Any) -> list[Image.Image]:
         """The pictures of a request, whole: see [`~PictureEngine.submit`]."""
@@ -293,30 +299,32 @@ class PictureEngine:
     @property
     def is_alive(self) -> bool:
         """Whether it draws."""
-        return self._thread.is_alive()
+        return all(thread.is_alive() for thread in self._threads)
 
     def close(self) -> None:
         """Takes no more requests, and returns when those that it has are done."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    # In the engine's thread
+    # In the thread that draws
 
     @torch.no_grad()
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self.waiting or self.running or self._is_closed)
-                if not (self.waiting or self.running):
-                    return
+                is_over = not (self.waiting or self.running)
+            if is_over:
+                return self._shown.put(None)
             try:
                 self._leave([one for one in self.running if one.request.is_cancelled])
                 if self.running:
                     self._step()
                 self._admit()
-                self._tell()
+                self._hand_over()
             except Exception as error:  # such as a lack of memory: those who are drawn hear of it, and it goes on
                 logger.exception("A step of the picture engine failed.")
                 for one in self.running:
@@ -409,31 +417,50 @@ class PictureEngine:
             self._draw(pictures, logits[places])
         self.num_steps += 1
 
-    def _tell(self) -> None:
-        """Previews that are due, and pictures that are done, which leave."""
+    def _hand_over(self) -> None:
+        """Codes of previews that are due, and of pictures that are done, which leave."""
         done = [one for one in self.running if len(one.drawn) == one.request.num_codes]
-        due = []
-        for one in [*(one for one in self.running if len(one.drawn) in one.previews), *done]:
-            try:
-                check_drawn(torch.cat(one.drawn)[None])
-            except ValueError as error:
-                self._fail(one, error)
-            due += [one] * (not one.request.is_cancelled)
-        events = []
+        due = [*(one for one in self.running if len(one.drawn) in one.previews), *done]
+        self._leave(done)
         # The codec decodes those of one size together.
         for pictures in _grouped(due, lambda one: (len(one.drawn), one.settings.height, one.settings.width)):
-            first = pictures[0].settings
-            codes = torch.stack([torch.cat(one.drawn) for one in pictures])
-            ids = self.view.config.image_layout.codes_to_ids(codes)
-            images = partial_pictures(self.pipe.model, ids, first.height, first.width)
-            for one, image in zip(pictures, images, strict=True):
-                kind = "image" if one in done else "partial"
-                events.append((one.request, PictureEvent(kind, one.index, image, len(one.drawn))))
-        self.num_pictures += len(done)
-        self.num_seconds += sum(time.monotonic() - one.began_at for one in done)
-        self._leave(done)
-        for request, event in events:
-            request.tell(event)
+            self._shown.put((pictures, torch.stack([torch.cat(one.drawn) for one in pictures])))
+
+    # In the thread that decodes
+
+    @torch.no_grad()
+    def _show(self) -> None:
+        while (handed := self._shown.get()) is not None:
+            pictures, codes = handed
+            try:
+                self._tell(pictures, codes)
+            except Exception as error:
+                logger.exception("Pictures could not be decoded.")
+                for one in pictures:
+                    self._fail(one, error)
+
+    def _tell(self, pictures: list[_Picture], codes: torch.LongTensor) -> None:
+        """Pictures of equal size and equally many codes `(B, n)` as events of their requests."""
+        wanted = []
+        for index, one in enumerate(pictures):
+            try:
+                check_drawn(codes[[index]])
+            except ValueError as error:
+                self._fail(one, error)
+            wanted += [index] * (not one.request.is_cancelled)
+        if not wanted:
+            return
+        number, first = codes.shape[1], pictures[0]
+        is_done = number == first.request.num_codes
+        ids = self.view.config.image_layout.codes_to_ids(codes[wanted])
+        dtype = None if is_done else self.preview_dtype
+        images = partial_pictures(self.pipe.model, ids, first.settings.height, first.settings.width, dtype)
+        self.num_pictures += len(images) * is_done
+        for index, image in zip(wanted, images, strict=True):
+            one = pictures[index]
+            self.num_seconds += (time.monotonic() - one.began_at) * is_done
+            if not one.request.is_cancelled:
+                one.request.tell(PictureEvent("image" if is_done else "partial", one.index, image, number))
 
 
 def _grouped(pictures: list[_Picture], key: Callable[[_Picture], tuple]) -> Iterable[list[_Picture]]:
