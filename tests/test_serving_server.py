@@ -339,6 +339,31 @@ def test_a_full_queue_says_when_to_come_again(pipe):
     running.stop()
 
 
+def test_chats_beyond_those_that_may_wait_are_told_to_come_again(running, monkeypatch):
+    monkeypatch.setattr(running.server, "chats", module.MOST_CHATS + 1)
+    answer = running.http.post(CHAT, json={"messages": [{"role": "user", "content": "a"}]})
+    assert answer.status_code == 429 and answer.headers["Retry-After"] == "5"
+    assert answer.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_it_asks_no_other_host(running, pipe):
+    hosts, is_watched = set(), True
+
+    def watch(name, arguments):
+        if is_watched and name in ("socket.connect", "socket.getaddrinfo"):
+            address = arguments[1] if name == "socket.connect" else arguments
+            hosts.add(address[0])
+
+    sys.addaudithook(watch)  # for good: hooks cannot be taken off
+    fresh = openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, max_retries=0)
+    fresh.images.generate(prompt="red", n=2)
+    fresh.images.edit(image=("a.png", png(pipe("x", seed=8)[0])), prompt="in blue")
+    fresh.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a"}], max_tokens=4)
+    running.http.post(CHAT, json=chat_with("http://example.com/a.png"))
+    is_watched = False
+    assert hosts == {"127.0.0.1"}
+
+
 def load_of(running, pipe, number, clients, seed=0):
     """So many requests of all kinds by so many clients at once, some of which go away; how many were answered."""
     chance = random.Random(seed)
