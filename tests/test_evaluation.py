@@ -15,8 +15,15 @@ from PIL import Image
 from tiny import tiny_checkpoint
 
 from transformers_liquid.evaluation.answers import eval_ai, gqa_right, mme_says, pope_says_yes, vqa_v2
-from transformers_liquid.evaluation.benchmarks import BENCHMARKS, COGNITION, PERCEPTION, POPE_PARTS, read_samples
-from transformers_liquid.evaluation.intervals import bootstrap_interval, clustered_mean
+from transformers_liquid.evaluation.benchmarks import (
+    BENCHMARKS,
+    COGNITION,
+    PERCEPTION,
+    POPE_PARTS,
+    WISE_WEIGHTS,
+    read_samples,
+)
+from transformers_liquid.evaluation.intervals import bootstrap_interval, clustered_mean, wilson_interval
 from transformers_liquid.evaluation.run import aggregate, answer, read_rows
 from transformers_liquid_cli import main
 
@@ -187,6 +194,13 @@ def test_yes_and_no_are_read_by_the_rules_of_pope_and_mme():
         said = low if low in ("yes", "no") else "yes" if "yes" in low[:4] else "no" if "no" in low[:4] else "other"
         assert mme_says(text) == said
     assert gqa_right("Red.", "red") and not gqa_right("red ", "red") and not gqa_right("Red", "Red")
+    for _ in range(400):
+        true = source.choice(["red", "t-shirt", "no.", "2 dogs"])
+        text = source.choice([true, true.title(), "red"]) + source.choice(["", ".", "..", " ", ". "])
+        end = len(text)
+        while end and text[end - 1] == ".":
+            end -= 1
+        assert gqa_right(text, true) == ("".join(map(str.lower, text[:end])) == true)
 
 
 # Numbers over samples
@@ -216,16 +230,17 @@ def test_pope_is_the_mean_of_three_f1_and_precision_of_no_yes_is_none():
             right, yes, positives = sum(s and t for s, t in pairs), sum(s for s, _ in pairs), sum(t for _, t in pairs)
             f1s.append(200 * right / (yes + positives))
             value = {
-                kind: float(m.value(m.counts.sum(0)))
-                for kind in ("precision", "recall", "accuracy", "yes_ratio")
-                for m in [measures[f"{kind}/part/{name}"]]
+                kind: np.nan if m["value"] is None else m["value"]
+                for kind in ("precision", "recall", "accuracy", "yes_ratio", "f1")
+                for m in [aggregate(measures[f"{kind}/part/{name}"])]
             }
+            assert value["f1"] == pytest.approx(f1s[-1])
             assert value["recall"] == pytest.approx(100 * right / positives)
             assert value["yes_ratio"] == pytest.approx(100 * yes / len(pairs))
             assert value["accuracy"] == pytest.approx(100 * np.mean([s == t for s, t in pairs]))
             assert np.isnan(value["precision"]) if not yes else value["precision"] == pytest.approx(100 * right / yes)
         assert float(measures["f1"].value(measures["f1"].counts.sum(0))) == pytest.approx(np.mean(f1s))
-    never = aggregate(measures["precision/part/random"]._replace(counts=np.array([[0.0, 0, 1, 1]] * 3)))
+    never = aggregate(measures["precision/part/random"]._replace(counts=np.zeros((3, 2))))
     assert never["value"] is None and never["interval"] is None
 
 
@@ -248,18 +263,76 @@ def test_mme_sums_accuracies_of_questions_and_of_pictures():
     assert measures["perception"].n == 60
 
 
-@pytest.mark.slow
-def test_intervals_hold_the_truth_as_often_as_they_say():
-    source, held, held_by_bootstrap = np.random.default_rng(0), 0, 0
+def test_wise_weighs_grades_and_genai_bench_counts_a_prompt_in_all_of_its_skills():
+    source = random.Random(4)
     for _ in range(200):
+        grades = [
+            {} if source.random() < 0.2 else {name: source.randint(0, 2) for name in WISE_WEIGHTS} for _ in range(9)
+        ]
+        parts = [source.choice("ab") for _ in grades]
+        rows = rows_of({"category": parts, "subcategory": ["x"] * 9}, grades, range(9))
+        points = [
+            (part, (7 * one["consistency"] + 2 * one["realism"] + one["aesthetic_quality"]) / 0.2)
+            for part, one in zip(parts, grades, strict=True)
+            if one
+        ]
+        measures = BENCHMARKS["wise"].measures(rows)
+        for name in ("", "/category/a", "/category/b"):
+            own = [value for part, value in points if name.endswith(f"/{part}") or not name]
+            if own:
+                found = aggregate(measures[f"wiscore{name}"])
+                assert found["value"] == pytest.approx(np.mean(own)) and found["n"] == len(own)
+            else:
+                assert f"wiscore{name}" not in measures
+        skills = [source.sample(["basic", "advanced", "counting"], source.randint(1, 3)) for _ in range(7)]
+        scores = [source.random() for _ in skills]
+        rows = rows_of({"skill": skills}, [{"score": score} for score in scores], range(7))
+        for name, measure in BENCHMARKS["genai-bench"].measures(rows).items():
+            own = [score for score, of in zip(scores, skills, strict=True) if name in ("overall", *of)]
+            found = aggregate(measure)
+            assert found["value"] == pytest.approx(100 * np.mean(own)) and found["n"] == len(own)
+
+
+def test_a_story_counts_each_of_its_pictures():
+    scores = [{"stories": [1.0, 0.0, 1.0], "stories_end": 1.0}, {"stories": [0.0], "stories_end": 0.0}]
+    measures = BENCHMARKS["emoji"].measures(rows_of({}, scores, range(2)))
+    found = {name: aggregate(measure) for name, measure in measures.items()}
+    assert {name: (of["value"], of["n"]) for name, of in found.items()} == {"stories": (50, 4), "stories_end": (50, 2)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.98])
+def test_intervals_hold_the_truth_as_often_as_they_say(share):
+    source, held, held_by_bootstrap = np.random.default_rng(0), 0, 0
+    for repeat in range(400):
         sizes = source.integers(1, 9, size=120)
-        levels = source.beta(2, 2, size=120)  # mean 0.5; questions about a picture hang together
+        levels = source.beta(4 * share, 4 * (1 - share), size=120)  # questions about a picture hang together
         sums = source.binomial(sizes, levels).astype(float)
-        mean, error = clustered_mean(sums, sizes)
-        held += abs(mean - 0.5) < 1.96 * error
-        low, high = bootstrap_interval(np.stack([sums, sizes], axis=1), lambda of: of[..., 0] / of[..., 1])
-        held_by_bootstrap += low < 0.5 < high
-    assert 183 <= held <= 198 and 183 <= held_by_bootstrap <= 198  # 95 % of 200, three standard deviations either way
+        low, high = wilson_interval(*clustered_mean(sums, sizes), len(sums))
+        held += low < share < high
+        if share == 0.5 and repeat < 200:
+            low, high = bootstrap_interval(np.stack([sums, sizes], axis=1), lambda of: of[..., 0] / of[..., 1])
+            held_by_bootstrap += low < share < high
+    assert 367 <= held <= 393  # 95 % of 400, three standard deviations either way
+    assert share != 0.5 or 183 <= held_by_bootstrap <= 198  # of 200
+
+
+def test_wilsons_interval_is_where_the_score_test_would_reject():
+    source = np.random.default_rng(3)
+    for _ in range(300):
+        number = int(source.integers(2, 400))
+        right = (source.random(number) < source.choice([0.02, 0.3, 0.98])).astype(float)
+        mean, error = clustered_mean(right, np.ones(number))
+        # (share - p)^2 = 1.96^2 p (1 - p) / n, solved for p
+        square = 1.96**2 / number
+        low, high = sorted(np.roots([1 + square, -2 * mean - square, mean**2]).real)
+        assert wilson_interval(mean, error, number) == pytest.approx((low, high), abs=1e-9)
+        # A picture whose four questions have one answer says as much as a single question.
+        repeated = clustered_mean(4 * right, 4 * np.ones(number))
+        assert wilson_interval(*repeated, number) == pytest.approx((low, high), abs=1e-9)
+    low, high = wilson_interval(1.0, 0.0, 60)
+    assert low == pytest.approx(60 / (60 + 1.96**2)) and high == pytest.approx(1.0)
+    assert wilson_interval(1.0, float("nan"), 1) is None
 
 
 def test_an_error_of_single_questions_is_that_of_the_mean_and_one_picture_has_none():

@@ -212,6 +212,21 @@ def test_features_of_models_of_transformers_are_projected_or_pooled(tmp_path, vi
         torch.testing.assert_close(load_extractor(vit, CPU)(images), torch.tanh(model.pooler.dense(states)))
 
 
+def test_features_of_the_codec_are_means_and_spreads_of_its_encoder_and_need_no_network(checkpoint, data, tmp_path):
+    assert main(command(checkpoint, data, tmp_path, "folder", "--features", "codec", "--batch-size", "8")) == 0
+    pipe, samples = load(checkpoint, "cpu", "auto"), read_samples("folder", data)
+    features = load_file(tmp_path / "folder" / "codec" / "features.safetensors")
+    drawn = [tmp_path / "folder" / "pictures" / f"{index:06}.png" for index in (1, 2)]
+    for side, files in {"drawn": drawn, "true": [sample.image for sample in samples[:2]]}.items():
+        images = [Image.open(file).convert("RGB") for file in files]
+        pixels = pipe.processor(images=images, return_tensors="pt", framing="crop")["pixel_values"]
+        with torch.no_grad():
+            states = pipe.model.model.vq_model.encoder(pixels).numpy()
+        expected = np.concatenate([states.mean((2, 3)), states.std((2, 3), ddof=1)], axis=1)
+        np.testing.assert_allclose(features[side][:2].numpy(), expected, atol=1e-5)
+    assert np.isfinite(json.loads((tmp_path / "results.json").read_text())["folder/codec"]["measures"]["fid"]["value"])
+
+
 # Distances, end to end
 
 
@@ -298,10 +313,12 @@ def test_the_papers_settings_draw_whatever_the_checkpoint_says_and_its_number_st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["draw", "extract"])
+@pytest.mark.parametrize("stage", ["draw", "extract", "judge"])
 def test_drawing_that_was_killed_goes_on_to_the_same_bytes(stage, checkpoint, data, vit, tmp_path):
-    """SIGKILL while the seventh picture is written, or while features are made, in bfloat16, where batches matter."""
-    more = ["folder", "--features", vit, "--dtype", "bfloat16"]
+    """SIGKILL while the seventh picture is written, while features are made, or after the first of two batches of scores, in
+    bfloat16, where batches matter."""
+    more = ["genai-bench", "--judge", "self"] if stage == "judge" else ["folder", "--features", vit]
+    more += ["--dtype", "bfloat16"]
     assert main(command(checkpoint, data, tmp_path / "whole", *more)) == 0
     arguments = command(checkpoint, data, tmp_path / "killed", *more)
     script = f"""
@@ -320,13 +337,21 @@ def torn(self, path, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
 if {stage!r} == "draw":
     Image.Image.save = torn
+elif {stage!r} == "judge":
+    sync = os.fsync
+    def fsync(fd):
+        sync(fd)
+        if os.readlink(f"/proc/self/fd/{{fd if isinstance(fd, int) else fd.fileno()}}").endswith("/scores.jsonl"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.fsync = fsync
 else:
     run.save_file = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 main({arguments!r})
 """
     done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(list((tmp_path / "killed").rglob("*.png"))) >= 6
+    assert len(list((tmp_path / "killed").rglob("*.png"))) >= (5 if stage == "judge" else 6)
+    assert stage != "judge" or len(read_rows(next((tmp_path / "killed").rglob("scores.jsonl")))) == 4
     assert main(arguments) == 0
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 

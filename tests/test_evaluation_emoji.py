@@ -27,6 +27,7 @@ TASKS = [
     {"id": "e0", "measure": "edits", "text": "<image> in green", "pictures": ["red cat"], "shows": NAMES},
     {"id": "r0", "measure": "round_trip", "pictures": ["green fish"]},
     {"id": "s0", "measure": "stories", "text": "once there was a red cat."},
+    {"id": "p0", "measure": "persons", "text": "this <image> sees a fish.", "pictures": ["red cat"], "tells": NAMES},
 ]
 
 
@@ -86,7 +87,28 @@ def test_drawings_are_what_the_nearest_true_picture_shows(checkpoint, tmp_path, 
     for text in ("red cat", "old house"):
         losses[text] = measure_losses(pipe, type(sample)("x", None, text), data / "emoji" / "0.png")["text_loss"]
     assert rows["f0"]["choices"] == float(losses["red cat"] < losses["old house"])
+    # Stories, by their drawings from the same seed.
+    drawn_of = {}
+    for task, shown in (("s0", []), ("p0", [Image.open(data / "emoji" / "0.png")])):
+        text = next(one["text"] for one in TASKS if one["id"] == task)
+        inputs = pipe.processor(
+            text=[text], generation_mode="interleaved", return_tensors="pt", **({"images": [shown]} if shown else {})
+        )
+        torch.manual_seed(0)
+        how = {"max_images": 1 if shown else 3, "max_new_tokens": 60, "do_sample": True, "top_p": 0.8}
+        seeded = [torch.Generator().manual_seed(0)]
+        out = pipe.model.generate(**inputs, generation_mode="interleaved", generator=seeded, **how)
+        drawn_of[task] = [part for part in out.parts[0] if part.ndim == 3]
+    assert len(rows["s0"]["stories"]) == max(1, len(drawn_of["s0"])) and rows["s0"]["stories_end"] == 0
+    assert rows["p0"] == dict.fromkeys(("persons", "persons_top5"), float(len(drawn_of["p0"]) > 0))
     assert "emoji/nearest" in capsys.readouterr().out
+    # All true pictures are encoded once.
+    before = (tmp_path / "out" / "emoji" / "known.safetensors").stat().st_mtime_ns
+    scores = tmp_path / "out" / "emoji" / "nearest" / "scores.jsonl"
+    complete = scores.read_bytes()
+    scores.write_bytes(complete[: len(complete) // 2])
+    assert run(checkpoint, data, tmp_path / "out") == 0 and scores.read_bytes() == complete
+    assert (tmp_path / "out" / "emoji" / "known.safetensors").stat().st_mtime_ns == before
 
 
 def test_without_true_pictures_the_model_is_judged_by_itself_and_that_is_said(checkpoint, tmp_path, capsys):
@@ -122,12 +144,15 @@ def test_the_tasks_of_the_package_are_there_and_need_no_data(tmp_path, capsys):
 @pytest.mark.parametrize(
     "tasks, pictures, says",
     [
-        ([TASKS[0] | {"says": ["x"]}], None, "Line 1 of .* must have shows, or says"),
-        ([TASKS[2] | {"sayz": ["x"]}], None, "Line 1 of .* must have shows, or says"),
+        ([TASKS[0] | {"says": ["x"]}], None, "Line 1 of .* must have shows, tells, or says"),
+        ([TASKS[2] | {"sayz": ["x"]}], None, "Line 1 of .* must have shows, tells, or says"),
         ([TASKS[0] | {"shows": ["moon"]}], None, "'moon'"),
         ([TASKS[3] | {"text": "which colour?"}], None, "an <image> for each picture"),
         ([{"id": "x", "measure": "m"}], None, "an <image> for each picture"),
         ([{"id": "x", "text": "a cat"}], None, "Line 1 of .*measure"),
+        ([TASKS[-1] | {"shows": NAMES}], None, "Line 1 of .* must have shows, tells, or says"),
+        ([TASKS[-1] | {"tells": ["moon"]}], None, "'moon'"),
+        ([TASKS[-1] | {"text": ""}], None, "an <image> for each picture"),
         ([TASKS[0], TASKS[0]], None, "come twice, such as n0"),
         (TASKS, [{"text": "a"}, {"text": "a"}], "each text once"),
         (TASKS, [{"text": "a"}, {"text": "b", "file_name": "b.png"}], "in all lines or in none"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from transformers_liquid.evaluation.pictures import frechet_estimate, kernel_distance
+from transformers_liquid.evaluation.pictures import frechet_distance, frechet_estimate, kernel_distance
 
 
 def features(number: int, seed: int, shift: float = 0.0, width: int = 6) -> torch.Tensor:
@@ -22,6 +22,20 @@ def test_kernel_distance_is_the_mean_over_pairs_written_out():
         across = np.mean([kernel(x, y) for x in drawn for y in true])
         got = kernel_distance(torch.tensor(drawn), torch.tensor(true))
         assert got == pytest.approx(sum(within) - 2 * across, rel=1e-9, abs=1e-9)
+
+
+def test_the_frechet_distance_is_that_of_symmetric_roots():
+    for case in range(200):
+        width = 1 + case % 6
+        drawn = features(3 + case % 30, case, 0.5, width).double()
+        true = 2 * features(40, 500 + case, width=width).double()
+        first, second = (np.cov(of.numpy().T).reshape(width, width) for of in (drawn, true))
+        values, vectors = np.linalg.eigh(first)
+        root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+        cross = np.sqrt(np.linalg.eigvalsh(root @ second @ root).clip(0)).sum()
+        shift = ((drawn.mean(0) - true.mean(0)) ** 2).sum().item()
+        expected = shift + np.trace(first) + np.trace(second) - 2 * cross
+        assert frechet_distance(drawn, true) == pytest.approx(expected, rel=1e-5)
 
 
 def test_kernel_and_frechet_distances_are_those_of_torchmetrics():

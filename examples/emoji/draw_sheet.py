@@ -1,4 +1,4 @@
-"""Draws the README's sheet of labelled pictures: the first prompts of evaluate.py as people type them, and names marked
+"""Draws the README's sheet of labelled pictures: the first prompts of tasks.py as people type them, and names marked
 with *, which were never seen in training.
 
 python examples/emoji/draw_sheet.py --output docs/drawn_by_liquid_emoji.png
@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import textwrap
 
-from evaluate import EVERYDAY
 from PIL import Image, ImageDraw, ImageFont
+from tasks import EVERYDAY
 from transformers import pipeline
 
 import transformers_liquid

@@ -3,9 +3,8 @@
     python examples/emoji/tasks.py --data_dir emoji-data --output emoji-tasks
     transformers-liquid evaluate emoji loss --data emoji-tasks --output emoji-results --batch-size 64
 
-They are those of evaluate.py, with what is held out in training; and `choices`, whether the name is more probable than
-another one or that of another skin tone, `persons`, who becomes something and keeps skin tone and gender, and `round_trip`.
-Emoji whose originals are the same in every pixel count as one. Pairs for losses are the unseen emoji.
+What is held out in training is asked, and some of what is not: see evaluate.py, by which liquid-emoji is measured, for what
+each measure says. Emoji whose originals are the same in every pixel count as one. Pairs for losses are the unseen emoji.
 """
 
 from __future__ import annotations
@@ -20,13 +19,81 @@ from typing import Any
 
 import torch
 from emoji_data import load_emoji, load_pixels, split_tones
-from evaluate import EVERYDAY, TEMPLATES
 from icons import load_icons
 from PIL import Image
 from records import EDIT_WISHES, NO_EMOJI, QUESTIONS, World, heldout_edit, in_context, is_kept_out
 from words import PHRASINGS, is_heldout, is_heldout_word, load_words
 
 from transformers_liquid.utils.files import write_text
+
+
+# As people type them, and words of which the emoji must carry one.
+EVERYDAY = {
+    "a puppy": ("puppy", "dog"),
+    "the moon": ("moon",),
+    "a kitten": ("kitten", "kitty", "cat"),
+    "a beer": ("beer",),
+    "a slice of pizza": ("pizza",),
+    "happy face": ("happy",),
+    "a sad face": ("sad",),
+    "someone crying": ("crying", "cry"),
+    "a car": ("car", "automobile"),
+    "a house": ("house", "home"),
+    "a tree": ("tree",),
+    "flowers": ("flower", "bouquet"),
+    "a birthday cake": ("birthday",),
+    "coffee": ("coffee",),
+    "a cup of tea": ("tea",),
+    "the sun": ("sun", "sunny"),
+    "rainy day": ("rain", "rainy"),
+    "snowman": ("snowman",),
+    "a ghost": ("ghost",),
+    "a robot": ("robot",),
+    "a monkey": ("monkey",),
+    "an elephant": ("elephant",),
+    "a scary monster": ("monster",),
+    "a plane": ("airplane", "aeroplane", "plane"),
+    "a bike": ("bicycle", "bike"),
+    "a boat": ("boat", "sailboat", "ship"),
+    "a phone": ("phone", "telephone"),
+    "a laptop": ("laptop", "computer"),
+    "a gift": ("gift", "present"),
+    "money": ("money", "dollar", "cash"),
+    "fire": ("fire", "flame"),
+    "a heart": ("heart",),
+    "a broken heart": ("broken", "heartbroken"),
+    "thumbs up": ("thumb", "thumbs", "+1", "thumbsup"),
+    "clapping hands": ("clap", "clapping"),
+    "a doctor": ("doctor", "health"),
+    "a policeman": ("police", "policeman", "cop"),
+    "a chef": ("chef", "cook"),
+    "a princess": ("princess",),
+    "santa": ("santa", "christmas", "claus"),
+    "a baby": ("baby",),
+    "an old man": ("old", "older", "grandfather", "elderly"),
+    "japan": ("japan",),
+    "the flag of france": ("france",),
+    "italy": ("italy",),
+    "a fish": ("fish",),
+    "a bird": ("bird",),
+    "a snake": ("snake",),
+    "a butterfly": ("butterfly",),
+    "an apple": ("apple",),
+    "a banana": ("banana",),
+    "strawberries": ("strawberry",),
+    "a burger": ("burger", "hamburger"),
+    "fries": ("fries",),
+    "ice cream": ("ice", "icecream"),
+    "a guitar": ("guitar",),
+    "a soccer ball": ("soccer", "football"),
+    "a book": ("book",),
+    "scissors": ("scissors",),
+    "a rocket": ("rocket",),
+}
+TEMPLATES = ("once there was a {}.", "once upon a time there was a {}.")
+MEASURES = ("names", "current_names", "phrasings", "words", "everyday", "captions", "no_emoji", "questions")
+MEASURES += ("choices", "edits", "persons", "stories", "in_context", "round_trip")
+NUM_NO_EMOJI = 100
 
 
 class Tasks:
@@ -60,6 +127,9 @@ class Tasks:
         if number < 0 or number >= len(items):
             return items
         return [items[index] for index in sorted(random.Random(0).sample(range(len(items)), number))]
+
+    def at_most(self, number: int) -> int:
+        return min(number, self.number) if self.number > 0 else number
 
     def name(self, number: int) -> str:
         return self.world.emoji[number].name
@@ -112,7 +182,7 @@ class Tasks:
     def questions(self) -> Iterator[dict[str, Any]]:
         for kind, questions in QUESTIONS.items():
             pairs = [(number, value) for value, members in self.world.groups[kind].items() for number in members]
-            for number, value in self.sample(pairs, min(100, self.number) if self.number > 0 else -1):
+            for number, value in self.sample(pairs, self.at_most(100) if self.number > 0 else -1):
                 text = f"<image>{questions[0]}"
                 yield {"text": text, "pictures": [self.name(number)], "says": [value], "parts": {"about": kind}}
 
@@ -136,7 +206,7 @@ class Tasks:
         kept = [edit for edit in self.world.edits if heldout_edit(self.world, edit)]
         for what in EDIT_WISHES:
             part = [edit for edit in kept if edit[1] == what and self.world.emoji[edit[0]].split == "seen"]
-            for source, _, value, target in self.sample(part, min(60, self.number) if self.number > 0 else -1):
+            for source, _, value, target in self.sample(part, self.at_most(60) if self.number > 0 else -1):
                 text, shows = f"<image> {EDIT_WISHES[what][0].format(value)}", self.same[self.name(target)]
                 yield {"text": text, "pictures": [self.name(source)], "shows": shows, "parts": {"of": what}}
 
@@ -147,18 +217,18 @@ class Tasks:
             first = self.world.index.get(f"{found['gender']}: {found.get('tone')} skin tone")
             if first is not None and is_kept_out(self.name(first), self.name(then)):
                 people.append((self.name(first), self.name(then), found["role"]))
-        for first, then, role in self.sample(people, 60):
+        for first, then, role in self.sample(people, self.at_most(60)):
             text = f"this is kim. <image> kim becomes a {role}."
-            yield {"text": text, "pictures": [first], "shows": self.same[then]}
+            yield {"text": text, "pictures": [first], "tells": self.same[then]}
 
     def stories(self) -> Iterator[dict[str, Any]]:
         draw = random.Random(7)
-        for one in draw.sample(self.world.things, min(60, len(self.world.things))):
+        for one in draw.sample(self.world.things, min(self.at_most(60), len(self.world.things))):
             yield {"text": draw.choice(TEMPLATES).format(self.world.words[self.name(one)].names[-1])}
 
     def in_context(self) -> Iterator[dict[str, Any]]:
         draw, found = random.Random(3), 0
-        while found < 200:
+        while found < self.at_most(200):
             text, answer, numbers = in_context(self.world, draw)
             names = [self.name(number) for number in numbers]
             if is_kept_out(*names):
@@ -170,11 +240,6 @@ class Tasks:
     def round_trip(self) -> Iterator[dict[str, Any]]:
         for number in self.sample(self.world.seen):
             yield {"pictures": [self.name(number)]}
-
-
-MEASURES = ("names", "current_names", "phrasings", "words", "everyday", "captions", "no_emoji", "questions")
-MEASURES += ("choices", "edits", "persons", "stories", "in_context", "round_trip")
-NUM_NO_EMOJI = 100
 
 
 def write_data(folder: Path, data_dir: str, measures: list[str], number: int) -> None:

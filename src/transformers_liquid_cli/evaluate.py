@@ -20,7 +20,7 @@ def evaluate(
     batch_size: Annotated[int, Option(min=1, help="Questions, or pictures drawn, at once.")] = 1,
     max_new_tokens: options.MaxNewTokens = 128,
     features: Annotated[
-        str | None, Option(help="For folder, mjhq: inception, a file of it, or an image model.")
+        str | None, Option(help="For folder, mjhq: inception, a file of it, codec, or an image model.")
     ] = None,
     judge: Annotated[
         str | None, Option(help="genai-bench: a model, or self; wise: openai:MODEL; or scores:FILE.")

@@ -89,8 +89,10 @@ def mean_measures(rows: Rows) -> dict[str, Measure]:
     for part, of in parts.items():
         for name in dict.fromkeys(name for row in rows for name in row["scores"]):
             if own := [row for row in of if name in row["scores"]]:
-                counts = _per_picture(own, lambda row, name=name: (row["scores"][name], 1))
-                measures[name + part] = Measure(counts, len(own))
+                of_each = _per_picture(
+                    own, lambda row, name=name: (np.sum(row["scores"][name]), np.size(row["scores"][name]))
+                )
+                measures[name + part] = Measure(of_each, int(of_each[:, 1].sum()))
     return measures
 
 
@@ -180,10 +182,14 @@ def _pope_score(sample: Sample, answer: str) -> dict[str, float]:
     return {"tp": says and true, "fp": says and not true, "fn": not says and true, "tn": not says and not true}
 
 
+def _ratios(totals: np.ndarray) -> np.ndarray:
+    """In per cent, of totals `(..., 2 * parts)`: by turns what is divided and by what."""
+    return 100 * totals[..., ::2] / totals[..., 1::2]
+
+
 def _pope_measures(rows: Rows) -> dict[str, Measure]:
     """Of each part, `f1/part/random`; and the mean of the three F1, which papers call POPE."""
-
-    kinds = {  # of true and false positives, false and true negatives
+    kinds = {  # what is divided by what, of true and false positives, false and true negatives
         "f1": ((2, 0, 0, 0), (2, 1, 1, 0)),
         "accuracy": ((1, 0, 0, 1), (1, 1, 1, 1)),
         "precision": ((1, 0, 0, 0), (1, 1, 0, 0)),
@@ -191,24 +197,18 @@ def _pope_measures(rows: Rows) -> dict[str, Measure]:
         "yes_ratio": ((1, 1, 0, 0), (1, 1, 1, 1)),
     }
 
-    def mean(kind: str, totals: np.ndarray) -> np.ndarray:
-        """Over all parts that the totals are of."""
-        above, below = np.array(kinds[kind])
-        totals = totals.reshape(*totals.shape[:-1], -1, 4)
-        with np.errstate(invalid="ignore", divide="ignore"):  # never a yes: no precision
-            return 100 * (totals @ above / (totals @ below)).mean(-1)
+    def terms(row: Mapping[str, Any], kind: str) -> np.ndarray:
+        return np.array(kinds[kind]) @ [row["scores"][name] for name in ("tp", "fp", "fn", "tn")]
 
-    def columns(row: Mapping[str, Any]) -> list[float]:
-        own = [row["scores"][name] for name in ("tp", "fp", "fn", "tn")]
-        return [score * (row["groups"]["part"] == part) for part in parts for score in own]
-
-    parts = [part for part in POPE_PARTS if any(row["groups"]["part"] == part for row in rows)]
-    counts = _per_picture(rows, columns)
-    measures = {"f1": Measure(counts, len(rows), partial(mean, "f1"))}
-    for index, part in enumerate(parts):
-        own = counts[:, 4 * index : 4 * index + 4]
-        measures |= {f"{kind}/part/{part}": Measure(own, int(own.sum()), partial(mean, kind)) for kind in kinds}
-    return measures
+    parts = {part: [row for row in rows if row["groups"]["part"] == part] for part in POPE_PARTS}
+    parts = {part: of for part, of in parts.items() if of}
+    f1 = _per_picture(rows, lambda row: np.outer([row["groups"]["part"] == part for part in parts], terms(row, "f1")))
+    mean = Measure(f1.reshape(len(f1), -1), len(rows), lambda of: _ratios(of).mean(-1))
+    return {"f1": mean} | {
+        f"{kind}/part/{part}": Measure(_per_picture(of, partial(terms, kind=kind)), len(of))
+        for part, of in parts.items()
+        for kind in kinds
+    }
 
 
 def _mme(data: Path) -> list[Sample]:
@@ -235,29 +235,20 @@ def _mme(data: Path) -> list[Sample]:
 
 def _mme_measures(rows: Rows) -> dict[str, Measure]:
     """Of each part 100 * (accuracy + accuracy of pictures with both right); `perception` and `cognition` are sums."""
-    parts = [part for part in (*PERCEPTION, *COGNITION) if any(row["groups"]["part"] == part for row in rows)]
     pictures: dict[str, list] = {}
     for row in rows:
         pictures.setdefault(row["picture"], []).append(row)
-    counts = np.zeros((len(pictures), len(parts), 2))
-    for index, of in enumerate(pictures.values()):
-        right = [row["scores"]["right"] for row in of]
-        counts[index, parts.index(of[0]["groups"]["part"])] = sum(right) / 2 + all(right), 1
-    strata = counts[..., 1].argmax(1)
-
-    def total(columns: list[int]) -> Callable[[np.ndarray], np.ndarray]:
-        def value(totals: np.ndarray) -> np.ndarray:
-            totals = totals.reshape(*totals.shape[:-1], len(parts), 2)[..., columns, :]
-            return (100 * totals[..., 0] / totals[..., 1]).sum(-1)
-
-        return value
-
-    sums = {"perception": PERCEPTION, "cognition": COGNITION} | {f"score/part/{part}": [part] for part in parts}
+    part_of = np.array([of[0]["groups"]["part"] for of in pictures.values()])
+    right = np.array([[row["scores"]["right"] for row in of] for of in pictures.values()])
+    worth = right.sum(1) / 2 + right.all(1)
+    sums = {"perception": PERCEPTION, "cognition": COGNITION}
     measures = {}
-    for name, of in sums.items():
-        if columns := [parts.index(part) for part in of if part in parts]:
-            n = 2 * int(counts[:, columns, 1].sum())
-            measures[name] = Measure(counts.reshape(len(counts), -1), n, total(columns), strata)
+    for name, parts in (sums | {f"score/part/{part}": [part] for part in (*PERCEPTION, *COGNITION)}).items():
+        if (own := np.isin(part_of, parts)).any():
+            found, strata = np.unique(part_of[own], return_inverse=True)
+            is_of = np.eye(len(found))[strata]
+            counts = np.stack([worth[own, None] * is_of, is_of], axis=2).reshape(len(is_of), -1)
+            measures[name] = Measure(counts, 2 * len(is_of), lambda of: _ratios(of).sum(-1), strata)
     return measures
 
 
@@ -296,13 +287,13 @@ def _emoji(data: Path) -> list[Sample]:
     for number, one in enumerate(read_rows(path), start=1):
         check_keys(f"Line {number} of {path}", one, ("id", "measure"))
         shown, text = one.setdefault("pictures", []), one.setdefault("text", "")
-        is_caption = not text and len(shown) == 1 and "shows" not in one
+        is_caption = not text and len(shown) == 1 and not {"shows", "tells"} & one.keys()
         kinds = one.keys() - {"id", "measure", "parts", "text", "pictures"}
-        if kinds not in (set(), {"shows"}, {"says"}, {"says", "rather"}):
+        if kinds not in (set(), {"shows"}, {"tells"}, {"says"}, {"says", "rather"}):
             raise ValueError(
-                f"Line {number} of {path} must have shows, or says, which may have rather beside it, or none."
+                f"Line {number} of {path} must have shows, tells, or says, which may have rather beside it, or none."
             )
-        if unknown := {*shown, *one.get("shows", ())} - pictures.keys():
+        if unknown := {*shown, *one.get("shows", ()), *one.get("tells", ())} - pictures.keys():
             raise ValueError(
                 f"Line {number} of {path} speaks of {min(unknown)!r}, which is not in {FILES['emoji'][1]}."
             )

@@ -1,6 +1,7 @@
 """Intervals of 95 % for what is measured on questions that share pictures: pictures are drawn again, not questions.
 
-Of means the cluster-robust standard error (Miller, arXiv 2411.00640, section 2.2), of all else the bootstrap.
+Of shares Wilson's interval with the cluster-robust standard error (Miller, arXiv 2411.00640, section 2.2), of all else the
+bootstrap.
 """
 
 from __future__ import annotations
@@ -28,6 +29,28 @@ def clustered_mean(sums: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
     squares = np.square(sums - mean * sizes).sum()
     error = np.sqrt(squares * number / (number - 1)) / sizes.sum() if number > 1 else np.nan
     return float(mean), float(error)
+
+
+def wilson_interval(share: float, error: float, number: int) -> tuple[float, float] | None:
+    """Wilson's interval (JASA 22, 1927, page 209) for as many independent answers as would have this error.
+
+    That is the effective sample size of surveys (Dean and Pavlou, J. Surv. Stat. Methodol. 3, 2015, section 2). Where all
+    answers are the same their error says nothing, and those of a cluster count as one.
+
+    Args:
+        share (`float`): Between 0 and 1.
+        error (`float`): Its standard error.
+        number (`int`): Of clusters.
+
+    Returns:
+        Two `float`; or `None` if there is no error.
+    """
+    if not error >= 0:
+        return None
+    spread, z = share * (1 - share), 1.96
+    effective = spread / error**2 + 1 if error else number
+    middle, half = share + z**2 / (2 * effective), z * np.sqrt(spread / effective + (z / effective) ** 2 / 4)
+    return tuple(float((middle + side * half) / (1 + z**2 / effective)) for side in (-1, 1))
 
 
 def bootstrap_interval(

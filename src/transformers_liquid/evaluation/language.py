@@ -11,6 +11,7 @@ import numpy as np
 from ..pipelines.text_to_image import LiquidImageGenerationPipeline
 from ..utils.files import write_text
 from .benchmarks import FILES, TASKS
+from .intervals import wilson_interval
 
 
 def measure_language(
@@ -27,7 +28,7 @@ def measure_language(
         batch_size (`int`): Requests in one forward.
 
     Returns:
-        `dict`: `acc`, and `acc_norm` where answers are compared by their length too; with the harness' standard error.
+        `dict`: `acc`, and `acc_norm` where answers are compared by their length too; intervals by the harness' standard error.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -50,10 +51,8 @@ def measure_language(
         rows = [(of["sample_len"], of[key], np.nan if of[error] == "N/A" else of[error]) for of in found if key in of]
         if rows:
             numbers, values, errors = np.array(rows).T
-            value, error = (
-                100 * numbers @ values / numbers.sum(),
-                100 * np.linalg.norm(numbers * errors) / numbers.sum(),
-            )
-            interval = None if np.isnan(error) else [float(value + side * 1.96 * error) for side in (-1, 1)]
-            measures[metric] = {"value": float(value), "interval": interval, "n": int(numbers.sum())}
+            number, value = int(numbers.sum()), float(numbers @ values / numbers.sum())
+            interval = wilson_interval(value, np.linalg.norm(numbers * errors) / number, number)
+            interval = interval and [100 * side for side in interval]
+            measures[metric] = {"value": 100 * value, "interval": interval, "n": number}
     return measures

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
+from ..pipelines.text_to_image import LiquidImageGenerationPipeline
 from .voken_measures import frechet_distance
 
 
@@ -20,6 +21,14 @@ INCEPTION_SIZE, INCEPTION_FEATURES = 299, 2048
 GROUPS = 20
 
 Extractor = Callable[[Sequence[Image.Image]], torch.Tensor]
+
+
+def codec_features(pipe: LiquidImageGenerationPipeline, images: Sequence[Image.Image]) -> torch.Tensor:
+    """What the encoder of a model's own codec makes of pictures, before it is rounded to codes: the mean of each channel
+    over positions and its standard deviation, `(B, 2 * channels)`."""
+    pixels = pipe.processor.image_processor(list(images), framing="crop")["pixel_values"]
+    states = pipe.model.model.vq_model.encoder(pixels.to(pipe.device)).flatten(2)
+    return torch.cat([states.mean(-1), states.std(-1)], dim=1)
 
 
 def load_extractor(name: str, device: torch.device) -> Extractor:

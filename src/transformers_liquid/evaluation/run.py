@@ -28,10 +28,17 @@ from ..pipelines.text_to_image import LiquidImageGenerationPipeline
 from ..utils.files import UNFINISHED, alone_in, check_keys, differences, read_json, whole, write_json
 from .benchmarks import BENCHMARKS, FILES, PAPER, Measure, Sample, check_benchmarks, read_rows, read_samples
 from .examiner import PICTURES_NAME, Examiner, draw
-from .intervals import bootstrap_interval, clustered_mean
+from .intervals import bootstrap_interval, clustered_mean, wilson_interval
 from .judges import Judge, load_judge, measure_losses
 from .language import measure_language
-from .pictures import Extractor, frechet_distance, frechet_estimate, kernel_distance, load_extractor
+from .pictures import (
+    Extractor,
+    codec_features,
+    frechet_distance,
+    frechet_estimate,
+    kernel_distance,
+    load_extractor,
+)
 
 
 RUN_NAME, ANSWERS_NAME, SCORES_NAME, RESULTS_NAME = "run.json", "answers.jsonl", "scores.jsonl", "results.json"
@@ -67,7 +74,7 @@ def evaluate(
         drawing (`Mapping`, *optional*): What the pipeline is told with prompts. The first is drawn from `seed`, the
             others from those that follow.
         judge (`str`, *optional*): Who gives scores to drawn pictures: see [`load_judge`].
-        features (`str`, *optional*): Whose features are compared: see [`load_extractor`].
+        features (`str`, *optional*): Whose features are compared: `"codec"`, the model's own, or see [`load_extractor`].
 
     Returns:
         `dict`: What `results.json` holds: by benchmark, of drawn pictures `NAME/JUDGE` or `NAME/FEATURES`, `run`,
@@ -96,7 +103,7 @@ def evaluate(
         elif benchmark.kind == "judge":
             tools[key] = load_judge(by, pipe, samples[name], benchmark.judged)
         elif benchmark.kind == "features":
-            tools[key] = load_extractor(by, pipe.device)
+            tools[key] = partial(codec_features, pipe) if by == "codec" else load_extractor(by, pipe.device)
     output.mkdir(parents=True, exist_ok=True)
     with alone_in(output):
         runs, results, file = begin_all(output, runs, measured_by), {}, output / RESULTS_NAME
@@ -290,9 +297,10 @@ def aggregate(measure: Measure) -> dict[str, Any]:
         value = float(measure.value(measure.counts.sum(0)))
         interval = bootstrap_interval(measure.counts, measure.value, measure.strata)
     else:
-        mean, error = clustered_mean(*measure.counts.T)
-        value = 100 * mean
-        interval = None if math.isnan(error) else [value + side * 196 * error for side in (-1, 1)]
+        sums, sizes = measure.counts[measure.counts[:, 1] > 0].T
+        mean, error = clustered_mean(sums, sizes) if len(sums) else (math.nan, math.nan)
+        value, interval = 100 * mean, wilson_interval(mean, error, len(sums))
+        interval = interval and [100 * side for side in interval]
     return {"value": value if math.isfinite(value) else None, "interval": interval and [*interval], "n": measure.n}
 
 
