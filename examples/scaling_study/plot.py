@@ -33,6 +33,7 @@ TASKS = {
     "caption": ("naming (nats a token)", "generation"),
     "reading": ("naming, wrong picture less right", "generation"),
 }
+LAWS = ("E + A N^-a", "A N^-a", "c - b log N")
 MORE = {"text": "more text", "generation": "more to draw", "understanding": "more to name"}
 
 
@@ -97,14 +98,12 @@ def power_law(sizes: np.ndarray, losses: np.ndarray) -> np.ndarray:
 def errors_left_out(sizes: np.ndarray, losses: np.ndarray) -> dict[str, float]:
     """Root mean square errors of three laws, each fitted to all sizes but the one that it then tells."""
     logs, missed = np.log(sizes), []
-    for one in range(len(sizes)):
+    for one, log in enumerate(logs):
         kept = np.arange(len(sizes)) != one
         floor, factor, exponent = power_law(sizes[kept], losses[None, kept])[0]
-        straight = np.polyval(np.polyfit(logs[kept], np.log(losses[kept]), 1), logs[one])
-        logarithm = np.polyval(np.polyfit(logs[kept], losses[kept], 1), logs[one])
-        missed.append(np.array([floor + factor * sizes[one] ** -exponent, np.exp(straight), logarithm]) - losses[one])
-    errors = np.sqrt(np.mean(np.square(missed), axis=0))
-    return dict(zip(("E + A N^-a", "A N^-a", "c - b log N"), errors.tolist(), strict=True))
+        line, logarithm = (np.polyval(np.polyfit(logs[kept], of[kept], 1), log) for of in (np.log(losses), losses))
+        missed.append(np.array([floor + factor * sizes[one] ** -exponent, np.exp(line), logarithm]) - losses[one])
+    return dict(zip(LAWS, np.sqrt(np.mean(np.square(missed), axis=0)).tolist(), strict=True))
 
 
 def main(args: argparse.Namespace) -> None:

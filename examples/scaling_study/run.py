@@ -17,10 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass
-from itertools import chain
+from contextlib import suppress
+from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from transformers_liquid.models.liquid.modeling_liquid import LiquidForCausalLM
 from transformers_liquid.utils.files import whole
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"XXS": (32, 2), "XS": (48, 2), "S": (80, 3), "M": (128, 4), "L": (192, 5)}  # width, layers
 HEAD_WIDTH, BATCH, WARMUP_STEPS = 16, 8, 20
 RATE = 0.3  # over the width
@@ -50,11 +51,10 @@ ARMS = {
     ("synergy", "generation"): [[*BASE, ("text_to_image", 2, 1)]],
     ("synergy", "understanding"): [[*BASE, ("caption", 2, 1)]],
 }
-SYNERGY_SIZES = ("S", "M")
+SIZES_OF = {"ladder": SIZES, "synergy": ("S", "M"), "rates": ()}
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One model; `factor` multiplies its learning rate."""
 
     experiment: str
@@ -64,7 +64,7 @@ class Cell:
     factor: float = 1.0
 
     def __str__(self) -> str:
-        return "-".join(map(str, asdict(self).values()))
+        return "-".join(map(str, self))
 
     @property
     def start(self) -> Cell | None:
@@ -82,33 +82,26 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--sequences can be at most {most}: no record is seen twice; got {args.sequences}.")
     while waiting := [cell for cell in plan(args.sizes, args.seeds) if cell not in done(results, args.sequences)]:
         for cell in waiting:
-            try:
-                with FileLock(weights / f"{cell}.lock", timeout=0):  # freed by the system if this dies
-                    finished = done(results, args.sequences)
-                    if cell not in finished and (not cell.start or cell.start in finished):
-                        result = train(cell, data, args.sequences, weights, args.device)
-                        with FileLock(weights / "results.lock"), results.open("a", encoding="utf-8") as file:
-                            file.write(json.dumps(result) + "\n")
-                        print(cell, f"{result['seconds']:.0f} s", result["losses"], flush=True)
-                        break
-            except Timeout:
-                continue
+            with suppress(Timeout), FileLock(weights / f"{cell}.lock", timeout=0):  # freed by the system if this dies
+                finished = done(results, args.sequences)
+                if cell not in finished and cell.start in {None, *finished}:
+                    result = train(cell, data, args.sequences, weights)
+                    with results.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(result) + "\n")
+                    print(cell, f"{result['seconds']:.0f} s", result["losses"], flush=True)
+                    break
         else:
             time.sleep(5)  # another process trains all that is left, or what it begins with
 
 
 def plan(sizes: list[str], seeds: int) -> list[Cell]:
-    """All cells, in the order of their worth."""
+    """All cells, in the order of their worth: what the findings are about, seed by seed."""
     cells = [
         Cell(experiment, size, arm, seed)
-        for seed in range(seeds)
-        for size in sizes
-        for experiment, arm in ARMS
-        if experiment == "ladder" or (experiment == "synergy" and size in SYNERGY_SIZES)
+        for seed, (experiment, arm), size in product(range(seeds), ARMS, sizes)
+        if size in SIZES_OF[experiment]
     ]
-    cells += [Cell("rates", size, "image", 0, factor) for size in sizes[::3] for factor in (0.5, 1.0, 2.0)]
-    later = {"ladder-L": 1, "rates": 2, "synergy-M": 3}
-    return sorted(cells, key=lambda cell: cell.seed + sum(by for name, by in later.items() if name in str(cell)))
+    return cells + [Cell("rates", size, "image", 0, factor) for size in sizes[::3] for factor in (0.5, 1.0, 2.0)]
 
 
 def done(results: Path, sequences: int) -> set[Cell]:
@@ -133,12 +126,12 @@ def steps_of(cell: Cell, data: Data, sequences: int) -> list[list[dict[str, Any]
     return [list(chain(*parts)) for parts in zip(*steps, strict=True)]
 
 
-def train(cell: Cell, data: Data, sequences: int, folder: Path, device: str) -> dict[str, Any]:
+def train(cell: Cell, data: Data, sequences: int, folder: Path) -> dict[str, Any]:
     """Trains a cell's model; says what it measured."""
     began = time.perf_counter(), time.process_time()
     set_seed(cell.seed)
     width, layers = SIZES[cell.size]
-    model = build_model(data.processor, data.codec, width * 9 // 4, width, layers, width // HEAD_WIDTH).to(device)
+    model = build_model(data.processor, data.codec, width * 9 // 4, width, layers, width // HEAD_WIDTH).to(DEVICE)
     text_model = model.model.text_model
     if cell.start:
         rows, codes = text_model.get_input_embeddings().weight.data, model.config.image_layout.image_slice
@@ -151,7 +144,7 @@ def train(cell: Cell, data: Data, sequences: int, folder: Path, device: str) -> 
     steps, tokens = steps_of(cell, data, sequences), 0
     scheduler = get_linear_schedule_with_warmup(optimizer, WARMUP_STEPS, len(steps))
     for records in steps:
-        batch = {name: values.to(device) for name, values in collator(records).items()}
+        batch = {name: values.to(DEVICE) for name, values in collator(records).items()}
         tokens += int(batch["attention_mask"].sum())
         model(**batch, skip_logits=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(text_model.parameters(), 1.0)
@@ -163,7 +156,7 @@ def train(cell: Cell, data: Data, sequences: int, folder: Path, device: str) -> 
             torch.save(text_model.state_dict(), path)
     body = [weight.numel() for name, weight in text_model.named_parameters() if "embed" not in name]
     return {
-        "cell": asdict(cell),
+        "cell": cell._asdict(),
         "learning_rate": rate,
         "sequences": sequences,
         "parameters": sum(body),
@@ -172,7 +165,7 @@ def train(cell: Cell, data: Data, sequences: int, folder: Path, device: str) -> 
         "losses": measure(model, data),
         "seconds": time.perf_counter() - began[0],
         "cpu_seconds": time.process_time() - began[1],
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "hardware": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
     }
 
 
@@ -187,10 +180,9 @@ def measure(model: LiquidForCausalLM, data: Data) -> dict[str, float]:
     measured |= {"caption": ("caption", pictures), "misread": ("caption", others)}
     collator, losses = LiquidDataCollator(data.processor, unconditional_probability=0.0), {}
     for name, (kind, chosen) in measured.items():
-        records = [{**record, "kind": kind, "index": index} for index, record in enumerate(chosen)]
-        loss, labels = 0.0, 0
+        loss, labels, records = 0.0, 0, [{**one, "kind": kind, "index": index} for index, one in enumerate(chosen)]
         for begin in range(0, len(records), BATCH):
-            batch = {key: values.to(model.device) for key, values in collator(records[begin : begin + BATCH]).items()}
+            batch = {key: values.to(DEVICE) for key, values in collator(records[begin : begin + BATCH]).items()}
             number = int((batch["labels"] >= 0).sum())
             loss, labels = loss + float(model(**batch).loss) * number, labels + number
         losses[name] = loss / labels
@@ -204,5 +196,4 @@ if __name__ == "__main__":
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=2000, help="of a kind, in each cell of the ladder")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     main(parser.parse_args())
