@@ -330,6 +330,7 @@ def test_wilsons_interval_is_where_the_score_test_would_reject():
         # A picture whose four questions have one answer says as much as a single question.
         repeated = clustered_mean(4 * right, 4 * np.ones(number))
         assert wilson_interval(*repeated, number) == pytest.approx((low, high), abs=1e-9)
+    assert wilson_interval(0.0, 0.0, 10)[0] == 0
     low, high = wilson_interval(1.0, 0.0, 60)
     assert low == pytest.approx(60 / (60 + 1.96**2)) and high == pytest.approx(1.0)
     assert wilson_interval(1.0, float("nan"), 1) is None

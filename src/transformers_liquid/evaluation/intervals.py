@@ -50,7 +50,8 @@ def wilson_interval(share: float, error: float, number: int) -> tuple[float, flo
     spread, z = share * (1 - share), 1.96
     effective = spread / error**2 + 1 if error else number
     middle, half = share + z**2 / (2 * effective), z * np.sqrt(spread / effective + (z / effective) ** 2 / 4)
-    return tuple(float((middle + side * half) / (1 + z**2 / effective)) for side in (-1, 1))
+    # What lies beyond 0 or 1 is rounding.
+    return tuple(float(np.clip((middle + side * half) / (1 + z**2 / effective), 0, 1)) for side in (-1, 1))
 
 
 def bootstrap_interval(
