@@ -34,8 +34,8 @@ def clustered_mean(sums: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
 def wilson_interval(share: float, error: float, number: int) -> tuple[float, float] | None:
     """Wilson's interval (JASA 22, 1927, page 209) for as many independent answers as would have this error.
 
-    That is the effective sample size of surveys (Dean and Pavlou, J. Surv. Stat. Methodol. 3, 2015, section 2). Where all
-    answers are the same their error says nothing, and those of a cluster count as one.
+    That is the effective sample size of surveys, for which this interval is recommended (PMC6690503). Where all answers are
+    the same their error says nothing, and those of a cluster count as one.
 
     Args:
         share (`float`): Between 0 and 1.

@@ -32,8 +32,8 @@ INSTRUCTION = Path(__file__).with_name("wise_instruction.txt")
 GRADE = re.compile(r"(Consistency|Realism|Aesthetic Quality)[\s:*]*([0-2])(?!\d|\.\d)", re.IGNORECASE)
 ASKED, TRIES, SECONDS = 3, 6, 120  # times for grades, times for one reply, and how long a reply may take
 
-# Scores of a picture by name; none if the judge could not be brought to grade it.
-Judge = Callable[[Sample, Path], dict[str, float]]
+# Scores of a picture by name, several of one name if it is a story's; none if the judge could not be brought to grade it.
+Judge = Callable[[Sample, Path], dict[str, float | list[float]]]
 
 
 def load_judge(
