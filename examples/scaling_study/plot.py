@@ -141,7 +141,7 @@ def main(args: argparse.Namespace) -> None:
                 means, draws = bootstrap(seeds_of(cells, "synergy", more, loss, less)[size] for more in arms)
                 what, at = f"{MORE[arm]} less {MORE.get(less, less)}", arms.index(arm)
                 rows.append(f"3 | {label}, {size:,}: {what} | {said(means[at], draws[:, at])}")
-        axis.set(ylabel=f"{label}: change from base", xlim=(-0.5, 2.5))
+        axis.set(ylabel=f"{label}\nchange from base", xlim=(-0.5, 2.5))
     for name, (figure, axes) in figures.items():
         for axis in axes:
             if name != "laws":
