@@ -694,7 +694,8 @@ def test_a_codec_of_several_codes_a_position_is_expanded_and_told_of(capsys):
     assert "drawn from text alone" in error_of(
         "generate apple --image apple.png --model expanded --output b.png", capsys
     )
-    assert "drawn from text alone" in error_of("story cat --model expanded --output story.md", capsys)
+    for command in ("story cat --output story.md", "evaluate emoji --output run"):
+        assert "drawn from text alone" in error_of(f"{command} --model expanded", capsys)
 
 
 def test_expand_finds_out_before_it_reads_weights(sources, monkeypatch, capsys):

@@ -304,3 +304,33 @@ def test_intervals_of_the_scaling_study_hold_the_truth_as_often_as_they_say():
             ]
         )
     assert np.all(np.abs(np.mean(held, axis=0) - 0.95) < 0.03)
+
+
+def test_one_code_a_position_is_compared_with_four(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(emoji_data, "NUM_UNSEEN_COMPOSITIONS", 0)
+    monkeypatch.setattr(emoji_data, "NUM_UNSEEN_FLAGS", 0)
+    folder = tmp_path / "emoji-data" / "package" / "img" / "google" / "64"
+    folder.mkdir(parents=True)
+    draw, entries = np.random.default_rng(0), []
+    for index in range(60):
+        name = "".join(draw.choice([*"ABCDEFGHIJKLMNOPQRSTUVWXYZ"], 24))
+        kind = "Animals & Nature" if index < 40 else "Activities"
+        entry = {
+            "name": name,
+            "unified": f"{index:X}",
+            "category": kind,
+            "image": f"{index}.png",
+            "has_img_google": True,
+        }
+        entries.append(entry | {"subcategory": "other", "short_names": [name.lower()]})
+        picture(index).save(folder / f"{index}.png")
+    for name, content in {"emoji.json": entries, "package.json": {}}.items():
+        (tmp_path / "emoji-data" / "package" / name).write_text(json.dumps(content))
+    codec = "several_codes/product_codec.py"
+    run(codec, "--num_codebooks", "1", "--output_dir", "begun", "--epochs", "0", "1", "0")
+    run(codec, "--num_codebooks", "4", "--output_dir", "codec", "--continue_from", "begun", "--epochs", "1", "1", "1")
+    small = ("--max_steps", "2", "--batch_size", "4")
+    run("several_codes/product_model.py", "--codec_dir", "codec", "--output_dir", "model", *small)
+    results = json.loads((tmp_path / "model" / "results.json").read_text())
+    assert results["names"] == 40 and all(0 <= results[name] <= 1 for name in ("drawn", "named", "chosen"))
+    assert LiquidForCausalLM.from_pretrained("model").config.num_codebooks == 4

@@ -1,5 +1,8 @@
 """Several codes a position: embeddings, the head, drawing, reading, training, and what is refused."""
 
+import json
+
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -33,9 +36,13 @@ from transformers_liquid import (
     export_base_model,
     liquid_rows_config,
     partial_pictures,
+    tokenize_dataset,
 )
+from transformers_liquid.evaluation.benchmarks import Sample
+from transformers_liquid.evaluation.judges import measure_losses
 from transformers_liquid.generation.sampling import gumbel_noise
 from transformers_liquid.serving.engine import PictureEngine
+from transformers_liquid_cli import main
 
 
 K, N, V = 4, 16, 16
@@ -382,6 +389,39 @@ class TestTraining:
             collator([{"kind": "caption", "text": "dog", "codes": random_codes().numpy()[0, :, :15]}])
         with pytest.raises(ValueError, match="Code 16 at position 1, 0"):
             processor.codes_to_ids(np.array([[0], [16], [0], [0]]))
+
+    def test_pictures_are_tokenized_trained_on_and_measured(self, model, processor, tmp_path):
+        model.save_pretrained(tmp_path / "base")
+        processor.save_pretrained(tmp_path / "base")
+        pictures = processor.image_processor.postprocess(tiny_pictures(4, 64, 64))
+        lines = []
+        for index, picture in enumerate(pictures):
+            picture.save(tmp_path / f"{index}.png")
+            lines.append({"image": f"{index}.png", "edited_image": f"{index}.png", "edit_prompt": "dog", "text": "dog"})
+        file = tmp_path / "pictures.jsonl"
+        file.write_text("".join(json.dumps(one | {"input_image": one["image"]}) + "\n" for one in lines))
+        source = {"model": str(tmp_path / "base"), "dataset": "json", "data_files": str(file)}
+        for kind in ("text_to_image", "edit"):
+            tokenize_dataset(**source, output=str(tmp_path / kind), kind=kind, framing="pad")
+        pixels = processor.image_processor(pictures, framing="pad")["pixel_values"]
+        codes = model.model.vq_model.encode_codes(pixels).flatten(2)
+        (file,) = (tmp_path / "edit").rglob("*.parquet")
+        rows = datasets.Dataset.from_parquet(str(file))
+        assert sorted(rows["codes"]) == sorted(codes.tolist())
+        assert all(row["images"][0]["codes"] == row["codes"] for row in rows)
+
+        options = f"--model {tmp_path / 'base'} --datasets {tmp_path / 'text_to_image'} {tmp_path / 'edit'} --use_cpu"
+        options += " --max_steps 2 --per_device_train_batch_size 2 --learning_rate 0.01 --report_to none"
+        for trainable in ("full", "lora"):
+            pytest.importorskip("peft")
+            output = tmp_path / trainable
+            assert main([*f"train {options} --output_dir {output} --trainable {trainable}".split()]) == 0
+            trained = LiquidForCausalLM.from_pretrained(output)
+            moved = trained.code_head.output.weight - model.code_head.output.weight
+            assert moved.abs().max() > 0 and not torch.equal(drawn(trained, processor), drawn(model, processor))
+        pipe = LiquidImageGenerationPipeline(model=model, processor=processor)
+        losses = measure_losses(pipe, Sample("x", None, "dog"), tmp_path / "0.png")
+        assert losses["image_labels"] == K * N + 2 and losses["text_labels"] == 4
 
     def test_labels_of_pictures_need_their_codes(self, model):
         ids = torch.tensor([[BOS_ID, BOI_ID, IMAGE_ID, EOI_ID, EOS_ID]])

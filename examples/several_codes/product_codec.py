@@ -149,7 +149,7 @@ if __name__ == "__main__":
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--continue_from", help="a codec: its weights, but for the codebooks, instead of new ones")
     parser.add_argument("--num_codebooks", type=int, choices=CODEBOOK_SIZES, required=True)
-    parser.add_argument("--epochs", type=int, nargs=3, default=(2, 9, 2), metavar=PHASES, help="epochs per phase")
+    parser.add_argument("--epochs", type=int, nargs=3, default=(2, 9, 0), metavar=PHASES, help="epochs per phase")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--decoder_learning_rate", type=float, default=2e-4)

@@ -31,7 +31,7 @@ sys.path.append(str(Path(__file__).parents[1] / "emoji"))
 from train_lm import train_tokenizer
 
 
-GROUPS = ("Animals & Nature", "Food & Drink")
+GROUPS = ("Animals & Nature",)
 NUM_TEXT_TOKENS, NUM_CHOICES = 800, 10
 LLAMA = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
 SHIFTS = [(down, right) for down in (-4, 0, 4) for right in (-4, 0, 4)]
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     names, pixels = load_things(args.data_dir, GROUPS)
     codec = load_codec(args.codec_dir)
-    pictures = [reconstruct(codec, shifted(pixels, *shift))[0] for shift in SHIFTS]
+    pictures = [torch.cat([codec.encode_codes(part) for part in shifted(pixels, *shift).split(64)]) for shift in SHIFTS]
     tokenizer = train_tokenizer(names, NUM_TEXT_TOKENS)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **LLAMA, **special))
@@ -138,7 +138,7 @@ if __name__ == "__main__":
     parser.add_argument("--data_dir", default="emoji-data")
     parser.add_argument("--codec_dir", required=True)
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--max_steps", type=int, default=1500)
+    parser.add_argument("--max_steps", type=int, default=900)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

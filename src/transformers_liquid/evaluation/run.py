@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from ..models.liquid.image_processing_liquid import load_image
+from ..models.liquid.vocabulary import FROM_TEXT_ALONE
 from ..pipelines.text_to_image import LiquidImageGenerationPipeline
 from ..utils.files import UNFINISHED, alone_in, check_keys, differences, read_json, whole, write_json
 from .benchmarks import BENCHMARKS, FILES, PAPER, Measure, Sample, check_benchmarks, read_rows, read_samples
@@ -88,6 +89,7 @@ def evaluate(
     check_benchmarks(names, measured_by)
     samples = {name: read_samples(name, data, limit) for name in names}
     if "emoji" in samples:
+        pipe.model.config.image_layout.check_one_code(FROM_TEXT_ALONE)
         measured_by["emoji"] = "nearest" if "file_name" in read_rows(data / FILES["emoji"][1])[0] else "self"
     shared = {"model": identity, "dtype": str(pipe.dtype).removeprefix("torch."), "limit": limit}
     shared |= {"batch_size": batch_size, "versions": {one: version(one) for one in VERSIONS}}
