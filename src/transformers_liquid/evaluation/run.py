@@ -85,8 +85,7 @@ def evaluate(
         ValueError: On bad data, or a folder of another run, before any answer or picture.
     """
     output, data, drawing = Path(output), Path(data), {"seed": 0, **(drawing or {})}
-    measured_by = {"judge": judge, "features": features}
-    check_benchmarks(names, measured_by)
+    check_benchmarks(names, measured_by := {"judge": judge, "features": features})
     samples = {name: read_samples(name, data, limit) for name in names}
     if "emoji" in samples:
         pipe.model.config.image_layout.check_one_code(FROM_TEXT_ALONE)
