@@ -63,10 +63,11 @@ class Replica:
 
 def app(asked: Arguments) -> serve.Application:
     """What `serve run` starts."""
-    # Beyond what its engine holds a replica is asked no more; then the server says when to come again.
-    at_once = asked.slots + asked.max_waiting
-    deployment = Replica.options(num_replicas=asked.num_replicas, max_ongoing_requests=at_once)
-    return deployment.options(ray_actor_options={"num_gpus": asked.num_gpus}).bind(asked)
+    return Replica.options(
+        num_replicas=asked.num_replicas,
+        max_ongoing_requests=asked.slots + asked.max_waiting,  # what its engine holds
+        ray_actor_options={"num_gpus": asked.num_gpus},
+    ).bind(asked)
 
 
 class DrawBatch:
