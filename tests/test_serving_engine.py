@@ -103,6 +103,24 @@ def test_every_base_joins(model_type, picture):
     test_pictures_are_those_of_the_pipeline_whenever_they_join(model_type, picture)
 
 
+@pytest.mark.slow
+def test_a_compiled_step_draws_the_same_and_is_compiled_once(picture):
+    pipe, asked = tiny_pipe(), list(requests(picture))
+    expected = [drawn_by(pipe, **one) for one in asked]
+    engine = PictureEngine(pipe, slots=3, compile=True)
+    images_of(engine.submit("a"))
+    assert engine.forward is not engine.view
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for one, request in zip(expected, ask_while_drawing(engine, asked), strict=True):
+            assert images_of(request) == one
+    engine.close()
+
+
+def test_a_base_with_sliding_windows_is_not_compiled():
+    with pytest.raises(ValueError, match="sliding windows"):
+        PictureEngine(tiny_pipe("gemma3_text"), compile=True)
+
+
 def test_those_who_come_together_are_read_in_one_forward_and_equal_prompts_once(engine):
     read, together, sizes = engine._read, [], []
     engine._read = lambda pictures: together.append(len(pictures)) or read(pictures)

@@ -114,6 +114,17 @@ def test_what_cannot_be_drawn_is_refused_at_the_door(arguments, message):
     assert PairedPicture.check({"other": 1}) is PairedPicture.check(None) is None
 
 
+def test_requests_are_what_the_http_server_takes_and_mean_the_same_there(pipe):
+    for settings in (SETTINGS, {"do_sample": False, "guidance_scale": 2.0, "temperature": None, "top_k": None}):
+        config = pipe.model.generation_config
+        first, _ = picture_requests(pipe.processor, "cat", 1, generation_config=config, **settings)
+        arguments = first["sampling_params"]["extra_args"]
+        # dict[str, str | int | float | list[str | int | float]], of which JSON and pydantic make this
+        sent = {name: int(one) if isinstance(one, bool) else one for name, one in arguments.items()}
+        assert all(isinstance(one, str | int | float | list) for one in sent.values())
+        assert PairedPicture(sent, []).kind == PairedPicture(arguments, []).kind
+
+
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     vllm = pytest.importorskip("vllm")

@@ -18,6 +18,9 @@ def serve(
     ] = None,
     slots: Annotated[int, Option(min=1, help="Pictures that are drawn side by side.")] = 8,
     max_waiting: Annotated[int, Option(min=1, help="Pictures that may wait for them.")] = 64,
+    compile: Annotated[
+        bool, Option("--compile", help="Compile the step before the first picture, which takes a minute.")
+    ] = False,
     device: options.Device = None,
     dtype: options.DType = "auto",
 ) -> None:
@@ -43,6 +46,6 @@ def serve(
 
     model = EMOJI_CHECKPOINT if model is None else model
     name = Path(model).resolve().name if Path(model).is_dir() else model
-    engine = PictureEngine(load(model, device, dtype), slots, max_waiting)
+    engine = PictureEngine(load(model, device, dtype), slots, max_waiting, compile)
     print(f"http://{host}:{listening.getsockname()[1]}/v1 serves {name}.", flush=True)
     serve(engine, name, listening, api_key)

@@ -30,6 +30,7 @@ from ..generation.settings import FILTERS, ImageGenerationConfig
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..pipelines.streamers import partial_pictures
 from ..pipelines.text_to_image import LiquidImageGenerationPipeline
+from ..utils.versions import CACHE_NAME
 
 
 logger = logging.get_logger(__name__)
@@ -162,19 +163,20 @@ class JoinedCache:
         for layer in self.cache.layers:
             width = min(longest, layer.keys.shape[2])
             start = layer.keys.shape[2] - width
-            layer.keys, layer.values = layer.keys[:, :, start:], layer.values[:, :, start:]
+            # Contiguous: to the compiler anything else is another case.
+            layer.keys, layer.values = (one[:, :, start:].contiguous() for one in (layer.keys, layer.values))
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = longest
 
-    def forward(self, ids: torch.LongTensor) -> torch.Tensor:
-        """The logits `(S, 1, codebook_size)` behind one more id of each sequence, `(S, 1)`."""
+    def forward(self, ids: torch.LongTensor, call: Callable[..., Any]) -> torch.Tensor:
+        """The logits `(S, 1, codebook_size)` behind one more id of each sequence, `(S, 1)`; `call` is the model's forward."""
         longest = max(self.lengths) + 1
         lengths = torch.tensor(self.lengths)[:, None]
         mask = (torch.arange(longest) >= longest - 1 - lengths).long().to(ids.device, non_blocking=True)
         inputs = {self.model.model._cache_argument: self.cache, "use_cache": True, "attention_mask": mask}
         inputs["position_ids"] = lengths.to(ids.device, non_blocking=True)
         self.lengths = [length + 1 for length in self.lengths]
-        return self.model(**self.model.prepare_inputs_for_generation(ids, **inputs), return_dict=True).logits
+        return call(**self.model.prepare_inputs_for_generation(ids, **inputs), return_dict=True).logits
 
 
 class PictureEngine:
@@ -184,9 +186,11 @@ class PictureEngine:
         pipe ([`LiquidImageGenerationPipeline`]): What checks requests and draws; its model is not to be changed meanwhile.
         slots (`int`, defaults to 8): Pictures that are drawn side by side.
         max_waiting (`int`, defaults to 64): Pictures that may wait for them.
+        compile (`bool`, defaults to `False`): Whether the step is compiled, before the first picture, which takes a minute or
+            so: once for all numbers and lengths of sequences. Needs a C++ compiler on a CPU.
 
     Raises:
-        ValueError: If the base's cache cannot be moved, as the state of mamba.
+        ValueError: If the base's cache cannot be moved, as the state of mamba; or with `compile`, if it has sliding windows.
 
     Example:
 
@@ -199,7 +203,9 @@ class PictureEngine:
     ```
     """
 
-    def __init__(self, pipe: LiquidImageGenerationPipeline, slots: int = 8, max_waiting: int = 64) -> None:
+    def __init__(
+        self, pipe: LiquidImageGenerationPipeline, slots: int = 8, max_waiting: int = 64, compile: bool = False
+    ) -> None:
         for name, value in (("slots", slots), ("max_waiting", max_waiting)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
@@ -211,11 +217,16 @@ class PictureEngine:
                 f"Pictures join a batch by moving their caches, and one of {', '.join(kind.__name__ for kind in kinds)} "
                 "cannot be moved: draw with the pipeline."
             )
+        if compile and kinds != {DynamicLayer}:
+            raise ValueError(
+                "The step of a base with sliding windows would be compiled at every length: leave out compile."
+            )
         self.pipe, self.slots, self.max_waiting = pipe, slots, max_waiting
         # With AMX that takes half the time, and no one sees it (see [`LiquidVQModel.decode_codes`]).
         has_amx = pipe.model.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
         self.preview_dtype = torch.bfloat16 if has_amx else None
         self.view = pipe.model.image_head_view()
+        self.forward = torch.compile(self.view.forward, dynamic=True) if compile else self.view
         self.cache = JoinedCache(self.view)
         self.running: list[_Picture] = []
         self.waiting: deque[_Picture] = deque()
@@ -313,6 +324,8 @@ class PictureEngine:
 
     @torch.no_grad()
     def _run(self) -> None:
+        if self.forward is not self.view:
+            self._compile()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self.waiting or self.running or self._is_closed)
@@ -330,6 +343,19 @@ class PictureEngine:
                 for one in self.running:
                     self._fail(one, error)
                 self.running, self.cache = [], JoinedCache(self.view)
+
+    def _compile(self) -> None:
+        """One step of other numbers than a base has of heads or their dimensions, which the compiler would take for one."""
+        ids = torch.full((13, 17), self.view.config.boi_token_id, device=self.view.device)
+        cache = JoinedCache(self.view)
+        cache.join(self.view(ids, use_cache=True, return_dict=True)[CACHE_NAME], [17] * 13)
+        try:
+            cache.forward(ids[:, :1], self.forward)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            logger.warning(
+                f"The step did not compile, pictures are drawn without: {str(error).strip().splitlines()[0]}"
+            )
+            self.forward = self.view
 
     def _fail(self, picture: _Picture, error: Exception) -> None:
         if not picture.request.is_cancelled:
@@ -412,7 +438,8 @@ class PictureEngine:
         """One more code of every picture, in one forward."""
         last = [one.drawn[-1].expand(len(one.prompts)) for one in self.running]
         ids = self.view.config.image_layout.codes_to_ids(torch.cat(last))[:, None]
-        logits = self.cache.forward(ids)
+        # A single sequence would be compiled anew.
+        logits = self.cache.forward(ids, self.forward if len(ids) > 1 else self.view)
         for pictures, places in self.groups:
             self._draw(pictures, logits[places])
         self.num_steps += 1

@@ -22,6 +22,8 @@ from ..models.liquid.processing_liquid import LiquidProcessor
 # What a request says of a picture begins so, among arguments of other plug-ins.
 PREFIX = "liquid_"
 OWN = ("picture", "seed", "unconditional")
+# vLLM's HTTP server makes numbers of these.
+SWITCHES = ("do_sample", "renormalize_logits", "remove_invalid_values")
 # What a request does not say is left out.
 _DRAWN = dict.fromkeys(DEFAULT_IMAGE_GENERATION_CONFIG) | {"do_sample": True}
 _NO_DEFAULTS = GenerationConfig(image_generation_config=_DRAWN)
@@ -62,7 +64,7 @@ def picture_requests(
     layout = processor.image_layout
     settings = ImageGenerationConfig.from_call(generation_config, None, settings)[0].to_dict()
     settings |= {"seed": seed, "picture": uuid.uuid4().hex, "unconditional": negative}
-    arguments = {PREFIX + name: one for name, one in settings.items()}
+    arguments = {PREFIX + name: one for name, one in settings.items() if one is not None}
     prompts = [ids, negative] if PairedPicture.check(arguments).guidance_scale > 1 else [ids]
     params = {
         "temperature": 0.0,  # the engine takes the one id that is left to it
@@ -110,6 +112,7 @@ class PairedPicture:
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"{PREFIX}seed must be a whole number, got {seed!r}.")
         told = {name: one for name, one in given.items() if name not in OWN}
+        told |= {name: bool(told[name]) for name in SWITCHES if told.get(name) in (0, 1)}
         settings, others = ImageGenerationConfig.from_call(_NO_DEFAULTS, None, told)
         if others:
             raise ValueError(f"{', '.join(sorted(PREFIX + name for name in others))} is no setting of a picture.")
