@@ -36,7 +36,8 @@ def pipe(checkpoint):
 @pytest.fixture(scope="module")
 def cluster():
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "300"}  # of a busy machine
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    new = {"num_cpus": 4, "include_dashboard": False, "log_to_driver": False, "_node_ip_address": "127.0.0.1"}
+    ray.init(**({} if "RAY_ADDRESS" in os.environ else new))  # or a cluster that runs already
     yield
     serve.shutdown()
     ray.shutdown()
