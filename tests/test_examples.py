@@ -327,8 +327,8 @@ def test_one_code_a_position_is_compared_with_four(run, tmp_path, monkeypatch):
     for name, content in {"emoji.json": entries, "package.json": {}}.items():
         (tmp_path / "emoji-data" / "package" / name).write_text(json.dumps(content))
     codec = "several_codes/product_codec.py"
-    run(codec, "--num_codebooks", "1", "--output_dir", "begun", "--epochs", "0", "1", "0")
-    run(codec, "--num_codebooks", "4", "--output_dir", "codec", "--continue_from", "begun", "--epochs", "1", "1", "1")
+    run(codec, "--num_codebooks", "1", "--output_dir", "begun", "--epochs", "0", "1")
+    run(codec, "--num_codebooks", "4", "--output_dir", "codec", "--continue_from", "begun", "--epochs", "1", "1")
     small = ("--max_steps", "2", "--batch_size", "4")
     run("several_codes/product_model.py", "--codec_dir", "codec", "--output_dir", "model", *small)
     results = json.loads((tmp_path / "model" / "results.json").read_text())

@@ -4,8 +4,8 @@
     python examples/several_codes/product_model.py --data_dir emoji-data --codec_dir k1/codec --output_dir k1/lm
 
 Both codecs get the same llama, by `expand_vocabulary`: one code a position becomes rows of the vocabulary, several get a head.
-It learns names -> pictures, and names of pictures that are moved by a few pixels. It is asked about other moves. Run a command
-again to continue it; what comes out is in `results.json`.
+It learns names -> pictures, and names of pictures that are moved by a few pixels. It is asked about other moves. What comes out
+is in `results.json`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from product_codec import load_things, psnr, reconstruct, save_sheet, shifted
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from transformers_liquid import LiquidDataCollator, expand_vocabulary, load_codec
 from transformers_liquid.models.liquid.prompts import CAPTION_INSTRUCTION
@@ -38,25 +37,21 @@ SHIFTS = [(down, right) for down in (-4, 0, 4) for right in (-4, 0, 4)]
 UNSEEN_SHIFTS = [(2, -2), (-3, 1)]
 
 
-class Records(torch.utils.data.Dataset):
+def record(index: int, names: list[str], pictures: list[torch.Tensor]) -> dict:
     """By turns a name to draw and a picture to name, the same ones whatever the codec."""
-
-    def __init__(self, names: list[str], pictures: list[torch.Tensor], length: int) -> None:
-        self.names, self.pictures, self.length = names, pictures, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict:
-        draw = random.Random(index)
-        one, is_asked = draw.randrange(len(self.names)), index % 2
-        codes = self.pictures[draw.randrange(len(SHIFTS)) if is_asked else SHIFTS.index((0, 0))][one]
-        kind = "caption" if is_asked else "text_to_image"
-        return {"kind": kind, "text": self.names[one], "codes": codes.numpy(), "index": index}
+    draw = random.Random(index)
+    one, is_asked = draw.randrange(len(names)), index % 2
+    codes = pictures[draw.randrange(len(SHIFTS)) if is_asked else SHIFTS.index((0, 0))][one]
+    return {
+        "kind": "caption" if is_asked else "text_to_image",
+        "text": names[one],
+        "codes": codes.numpy(),
+        "index": index,
+    }
 
 
 def main(args: argparse.Namespace) -> None:
-    set_seed(args.seed)
+    set_seed(0)
     names, pixels = load_things(args.data_dir, GROUPS)
     codec = load_codec(args.codec_dir)
     pictures = [torch.cat([codec.encode_codes(part) for part in shifted(pixels, *shift).split(64)]) for shift in SHIFTS]
@@ -70,24 +65,21 @@ def main(args: argparse.Namespace) -> None:
             output_dir=args.output_dir,
             max_steps=args.max_steps,
             per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
+            learning_rate=2e-3,
             lr_scheduler_type="linear",
             warmup_steps=50,
             adam_beta2=0.98,
             bf16=True,
             use_cpu=True,
-            logging_steps=50,
-            save_steps=100,
-            save_total_limit=1,
+            save_strategy="no",
             remove_unused_columns=False,
             report_to="none",
-            seed=args.seed,
         ),
         processing_class=processor,
-        train_dataset=Records(names, pictures, args.max_steps * args.batch_size),
+        train_dataset=[record(index, names, pictures) for index in range(args.max_steps * args.batch_size)],
         data_collator=LiquidDataCollator(processor, unconditional_probability=0.0, caption_probability=0.0),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir))
+    trainer.train()
     model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
     measure(model.eval(), processor, names, pixels, Path(args.output_dir))
@@ -140,6 +132,4 @@ if __name__ == "__main__":
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--max_steps", type=int, default=900)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())
