@@ -74,6 +74,7 @@ def main(args: argparse.Namespace) -> None:
             save_strategy="no",
             remove_unused_columns=False,
             report_to="none",
+            seed=0,
         ),
         processing_class=processor,
         train_dataset=[record(index, names, pictures) for index in range(args.max_steps * args.batch_size)],
