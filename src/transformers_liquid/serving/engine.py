@@ -234,7 +234,7 @@ class PictureEngine:
         self.num_codes = self.num_steps = self.num_pictures = 0
         self.num_seconds = 0.0
         self._changed, self._is_closed = threading.Condition(), False
-        # One thread draws, another one decodes what is to be shown, so that no step waits for the codec.
+        # One thread draws, another one decodes what is to be shown, so that no step waits for a preview.
         self._shown: queue.Queue[tuple[list[_Picture], torch.LongTensor] | None] = queue.Queue(slots)
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._run, self._show)]
         for thread in self._threads:
@@ -452,6 +452,8 @@ class PictureEngine:
         # The codec decodes those of one size together.
         for pictures in _grouped(due, lambda one: (len(one.drawn), one.settings.height, one.settings.width)):
             self._shown.put((pictures, torch.stack([torch.cat(one.drawn) for one in pictures])))
+        if done:  # whoever is told of them asks for the next ones, which are to be drawn side by side as these were
+            self._shown.join()
 
     # In the thread that decodes
 
@@ -465,6 +467,8 @@ class PictureEngine:
                 logger.exception("Pictures could not be decoded.")
                 for one in pictures:
                     self._fail(one, error)
+            finally:
+                self._shown.task_done()
 
     def _tell(self, pictures: list[_Picture], codes: torch.LongTensor) -> None:
         """Pictures of equal size and equally many codes `(B, n)` as events of their requests."""
