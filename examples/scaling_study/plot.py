@@ -146,7 +146,7 @@ def main(args: argparse.Namespace) -> None:
         for axis in axes:
             if name != "laws":
                 axis.axhline(0, color="k", linewidth=0.8)
-            axis.legend()
+            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4 - len(axes), fontsize=8)
         figure.savefig(Path(args.figures or args.folder) / f"scaling_{name}.png", dpi=100)
     head = "| finding | measured | nats [95 %] | visible from |\n|---|---|---|---|"
     print(head, *(f"| {row} |" for row in rows), sep="\n")
