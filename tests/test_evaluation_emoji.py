@@ -1,6 +1,7 @@
 """`evaluate emoji`: tasks on true pictures, or on what the model has drawn itself; each by what is right."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import tiny_checkpoint
+from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel, ViTImageProcessorPil
 
 from transformers_liquid.evaluation import benchmarks
 from transformers_liquid.evaluation.benchmarks import BENCHMARKS, read_rows, read_samples
@@ -57,6 +59,20 @@ def checkpoint(tmp_path_factory):
 def run(checkpoint: str, data: Path, output: Path, *more: str) -> int:
     where = ["--model", checkpoint, "--data", str(data), "--output", str(output), "--device", "cpu"]
     return main(["evaluate", "emoji", *where, "--max-new-tokens", "8", *more])
+
+
+def classifier(folder: Path, labels: dict[str, int], pictures: torch.Tensor | None = None, seed: int = 0) -> str:
+    """A tiny one of 8 x 8 pixels; the mean logit of some pictures is the same for all labels, so that they differ."""
+    torch.manual_seed(seed)
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    names = {index: name for name, index in reversed(labels.items())}
+    model = ResNetForImageClassification(ResNetConfig(**shape, id2label=names, label2id=labels)).eval()
+    with torch.no_grad():
+        if pictures is not None:
+            model.classifier[1].bias -= model(pixel_values=pictures).logits.mean(0)
+    model.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return str(folder)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -109,6 +125,89 @@ def test_drawings_are_what_the_nearest_true_picture_shows(checkpoint, tmp_path, 
     scores.write_bytes(complete[: len(complete) // 2])
     assert run(checkpoint, data, tmp_path / "out") == 0 and scores.read_bytes() == complete
     assert (tmp_path / "out" / "emoji" / "known.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_classifier_names_drawings_and_the_true_pictures_beside_them(checkpoint, tmp_path, monkeypatch, capsys):
+    pipe = load(checkpoint, "cpu", "auto")
+    assert pipe.model.config.image_size == 8
+    tasks = [
+        {"id": f"n{index}", "measure": "names", "text": f"no {index}", "shows": [NAMES[index % 4]]}
+        for index in range(8)
+    ]
+    data = write(tmp_path / "data", [*tasks, *TASKS[-2:]], with_files(tmp_path / "data", 8))
+
+    def read(file: Path) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1) / 127.5 - 1
+
+    true = torch.stack([read(data / "emoji" / f"{index}.png") for index in range(4)])
+    true = pipe.model.model.vq_model.decode_codes(pipe.model.model.vq_model.encode_codes(true)).clamp(-1, 1)
+    true = ((true + 1) * 127.5).round() / 127.5 - 1
+    # Two names of one picture, so to say: what shows the one shows the other.
+    labels = {"red cat": 0, "blue dog": 1, "green fish": 2, "old house": 0}
+    name = classifier(tmp_path / "judge", labels, true)
+    monkeypatch.chdir(tmp_path)
+    assert run(checkpoint, data, tmp_path / "out", "--judge", "judge") == 0
+    assert "emoji/judge" in (printed := capsys.readouterr().out) and "names_ceiling" in printed
+    rows = {row["id"]: row["scores"] for row in read_rows(tmp_path / "out" / "emoji" / "judge" / "scores.jsonl")}
+    model, named = ResNetForImageClassification.from_pretrained(name).eval(), []
+
+    def most_probable(pixels: torch.Tensor) -> int:
+        logits = model(pixel_values=pixels.float()[None]).logits[0].tolist()
+        return logits.index(max(logits))
+
+    drawn = sorted((tmp_path / "out" / "emoji" / "pictures").iterdir())
+    for index, file in enumerate(drawn):
+        label = labels[NAMES[index % 4]]
+        named += [most_probable(read(file)), most_probable(true[index % 4])]
+        right = {"names": named[-2] == label, "names_ceiling": named[-1] == label}
+        assert rows[f"n{index}"] == right | {"names_top5": 1.0, "names_top5_ceiling": 1.0}  # of three labels
+    assert len(drawn) == 8 and len({*named}) > 1
+    assert "persons_ceiling" in rows["p0"] and "stories_ceiling" not in rows["s0"]
+    # The same drawings, by pixels; and other weights in the folder of that judge.
+    before = contents(tmp_path / "out" / "emoji" / "pictures")
+    assert run(checkpoint, data, tmp_path / "out") == 0 and contents(tmp_path / "out" / "emoji" / "pictures") == before
+    assert {"emoji/judge", "emoji/nearest"} == json.loads((tmp_path / "out" / "results.json").read_text()).keys()
+    classifier(tmp_path / "judge", labels, seed=1)
+    assert run(checkpoint, data, tmp_path / "out", "--judge", "judge") == 2
+    assert "holds another run: data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("judge", "says"),
+    [
+        ("not/there", "not/there is no image classifier of transformers"),
+        ("liquid", "is no image classifier of transformers"),
+        ("headless", "is no image classifier of transformers, which emoji need: .* missing keys: classifier"),
+        ("lacking", "has no label for 2 names of tasks, such as 'green fish'"),
+    ],
+)
+def test_a_judge_that_cannot_name_drawings_is_refused_before_the_first(judge, says, checkpoint, tmp_path, capsys):
+    classifier(tmp_path / "lacking", {"red cat": 0, "blue dog": 1})
+    ResNetModel.from_pretrained(classifier(tmp_path / "headless", {"red cat": 0})).save_pretrained(
+        tmp_path / "headless"
+    )
+    data = write(tmp_path / "data", pictures=with_files(tmp_path / "data", 8))
+    name = {"not/there": judge, "liquid": checkpoint}.get(judge, str(tmp_path / judge))
+    assert run(checkpoint, data, tmp_path / "out", "--judge", name) == 2
+    assert re.search(says, capsys.readouterr().err)
+    assert not [*(tmp_path / "out").rglob("*.png")]
+
+
+def test_a_judge_of_emoji_needs_true_pictures(checkpoint, tmp_path, capsys):
+    name = classifier(tmp_path / "judge", {name: index for index, name in enumerate(NAMES)})
+    assert run(checkpoint, write(tmp_path / "data"), tmp_path / "out", "--judge", name) == 2
+    assert "beside true pictures" in capsys.readouterr().err and not [*(tmp_path / "out").rglob("*.png")]
+
+
+def test_a_judge_that_another_benchmark_needs_does_not_name_emoji(checkpoint, tmp_path):
+    data = write(tmp_path / "data", TASKS[:1], with_files(tmp_path / "data", 8))
+    (data / "genai-bench").mkdir()
+    (data / "genai-bench" / "prompts.txt").write_text("red cat\n")
+    (data / "genai-bench" / "genai_skills.json").write_text('{"basic": [1]}')
+    (tmp_path / "scores.jsonl").write_text('{"id": "00001", "score": 0.5}\n')
+    assert run(checkpoint, data, tmp_path / "out", "genai-bench", "--judge", f"scores:{tmp_path}/scores.jsonl") == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "emoji/nearest" in results and len(results) == 2
 
 
 def test_without_true_pictures_the_model_is_judged_by_itself_and_that_is_said(checkpoint, tmp_path, capsys):

@@ -16,6 +16,7 @@ import voken_emoji_data
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import TINY_VQ_CONFIG, tiny_base, tiny_tokenizer
+from transformers import AutoModelForImageClassification
 
 from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM, LiquidVQModel, load_codec, tokenize_dataset
 from transformers_liquid_cli import main
@@ -87,6 +88,11 @@ def test_the_emoji_recipe_builds_a_checkpoint_that_draws(run, tmp_path, monkeypa
         (data / name).write_text(json.dumps(content))
 
     run("emoji/train_codec.py", "--epochs", "1", "1", "1", "--icons", "8")
+    run("emoji/train_judge.py", "--codec", "emoji-codec", "--epochs", "2")
+    judge = AutoModelForImageClassification.from_pretrained("emoji-judge")
+    names = {item.name for item in emoji_data.load_emoji(data)}
+    assert judge.config.label2id.keys() == names and {*judge.config.id2label.values()} <= names
+    assert judge.config.accuracy.keys() == {"originals", "reconstructions"}
     steps = ("--max_steps", "2", "--batch_size", "8", "--use_cpu", "--no-bf16", "--text_tokens", "700")
     run("emoji/train_lm.py", *steps, "--output_dir", "emoji-lm-1")
     words = ("--continue_from", "emoji-lm-1", "--word_vectors", "emoji-lm-1")

@@ -23,7 +23,7 @@ def evaluate(
         str | None, Option(help="For folder, mjhq: inception, a file of it, codec, or an image model.")
     ] = None,
     judge: Annotated[
-        str | None, Option(help="genai-bench: a model, or self; wise: openai:MODEL; or scores:FILE.")
+        str | None, Option(help="genai-bench: a model, self; wise: openai:MODEL; scores:FILE; emoji: a classifier.")
     ] = None,
     as_paper: Annotated[bool, Option("--as-paper", help="By the paper's settings; shows its numbers too.")] = False,
     compare: Annotated[

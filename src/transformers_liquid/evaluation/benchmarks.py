@@ -368,12 +368,13 @@ BENCHMARKS = {
 
 
 def check_benchmarks(names: Sequence[str], measured_by: Mapping[str, str | None]) -> set[str]:
-    """The kinds of benchmarks; raises unless all are known, and have the `judge` or the `features` that they need."""
+    """The kinds of benchmarks; raises unless all are known, and have the `judge` or the `features` that they need;
+    `emoji` may have a judge."""
     if unknown := [name for name in names if name not in BENCHMARKS]:
         raise ValueError(f"No benchmark is called {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}.")
     kinds = {BENCHMARKS[name].kind for name in names}
     for kind, by in measured_by.items():
-        if (kind in kinds) != (by is not None):
+        if (kind in kinds) != (by is not None) and not (by and kind == "judge" and "emoji" in kinds):
             who = ", ".join(name for name, of in BENCHMARKS.items() if of.kind == kind)
             raise ValueError(f"{who} need --{kind}, and nothing else does.")
     if "language" in kinds:

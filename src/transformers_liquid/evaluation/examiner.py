@@ -1,8 +1,8 @@
 """The benchmark `emoji`: small tasks of a model that reads and draws, each with what is right.
 
-What a drawing shows is told from the nearest of true pictures where these are at hand. Where they are not, all pictures are
-drawn by the model, which also names its drawings: then it is judged by itself, and what it neither draws nor knows is no
-mistake.
+What a drawing shows is told from the nearest of true pictures where these are at hand, or by a classifier of pictures.
+Where they are not, all pictures are drawn by the model, which also names its drawings: then it is judged by itself, and
+what it neither draws nor knows is no mistake.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..models.liquid.image_processing_liquid import load_image
 from ..pipelines.text_to_image import LiquidImageGenerationPipeline
 from ..utils.files import whole
 from .benchmarks import Sample, read_pictures
-from .judges import measure_losses
+from .judges import ClassifierJudge, measure_losses
 
 
 PICTURES_NAME, KNOWN_NAME, NEAREST, ENCODED_AT_ONCE = "pictures", "known.safetensors", 5, 64
@@ -73,6 +73,7 @@ class Examiner:
         batch_size (`int`): Pictures drawn side by side.
         max_new_tokens (`int`): Of an answer.
         drawing (`Mapping`): What the pipeline is told.
+        judge ([`ClassifierJudge`], *optional*): What names drawings, and true pictures beside them: its `ceiling`.
     """
 
     def __init__(
@@ -84,9 +85,10 @@ class Examiner:
         batch_size: int,
         max_new_tokens: int,
         drawing: Mapping[str, Any],
+        judge: ClassifierJudge | None = None,
     ) -> None:
         self.pipe, self.pictures, self.folder = pipe, read_pictures(data), folder
-        self.max_new_tokens, self.seed = max_new_tokens, drawing["seed"]
+        self.max_new_tokens, self.seed, self.judge = max_new_tokens, drawing["seed"], judge
         shown = list(dict.fromkeys(name for sample in samples for name in sample.true["pictures"]))
         self.has_files = all("file_name" in one for one in self.pictures.values())
         if self.has_files:
@@ -114,6 +116,10 @@ class Examiner:
                 drawn = [part[None] for part in self._told(sample, max_images=1) if torch.is_tensor(part)]
                 named, right = self._named(drawn[0])[0] if drawn else [], task["tells"]
             scores = {"": named[:1], f"_top{NEAREST}": named} if self.has_files else {"": named}
+            if self.judge is not None:
+                true = self._named(self._decoded(self._ids(right[:1])))[0]
+                scores |= {"_ceiling": true[:1], f"_top{NEAREST}_ceiling": true}
+                right = [self.judge.label_of[name] for name in right]
             scores = {name: not {*of}.isdisjoint(right) for name, of in scores.items()}
         elif "rather" in task:
             said = [replace(sample, question=text) for text in (task["says"][0], task["rather"])]
@@ -131,8 +137,7 @@ class Examiner:
         return {task["measure"] + name: np.array(value, dtype=float).tolist() for name, value in scores.items()}
 
     def _ids(self, names: Sequence[str]) -> torch.Tensor:
-        order = [*self.files]
-        return self._known["ids"][[order.index(name) for name in names]]
+        return self._known["ids"][[[*self.files].index(name) for name in names]]
 
     @cached_property
     def _known(self) -> dict[str, torch.Tensor]:
@@ -172,7 +177,10 @@ class Examiner:
         return processor.decode(out[0, len(prompt) :], skip_special_tokens=True).strip()
 
     def _named(self, drawn: torch.Tensor) -> list[list[str]]:
-        """What drawings `(B, 3, H, W)` show: the nearest pictures, by squares over pixels, or the model's own names."""
+        """What drawings `(B, 3, H, W)` show: the labels of the judge; or the nearest pictures, by squares over pixels; or
+        the model's own names."""
+        if self.judge is not None:
+            return self.judge(self.pipe.processor.image_processor.postprocess(drawn), NEAREST)
         if not self.has_files:
             return [[self._said("", ids[None])] for ids in self._encoded(drawn)]
         distances, names = self._known["squares"] - 2 * drawn.flatten(1) @ self._known["pixels"].T, [*self.files]

@@ -15,8 +15,10 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from PIL import Image
+from transformers import AutoModelForImageClassification, AutoModelForImageTextToText, AutoProcessor
 
+from ..codecs.vq_model import check_loading_info
 from ..data.collator import LiquidDataCollator
 from ..models.liquid.image_processing_liquid import load_image
 from ..pipelines.text_to_image import LiquidImageGenerationPipeline
@@ -68,6 +70,41 @@ def load_judge(
     if model.config.is_encoder_decoder or not processor.chat_template:
         raise ValueError(f"{name} must be a decoder with a chat template, which VQAScore is asked in.")
     return partial(vqa_score, model, processor)
+
+
+class ClassifierJudge:
+    """Names pictures of `emoji` by an image classifier of transformers.
+
+    Args:
+        name (`str`): Its folder, or its name on the Hub. Names that have one id in its `label2id` are one to it.
+        device (`torch.device`): Where it runs.
+        samples (sequence of [`Sample`]): The tasks.
+
+    Raises:
+        ValueError: If it is no such model, or lacks a name that a task asks for.
+    """
+
+    def __init__(self, name: str, device: torch.device, samples: Sequence[Sample]) -> None:
+        try:
+            self.model, info = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
+            self.processor = AutoProcessor.from_pretrained(name)
+            check_loading_info(name, info)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name} is no image classifier of transformers, which emoji need: {error}") from error
+        self.model.eval().to(device)
+        labels = self.model.config.id2label
+        self.label_of = {one: labels[index] for one, index in self.model.config.label2id.items()}
+        asked = {one for task in samples for key in ("shows", "tells") for one in task.true.get(key, ())}
+        if lacking := sorted(asked - self.label_of.keys()):
+            raise ValueError(f"{name} has no label for {len(lacking)} names of tasks, such as {lacking[0]!r}.")
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image], number: int) -> list[list[str]]:
+        """The most probable labels of each picture, at most so many."""
+        inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device)
+        labels = self.model.config.id2label
+        best = self.model(**inputs).logits.topk(min(number, len(labels))).indices.tolist()
+        return [[labels[index] for index in indices] for indices in best]
 
 
 def _written_scores(path: Path, samples: Sequence[Sample], judged: tuple[str, ...]) -> Judge:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..models.liquid.image_processing_liquid import load_image
 from ..models.liquid.vocabulary import FROM_TEXT_ALONE
@@ -30,7 +31,7 @@ from ..utils.files import UNFINISHED, alone_in, check_keys, differences, read_js
 from .benchmarks import BENCHMARKS, FILES, PAPER, Measure, Sample, check_benchmarks, read_rows, read_samples
 from .examiner import PICTURES_NAME, Examiner, draw
 from .intervals import bootstrap_interval, clustered_mean, wilson_interval
-from .judges import Judge, load_judge, measure_losses
+from .judges import ClassifierJudge, Judge, load_judge, measure_losses
 from .language import measure_language
 from .pictures import (
     Extractor,
@@ -74,7 +75,8 @@ def evaluate(
         max_new_tokens (`int`, defaults to 128): Of an answer.
         drawing (`Mapping`, *optional*): What the pipeline is told with prompts. The first is drawn from `seed`, the
             others from those that follow.
-        judge (`str`, *optional*): Who gives scores to drawn pictures: see [`load_judge`].
+        judge (`str`, *optional*): Who gives scores to drawn pictures: see [`load_judge`]. Where no benchmark needs one, who
+            names drawings of `emoji`: see [`ClassifierJudge`].
         features (`str`, *optional*): Whose features are compared: `"codec"`, the model's own, or see [`load_extractor`].
 
     Returns:
@@ -85,11 +87,11 @@ def evaluate(
         ValueError: On bad data, or a folder of another run, before any answer or picture.
     """
     output, data, drawing = Path(output), Path(data), {"seed": 0, **(drawing or {})}
-    check_benchmarks(names, measured_by := {"judge": judge, "features": features})
+    kinds, namer = check_benchmarks(names, measured_by := {"judge": judge, "features": features}), None
     samples = {name: read_samples(name, data, limit) for name in names}
     if "emoji" in samples:
-        pipe.model.config.image_layout.check_one_code(FROM_TEXT_ALONE)
-        measured_by["emoji"] = "nearest" if "file_name" in read_rows(data / FILES["emoji"][1])[0] else "self"
+        own = None if "judge" in kinds else judge
+        measured_by["emoji"], namer = load_namer(pipe, samples["emoji"], data, own)
     shared = {"model": identity, "dtype": str(pipe.dtype).removeprefix("torch."), "limit": limit}
     shared |= {"batch_size": batch_size, "versions": {one: version(one) for one in VERSIONS}}
     runs, tools = {}, {}
@@ -123,7 +125,7 @@ def evaluate(
                     workers = batch_size if run.get("judge", "").startswith("openai:") else 1
                     judge_all(tools[key], of, pictures, path, batch_size, workers)
                 elif "emoji" in run:
-                    tool = Examiner(pipe, of, data, output / name, batch_size, max_new_tokens, drawing)
+                    tool = Examiner(pipe, of, data, output / name, batch_size, max_new_tokens, drawing, namer)
                     judge_all(tool, of, tool.about, path, batch_size)
                 else:
                     score(name, of, answer(pipe, of, folder / ANSWERS_NAME, batch_size, max_new_tokens), data, path)
@@ -131,6 +133,19 @@ def evaluate(
             results[key] = {"run": run, **found}
         write_json(file, (read_json(file) if file.is_file() else {}) | results)
     return results
+
+
+def load_namer(
+    pipe: LiquidImageGenerationPipeline, samples: Sequence[Sample], data: Path, judge: str | None
+) -> tuple[str, ClassifierJudge | None]:
+    """Who says what drawings of `emoji` show: a classifier, the nearest of true pictures, or the model itself."""
+    pipe.model.config.image_layout.check_one_code(FROM_TEXT_ALONE)
+    has_files = "file_name" in read_rows(data / FILES["emoji"][1])[0]
+    if judge is None:
+        return "nearest" if has_files else "self", None
+    if not has_files:
+        raise ValueError("--judge names drawings of emoji beside true pictures: give these with --data.")
+    return judge, ClassifierJudge(judge, pipe.device, samples)
 
 
 def begin_all(output: Path, runs: dict[str, dict], measured_by: dict[str, str | None]) -> dict[str, dict[str, Any]]:
@@ -143,8 +158,9 @@ def begin_all(output: Path, runs: dict[str, dict], measured_by: dict[str, str | 
         begun[key], kind = run, BENCHMARKS[run["benchmark"]].kind
         if kind in measured_by:
             begun[key] = run | {kind: measured_by[kind]}
-            if (file := Path(measured_by[kind].removeprefix("scores:"))).is_file():
-                begun[key]["data"] = run["data"] | {str(file): _digest(file)}
+            given = Path(measured_by[kind].removeprefix("scores:"))
+            files = [file for file in (given, given / SAFE_WEIGHTS_NAME) if file.is_file()]
+            begun[key]["data"] = run["data"] | {str(file): _digest(file) for file in files}
             begin(output / key, begun[key])
     return begun
 
