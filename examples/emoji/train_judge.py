@@ -1,4 +1,4 @@
-"""Trains a judge of drawn emoji: a classifier of pictures, from all 3,786 emoji to their names, in minutes on one core.
+"""Trains a judge of drawn emoji: a classifier of pictures, from all 3,786 emoji to their names, in five CPU minutes.
 
     python examples/emoji/train_judge.py --data_dir emoji-data --output_dir emoji-judge
     transformers-liquid evaluate emoji --data emoji-tasks --judge emoji-judge --output emoji-results
@@ -6,7 +6,7 @@
 It sees originals and what the codec makes of them, so that the artefacts of drawings are known to it, shifted and noisy.
 Emoji that are the same in every pixel share a label: `label2id` has all names, `id2label` the first of each. The folder is
 one of transformers, for `AutoModelForImageClassification`; its `config.accuracy` says how many of the pictures it names
-rightly at the end, as they are. It was trained on these, so that it is surer of them than of drawings.
+rightly at the end, as they are. It was trained on these, so that it may be worse at drawings of them.
 """
 
 from __future__ import annotations
