@@ -91,9 +91,9 @@ class ClassifierJudge:
             check_loading_info(name, info)
         except (OSError, ValueError) as error:
             raise ValueError(f"{name} is no image classifier of transformers, which emoji need: {error}") from error
-        self.model.eval().to(device)
+        self.model.eval().to(device, torch.float32)
         labels = self.model.config.id2label
-        self.label_of = {one: labels[index] for one, index in self.model.config.label2id.items()}
+        self.label_of = {one: labels[int(index)] for one, index in self.model.config.label2id.items()}
         asked = {one for task in samples for key in ("shows", "tells") for one in task.true.get(key, ())}
         if lacking := sorted(asked - self.label_of.keys()):
             raise ValueError(f"{name} has no label for {len(lacking)} names of tasks, such as {lacking[0]!r}.")
