@@ -70,7 +70,7 @@ def classifier(folder: Path, labels: dict[str, int], pictures: torch.Tensor | No
     with torch.no_grad():
         if pictures is not None:
             model.classifier[1].bias -= model(pixel_values=pictures).logits.mean(0)
-    model.save_pretrained(folder)
+    model.half().save_pretrained(folder)  # as many are on the Hub; read in full
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
     return str(folder)
 
@@ -149,7 +149,7 @@ def test_a_classifier_names_drawings_and_the_true_pictures_beside_them(checkpoin
     assert run(checkpoint, data, tmp_path / "out", "--judge", "judge") == 0
     assert "emoji/judge" in (printed := capsys.readouterr().out) and "names_ceiling" in printed
     rows = {row["id"]: row["scores"] for row in read_rows(tmp_path / "out" / "emoji" / "judge" / "scores.jsonl")}
-    model, named = ResNetForImageClassification.from_pretrained(name).eval(), []
+    model, named = ResNetForImageClassification.from_pretrained(name).eval().float(), []
 
     def most_probable(pixels: torch.Tensor) -> int:
         logits = model(pixel_values=pixels.float()[None]).logits[0].tolist()
