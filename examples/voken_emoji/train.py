@@ -53,6 +53,7 @@ from transformers_liquid.data.voken_collator import drawing_pixels
 from transformers_liquid.data.voken_records import load_voken_records
 from transformers_liquid.models.liquid.image_processing_liquid import load_image
 from transformers_liquid.models.voken.prompts import CAPTION_PROMPT, STORY_PROMPTS
+from transformers_liquid.training.voken_train import WEIGHTS
 from transformers_liquid.training.voken_train import main as train_stage
 
 
@@ -113,7 +114,7 @@ def silence(encoder: torch.nn.TransformerEncoder) -> None:
 
 def steps(args: argparse.Namespace, part: str) -> int:
     return max(
-        2, round(args.share * {"diffusion": 4000, "base": 1100, "warm": 1200, "stage1": 400, "stage2": 600}[part])
+        2, round(args.share * {"diffusion": 4000, "base": 4000, "warm": 1200, "stage1": 400, "stage2": 600}[part])
     )
 
 
@@ -254,23 +255,28 @@ def train_base(folder: Path, args: argparse.Namespace) -> None:
     diffusion = StableDiffusionPipeline.from_pretrained(folder / "diffusion")
     mapper = {"mapper_num_layers": 2, "mapper_num_heads": 4, "condition_length": LENGTH}
     pipe = add_vokens(AutoModelForImageTextToText.from_config(config), processor, diffusion, **mapper)
-    pipe.model.config.update({"image_loss_weight": 0.0, "text_loss_weight": 1.0})
-    records = load_voken_records(folder / "captions.jsonl", tokenizer, folder / "images")
-    for record in load_voken_records(folder / "stories.jsonl", tokenizer, folder / "images"):
+    weights = {name: getattr(pipe.model.config, name) for name in WEIGHTS}
+    pipe.model.config.update({"image_loss_weight": 0.0, "text_loss_weight": 1.0, "caption_loss_weight": 1.0})
+    files = {
+        name: load_voken_records(folder / f"{name}.jsonl", tokenizer, folder / "images")
+        for name in ("names", "captions", "stories")
+    }
+    records = 16 * files["names"] + 4 * files["captions"]
+    for record in files["stories"]:
         records += story_samples(record, ["text"])
-    collator = VokenDataCollator(pipe.processor)
+    collator = VokenDataCollator(pipe.processor, captions=True)
     fit(
         VokenTrainer,
         pipe.model,
         folder / "base-training",
         args,
         "base",
-        16,
+        32,
         1e-3,
         train_dataset=records,
         data_collator=collator,
     )
-    pipe.model.config.update({"image_loss_weight": 1.0, "text_loss_weight": 0.01})
+    pipe.model.config.update(weights)
     pipe.save_pretrained(folder / "base")
 
 
