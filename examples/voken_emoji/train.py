@@ -4,9 +4,9 @@
 
 The VAE is the codec of liquid-emoji without its quantizer. Run again to continue; each part is made once:
 1. `diffusion`: a UNet of 2.8 M weights and a CLIP text model learn to draw names;
-2. `base`: a LLaVA of 256 channels learns to read pictures and stories; then it gets vokens (`add_vokens`);
-3. `warm`: stage 1 with captions and texts alone, no diffusion model, which is what gets the mapper started;
-4. `stage1`, `stage2`: as MiniGPT-5, by `transformers-liquid voken train` with the .yaml beside this file.
+2. `base`: a LLaVA of 256 channels with vokens (`add_vokens`) learns to read pictures and stories, and by captions alone,
+   without the diffusion model, what a name and the next scene of a story show;
+3. `stage1`, `stage2`: as MiniGPT-5, by `transformers-liquid voken train` with the .yaml beside this file.
 `--share 0.01` makes a hundredth of the steps of each, to see whether all runs. `--ablation NAME` trains stage 1 once more
 (`stage1-NAME`, for `evaluate.py --model`) without one of its parts, as in the paper's tables 5 and 7; the one without
 guidance is `evaluate.py --guidance_scale 1`.
@@ -83,25 +83,17 @@ def main(args: argparse.Namespace) -> None:
             pipe = InterleavedVokenPipeline.from_pretrained(folder / "base")
             silence(pipe.model.feature_mapper.encoder_decoder.encoder)
             pipe.save_pretrained(folder / base)
-    warm, end = ["--image_loss_weight=0", "--caption_loss_weight=1"], f"-{args.ablation}" if args.ablation else ""
-    stages = [
-        ("warm", base, "stage1", warm),
-        ("stage1", f"warm{end}", "stage1", []),
-        ("stage2", "stage1", "stage2", []),
-    ]
-    if args.ablation:
-        stages = stages[:2]
-    if args.ablation == "no_caption_loss":  # of which the warm start is made
-        stages = [("stage1", base, "stage1", [])]
-    for name, before, config, more in stages:
-        number, name = steps(args, name), f"{name}{end}"
+    end = f"-{args.ablation}" if args.ablation else ""
+    stages = [("stage1", base, "names"), ("stage2", "stage1", "stories")]
+    for stage, before, data in stages[:1] if args.ablation else stages:
+        name = f"{stage}{end}"
         if (folder / name / "model_index.json").exists():
             continue
-        files = ["names.jsonl"] if config == "stage1" else ["stories.jsonl"]
         options = [f"--model={folder / before}", f"--output_dir={folder / name}", f"--image_folder={folder / 'images'}"]
-        options += [f"--max_steps={number}", "--datasets", *(str(folder / file) for file in files)]
-        options += [*more, *ABLATIONS.get(args.ablation, []), *args.option]
-        train_stage(["--config", str(here / f"{config}.yaml"), *options])
+        options += [f"--max_steps={steps(args, stage)}", "--datasets", str(folder / f"{data}.jsonl")]
+        train_stage(
+            ["--config", str(here / f"{stage}.yaml"), *options, *ABLATIONS.get(args.ablation, []), *args.option]
+        )
 
 
 def silence(encoder: torch.nn.TransformerEncoder) -> None:
@@ -114,7 +106,7 @@ def silence(encoder: torch.nn.TransformerEncoder) -> None:
 
 def steps(args: argparse.Namespace, part: str) -> int:
     return max(
-        2, round(args.share * {"diffusion": 4000, "base": 4000, "warm": 1200, "stage1": 400, "stage2": 600}[part])
+        2, round(args.share * {"diffusion": 4000, "base": 4000, "scenes": 1200, "stage1": 600, "stage2": 600}[part])
     )
 
 
@@ -261,21 +253,21 @@ def train_base(folder: Path, args: argparse.Namespace) -> None:
         name: load_voken_records(folder / f"{name}.jsonl", tokenizer, folder / "images")
         for name in ("names", "captions", "stories")
     }
-    records = 16 * files["names"] + 4 * files["captions"]
+    # What a picture shows is learned by the diffusion model's encoding of its name, that of the next scene in the end.
+    shows = {record["image"]: record["text"] for record in files["names"]}
+    told, drawn = [], []
     for record in files["stories"]:
-        records += story_samples(record, ["text"])
+        told += story_samples(record, ["text"])
+        sample = story_samples(record, ["image"])[-1]
+        drawn.append(sample | {"captions": [shows[record["images"][-1]]]})
     collator = VokenDataCollator(pipe.processor, captions=True)
-    fit(
-        VokenTrainer,
-        pipe.model,
-        folder / "base-training",
-        args,
-        "base",
-        32,
-        1e-3,
-        train_dataset=records,
-        data_collator=collator,
-    )
+    courses = {
+        "base": (16 * files["names"] + 4 * files["captions"] + told, 1e-3),
+        "scenes": (6 * files["names"] + 2 * files["captions"] + told[::2] + drawn, 7e-4),
+    }
+    for part, (records, rate) in courses.items():
+        place = folder / f"{part}-training"
+        fit(VokenTrainer, pipe.model, place, args, part, 32, rate, train_dataset=records, data_collator=collator)
     pipe.model.config.update(weights)
     pipe.save_pretrained(folder / "base")
 
