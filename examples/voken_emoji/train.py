@@ -106,7 +106,11 @@ def silence(encoder: torch.nn.TransformerEncoder) -> None:
 
 def steps(args: argparse.Namespace, part: str) -> int:
     return max(
-        2, round(args.share * {"diffusion": 4000, "base": 4000, "scenes": 1200, "stage1": 600, "stage2": 600}[part])
+        2,
+        round(
+            args.share
+            * {"diffusion": 4000, "base": 4000, "scenes": 1200, "tones": 1200, "stage1": 600, "stage2": 600}[part]
+        ),
     )
 
 
@@ -255,6 +259,7 @@ def train_base(folder: Path, args: argparse.Namespace) -> None:
     }
     # What a picture shows is learned by the diffusion model's encoding of its name, that of the next scene in the end.
     shows = {record["image"]: record["text"] for record in files["names"]}
+    things = [record for record in files["names"] if not record["text"].startswith(("man", "woman"))]
     told, drawn = [], []
     for record in files["stories"]:
         told += story_samples(record, ["text"])
@@ -264,6 +269,8 @@ def train_base(folder: Path, args: argparse.Namespace) -> None:
     courses = {
         "base": (16 * files["names"] + 4 * files["captions"] + told, 1e-3),
         "scenes": (6 * files["names"] + 2 * files["captions"] + told[::2] + drawn, 7e-4),
+        # Skin tones are read last; words of things are rarer than those of people.
+        "tones": (2 * files["names"] + 8 * things + 8 * files["captions"] + told[::4] + drawn, 7e-4),
     }
     for part, (records, rate) in courses.items():
         place = folder / f"{part}-training"
