@@ -2,7 +2,8 @@
 
     python examples/voken_emoji/evaluate.py --output_dir voken-emoji --model voken-emoji/stage2
 
-Writes `evaluation.json` and `evaluation.png` into the model's folder:
+Writes `evaluation.json` and `evaluation.png` (eight names; the picture before and the one of eight scenes; these as they
+are drawn in each context) into the model's folder:
 - names: top-1 of the pictures of a model's stage 1 (`--names_model`), and of the diffusion model's own text encoder;
 - scenes: a person as something that no story showed it as, drawn with no context, with the text before, with the picture
   before, and with both (the paper's Table 6): how many have the tone, the gender, the role and all that is asked;
@@ -63,6 +64,8 @@ def main(args: argparse.Namespace) -> None:
 
     # 2. Scenes
     tests = json.loads((folder / "unseen.json").read_text(encoding="utf-8"))[: args.number]
+    for scene in (0, 1):
+        sheet += [load_image(folder / "images" / test["images"][scene]) for test in tests[:8]]
     part = lambda one: {"type": "text", "text": one} if isinstance(one, str) else {"type": "image", "image": one}  # noqa: E731
     for context in CONTEXTS:
         turns = []
@@ -93,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
         [words(reply) == words(test["texts"][1]) for reply, test in zip(replies, tests, strict=True)]
     )
     place = Path(args.model)
-    contact_sheet(sheet).save(place / "evaluation.png")
+    contact_sheet(sheet, columns=8).save(place / "evaluation.png")
     (place / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
 
