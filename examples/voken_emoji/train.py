@@ -107,10 +107,7 @@ def silence(encoder: torch.nn.TransformerEncoder) -> None:
 def steps(args: argparse.Namespace, part: str) -> int:
     return max(
         2,
-        round(
-            args.share
-            * {"diffusion": 4000, "base": 4000, "scenes": 1200, "tones": 1200, "stage1": 600, "stage2": 600}[part]
-        ),
+        round(args.share * {"diffusion": 4000, "base": 1200, "stage1": 600, "stage2": 600}[part]),
     )
 
 
@@ -266,15 +263,10 @@ def train_base(folder: Path, args: argparse.Namespace) -> None:
         sample = story_samples(record, ["image"])[-1]
         drawn.append(sample | {"captions": [shows[record["images"][-1]]]})
     collator = VokenDataCollator(pipe.processor, captions=True)
-    courses = {
-        "base": (16 * files["names"] + 4 * files["captions"] + told, 1e-3),
-        "scenes": (6 * files["names"] + 2 * files["captions"] + told[::2] + drawn, 7e-4),
-        # Skin tones are read last; words of things are rarer than those of people.
-        "tones": (2 * files["names"] + 8 * things + 8 * files["captions"] + told[::4] + drawn, 7e-4),
-    }
-    for part, (records, rate) in courses.items():
-        place = folder / f"{part}-training"
-        fit(VokenTrainer, pipe.model, place, args, part, 32, rate, train_dataset=records, data_collator=collator)
+    # Many captions, since skin tones are read last; words of things are rarer than those of people.
+    records = 2 * files["names"] + 8 * things + 8 * files["captions"] + told[::4] + drawn
+    place = folder / "base-training"
+    fit(VokenTrainer, pipe.model, place, args, "base", 32, 7e-4, train_dataset=records, data_collator=collator)
     pipe.model.config.update(weights)
     pipe.save_pretrained(folder / "base")
 
@@ -295,7 +287,9 @@ def fit(
         remove_unused_columns=False, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     trainer = kind(model=model.train(), args=settings, **data)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    # The Trainer does not find the weights of a LLaVA again, which is saved under other names: that begins anew.
+    goes_on = kind is Trainer and folder.is_dir()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if goes_on else None)
     model.eval()
 
 
