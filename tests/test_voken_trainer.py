@@ -324,3 +324,14 @@ def test_prefix_tuning_moves_the_prefix_the_rows_and_the_encoder_decoder_and_dra
         assert not torch.allclose(merged(**batch).logits, expected.logits, atol=1e-3)
         merged.text_model = PeftModel.from_pretrained(merged.text_model, tmp_path / "prefix")
         torch.testing.assert_close(merged(**batch).logits, expected.logits)
+
+
+@pytest.mark.parametrize("model_type", ["llama", *VISION_BASES])
+def test_a_whole_model_that_was_stopped_ends_with_the_weights_of_one_that_was_not(model_type, saved, tmp_path):
+    records = [record(index) for index in range(8)]
+    model = saved(model_type, unconditional_probability=0.0)
+    trained(model, tmp_path / "run", records, max_steps=4, save_strategy="steps", save_steps=2)
+    again = saved(model_type, unconditional_probability=0.0)
+    trained(again, tmp_path / "again", records, max_steps=4, resume=str(tmp_path / "run" / "checkpoint-2"))
+    expected = weights(model)
+    assert all(torch.equal(one, expected[name]) for name, one in weights(again).items())

@@ -287,9 +287,7 @@ def fit(
         remove_unused_columns=False, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     trainer = kind(model=model.train(), args=settings, **data)
-    # The Trainer does not find the weights of a LLaVA again, which is saved under other names: that begins anew.
-    goes_on = kind is Trainer and folder.is_dir()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if goes_on else None)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
     model.eval()
 
 

@@ -96,6 +96,13 @@ class VokenTrainer(WholeTrainer):
         self._stats["train" if model.training else "eval"] += stats
         return (loss, outputs) if return_outputs else loss
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        if not isinstance(model, VokenForConditionalGeneration) or self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # The Trainer looks for the names of the modules; some bases, such as LLaVA, are saved under others.
+        model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict())
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As in the Trainer, for losses alone."""
         return super().prediction_step(model, inputs, prediction_loss_only=True, ignore_keys=ignore_keys)
