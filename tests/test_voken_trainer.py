@@ -335,3 +335,24 @@ def test_a_whole_model_that_was_stopped_ends_with_the_weights_of_one_that_was_no
     trained(again, tmp_path / "again", records, max_steps=4, resume=str(tmp_path / "run" / "checkpoint-2"))
     expected = weights(model)
     assert all(torch.equal(one, expected[name]) for name, one in weights(again).items())
+
+
+def test_the_best_checkpoint_is_what_a_whole_model_ends_with(saved, tmp_path):
+    records = [record(index) for index in range(8)]
+    settings = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "learning_rate": 10.0,
+    }
+    args = arguments(tmp_path / "run", max_steps=2, load_best_model_at_end=True, **settings)
+    model = saved("llava", unconditional_probability=0.0)
+    trainer = VokenTrainer(
+        model=model, args=args, train_dataset=records, eval_dataset=records[:2], data_collator=collate
+    )
+    trainer.train()
+    best = VokenForConditionalGeneration.from_pretrained(trainer.state.best_model_checkpoint)
+    expected = weights(best)
+    assert all(torch.equal(one, expected[name]) for name, one in weights(model).items())
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")  # and not the last one

@@ -96,12 +96,23 @@ class VokenTrainer(WholeTrainer):
         self._stats["train" if model.training else "eval"] += stats
         return (loss, outputs) if return_outputs else loss
 
+    # The Trainer looks for the names of the modules in a checkpoint; some bases, such as LLaVA, are saved under others.
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        model = self.model if model is None else model
-        if not isinstance(model, VokenForConditionalGeneration) or self.is_fsdp_enabled:
+        if not self._loads_whole:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # The Trainer looks for the names of the modules; some bases, such as LLaVA, are saved under others.
-        model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict())
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if not self._loads_whole:
+            return super()._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    @property
+    def _loads_whole(self) -> bool:
+        is_whole = isinstance(self.model, VokenForConditionalGeneration)
+        return is_whole and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As in the Trainer, for losses alone."""
