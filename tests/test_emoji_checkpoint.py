@@ -63,6 +63,7 @@ def test_it_draws_from_words_that_people_use(pipe):
     assert right >= 7  # chance: 0.2 of 10
 
 
+@pytest.mark.slow
 def test_it_edits(pipe):
     asked = {name: name.rpartition(": ")[2] for name in SEEN if name.count("skin tone") == 1}
     source = {name: pipe(name.rpartition(": ")[0], seed=1)[0] for name in asked}

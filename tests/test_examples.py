@@ -210,14 +210,15 @@ def test_voken_emoji_is_trained_in_all_its_parts_and_measured(run, tmp_path, mon
         for file in (entry["image"], *(one["image"] for one in entry["skin_variations"].values())):
             picture(len(list(folder.iterdir()))).save(folder / file)
     (folder.parents[2] / "emoji.json").write_text(json.dumps(entries))
-    run("voken_emoji/train.py", "--share", "0")
-    run("voken_emoji/train.py", "--share", "0")  # all is there
+    no_previews = "--option=--preview_steps=0"
+    run("voken_emoji/train.py", "--share", "0", no_previews)
+    run("voken_emoji/train.py", "--share", "0", no_previews)  # all is there
     run("voken_emoji/evaluate.py", "--number", "3", "--steps", "1")
     results = json.loads((tmp_path / "voken-emoji" / "stage2" / "evaluation.json").read_text())
     assert [*results["scenes"]] == ["none", "text", "picture", "both"] and results["told"]["of"] == 3
     assert (tmp_path / "voken-emoji" / "stage2" / "evaluation.png").exists()
     for ablation in ("fixed_queries", "decoder_only"):
-        run("voken_emoji/train.py", "--share", "0", "--ablation", ablation)
+        run("voken_emoji/train.py", "--share", "0", no_previews, "--ablation", ablation)
     run("voken_emoji/evaluate.py", "--number", "1", "--steps", "1", "--model", "voken-emoji/stage1-fixed_queries")
     base, queries, silent = (
         load_file(f"voken-emoji/{name}/model/model.safetensors")

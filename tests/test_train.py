@@ -112,7 +112,7 @@ def test_rows_alone_move_where_only_rows_are_trained(folder, tmp_path):
         assert not torch.allclose(model(text).logits[..., offset:], base(text).logits[..., offset:], atol=1e-3)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["pictures", "pictures/metadata.jsonl"])
 def test_pictures_become_codes_before_they_are_trained_on(folder, tmp_path, monkeypatch, name, streaming):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -130,6 +130,7 @@ def test_lora_trains_from_the_command_line(folder, tmp_path):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_streaming_trains(folder, tmp_path):
     main(config(folder, tmp_path / "run", streaming=True))
     assert (tmp_path / "run" / "model.safetensors").exists()
