@@ -84,13 +84,18 @@ def main(args: argparse.Namespace) -> None:
             silence(pipe.model.feature_mapper.encoder_decoder.encoder)
             pipe.save_pretrained(folder / base)
     end = f"-{args.ablation}" if args.ablation else ""
-    stages = [("stage1", base, "names"), ("stage2", "stage1", "stories")]
-    for stage, before, data in stages[:1] if args.ablation else stages:
+    # With names alone, stage 1 would forget what to draw in a story, and stage 2 would not find it again.
+    stages = [("stage1", base, [*5 * ["names"], "scenes"]), ("stage2", "stage1", ["stories"])]
+    for stage, before, datasets in stages[:1] if args.ablation else stages:
         name = f"{stage}{end}"
         if (folder / name / "model_index.json").exists():
             continue
         options = [f"--model={folder / before}", f"--output_dir={folder / name}", f"--image_folder={folder / 'images'}"]
-        options += [f"--max_steps={steps(args, stage)}", "--datasets", str(folder / f"{data}.jsonl")]
+        options += [
+            f"--max_steps={steps(args, stage)}",
+            "--datasets",
+            *(str(folder / f"{data}.jsonl") for data in datasets),
+        ]
         train_stage(
             ["--config", str(here / f"{stage}.yaml"), *options, *ABLATIONS.get(args.ablation, []), *args.option]
         )
@@ -105,10 +110,7 @@ def silence(encoder: torch.nn.TransformerEncoder) -> None:
 
 
 def steps(args: argparse.Namespace, part: str) -> int:
-    return max(
-        2,
-        round(args.share * {"diffusion": 4000, "base": 1200, "stage1": 600, "stage2": 600}[part]),
-    )
+    return max(2, round(args.share * {"diffusion": 4000, "base": 5000, "stage1": 900, "stage2": 600}[part]))
 
 
 def train_diffusion(folder: Path, args: argparse.Namespace) -> None:
@@ -252,19 +254,14 @@ def train_base(folder: Path, args: argparse.Namespace) -> None:
     pipe.model.config.update({"image_loss_weight": 0.0, "text_loss_weight": 1.0, "caption_loss_weight": 1.0})
     files = {
         name: load_voken_records(folder / f"{name}.jsonl", tokenizer, folder / "images")
-        for name in ("names", "captions", "stories")
+        for name in ("names", "captions", "stories", "scenes")
     }
-    # What a picture shows is learned by the diffusion model's encoding of its name, that of the next scene in the end.
-    shows = {record["image"]: record["text"] for record in files["names"]}
     things = [record for record in files["names"] if not record["text"].startswith(("man", "woman"))]
-    told, drawn = [], []
-    for record in files["stories"]:
-        told += story_samples(record, ["text"])
-        sample = story_samples(record, ["image"])[-1]
-        drawn.append(sample | {"captions": [shows[record["images"][-1]]]})
+    told = [sample for record in files["stories"] for sample in story_samples(record, ["text"])]
     collator = VokenDataCollator(pipe.processor, captions=True)
-    # Many captions, since skin tones are read last; words of things are rarer than those of people.
-    records = 2 * files["names"] + 8 * things + 8 * files["captions"] + told[::4] + drawn
+    # What is drawn is learned by the diffusion model's encoding of its name. Many captions, since skin tones are read last;
+    # words of things are rarer than those of people.
+    records = 2 * files["names"] + 8 * things + 8 * files["captions"] + told[::4] + 2 * files["scenes"]
     place = folder / "base-training"
     fit(VokenTrainer, pipe.model, place, args, "base", 32, 7e-4, train_dataset=records, data_collator=collator)
     pipe.model.config.update(weights)

@@ -15,6 +15,8 @@ from typing import Any
 
 from PIL import Image
 
+from transformers_liquid import story_samples
+
 
 sys.path.append(str(Path(__file__).parents[1] / "emoji"))
 from emoji_data import SKIN_TONES, load_emoji
@@ -26,7 +28,8 @@ NUM_THINGS, NUM_UNSEEN = 300, 80
 
 
 def write_data(data_dir: str | Path, folder: Path) -> None:
-    """Writes `names.jsonl`, `stories.jsonl` (to learn), `unseen.json` (to be judged on) and the pictures, on white."""
+    """Writes what is learned (`names.jsonl`, their `captions.jsonl`, `stories.jsonl`, and `scenes.jsonl`, one scene of each
+    story with the name of what it shows), `unseen.json` to be judged on, and the pictures, on white."""
     emoji = load_emoji(data_dir)
     paths = {one.name: one.path for one in emoji}
     roles = sorted({one[1] for name in paths if (one := re.fullmatch(r"woman ([a-z ]+): light skin tone", name))})
@@ -65,7 +68,11 @@ def write_data(data_dir: str | Path, folder: Path) -> None:
         story(draw.choice(PEOPLE), who, tone, [role]) | {"who": who, "role": role, "tone": tone}
         for who, role, tone in sorted(unseen)
     ]
-    for file, records in {"names": names, "captions": captions, "stories": stories}.items():
+    shows, scenes = {record["image"]: record["text"] for record in names}, []
+    for one in stories:
+        scene = draw.choice(story_samples(one, ["image", "multimodal"])[1:])  # the first one has nothing before it
+        scenes.append(scene | {"captions": [shows[scene["messages"][-1]["content"][-1]["image"]]]})
+    for file, records in {"names": names, "captions": captions, "stories": stories, "scenes": scenes}.items():
         (folder / f"{file}.jsonl").write_text(
             "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
         )
