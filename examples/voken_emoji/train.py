@@ -5,8 +5,9 @@
 The VAE is the codec of liquid-emoji without its quantizer. Run again to continue; each part is made once:
 1. `diffusion`: a UNet of 2.8 M weights and a CLIP text model learn to draw names;
 2. `base`: a LLaVA of 256 channels with vokens (`add_vokens`) learns to read pictures and stories, and by captions alone,
-   without the diffusion model, what a name and the next scene of a story show;
-3. `stage1`, `stage2`: as MiniGPT-5, by `transformers-liquid voken train` with the .yaml beside this file.
+   without the diffusion model, what names and scenes of stories show;
+3. `stage1`, `stage2`: as MiniGPT-5, by `transformers-liquid voken train` with the .yaml beside this file; stage 1 with scenes
+   beside names.
 `--share 0.01` makes a hundredth of the steps of each, to see whether all runs. `--ablation NAME` trains stage 1 once more
 (`stage1-NAME`, for `evaluate.py --model`) without one of its parts, as in the paper's tables 5 and 7; the one without
 guidance is `evaluate.py --guidance_scale 1`.
