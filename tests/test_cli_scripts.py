@@ -21,7 +21,7 @@ from PIL import Image
 from test_cli import environment, error_of, run
 from tiny import EOS_ID, tiny_model, tiny_processor
 
-from transformers_liquid import EMOJI_CHECKPOINT, LiquidConversation, LiquidForCausalLM, LiquidProcessor
+from transformers_liquid import EMOJI_CHECKPOINT, VOKEN_EMOJI, LiquidConversation, LiquidForCausalLM, LiquidProcessor
 from transformers_liquid.checkpoints import find_checkpoint
 from transformers_liquid.training.arguments import ModelArguments
 from transformers_liquid_cli import app, main
@@ -348,7 +348,7 @@ def test_ctrl_c_while_tokenizing_loses_only_the_shard_in_flight(capsys):
 
 def test_a_model_is_known_by_the_name_on_its_card(capsys):
     assert find_checkpoint(None) == find_checkpoint("liquid-emoji") == EMOJI_CHECKPOINT
-    assert find_checkpoint("ours") == "ours"
+    assert find_checkpoint("voken-emoji") == VOKEN_EMOJI and find_checkpoint("ours") == "ours"
     assert ModelArguments(model="liquid-emoji").model == EMOJI_CHECKPOINT  # of train
     assert run("info --model liquid-emoji") == 0
     assert EMOJI_CHECKPOINT in capsys.readouterr().out

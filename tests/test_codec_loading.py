@@ -13,14 +13,16 @@ import torch.nn.functional as F
 import yaml
 from diffusers import VQModel
 from test_convert_codec import OracleAttention, OracleResnet, make_config, make_oracle, norm, write
-from tiny import tiny_base, tiny_codec, tiny_model
+from tiny import TINY_UNITOK_CONFIG, tiny_base, tiny_codec, tiny_model
 from torch import nn
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonVQVAEConfig
 
 from transformers_liquid import (
     EMOJI_CHECKPOINT,
+    CodecVAE,
     LiquidForCausalLM,
     LiquidVQModel,
+    UniTokModel,
     load_codec,
     load_llamagen_codec,
     save_llamagen_codec,
@@ -351,3 +353,36 @@ def test_what_is_no_codec_is_told_with_what_was_found(tmp_path):
     ]:
         with pytest.raises(error, match=message):
             load_codec(name, local_files_only=True)
+
+
+# As the VAE of a diffusion model
+
+
+def test_a_codec_is_a_vae_that_rounds_nothing(tmp_path):
+    codec = tiny_codec()
+    codec.save_pretrained(tmp_path / "codec")
+    vae = CodecVAE(str(tmp_path / "codec"), scaling_factor=0.5)
+    picture = pixels(16, 16)
+    with torch.no_grad():
+        posterior = vae.encode(picture).latent_dist
+        latents = codec.encode(picture).latents
+        torch.testing.assert_close(posterior.mean, latents, rtol=0, atol=0)
+        torch.testing.assert_close(posterior.sample(), latents, rtol=0, atol=1e-5)
+        expected = codec.decode(latents, force_not_quantize=True).sample
+        torch.testing.assert_close(vae.decode(latents).sample, expected, rtol=0, atol=0)
+    assert latents.shape[1] == vae.config.latent_channels
+
+
+def test_a_vae_of_a_codec_is_saved_as_its_name(tmp_path):
+    tiny_codec().save_pretrained(tmp_path / "codec")
+    vae = CodecVAE(str(tmp_path / "codec"), scaling_factor=0.5)
+    vae.save_pretrained(tmp_path / "vae")
+    assert [file.name for file in (tmp_path / "vae").iterdir()] == ["config.json"]
+    again = CodecVAE.from_pretrained(tmp_path, subfolder="vae", torch_dtype=torch.bfloat16)
+    assert same_weights(again, vae.to(torch.bfloat16)) and again.config.scaling_factor == 0.5
+    tiny_codec(seed=5).save_pretrained(tmp_path / "codec")
+    with pytest.raises(ValueError, match=r"The VAE is of a codec [0-9a-f]{12}, but .*codec is [0-9a-f]{12}, another"):
+        CodecVAE.from_pretrained(tmp_path / "vae")
+    UniTokModel(**TINY_UNITOK_CONFIG).save_pretrained(tmp_path / "several")
+    with pytest.raises(ValueError, match=r"A codec of one code a position becomes a VAE, .*several is a UniTokModel"):
+        CodecVAE(str(tmp_path / "several"), scaling_factor=1.0)

@@ -214,9 +214,9 @@ def test_voken_emoji_is_trained_in_all_its_parts_and_measured(run, tmp_path, mon
     run("voken_emoji/train.py", "--share", "0", no_previews)
     run("voken_emoji/train.py", "--share", "0", no_previews)  # all is there
     run("voken_emoji/evaluate.py", "--number", "3", "--steps", "1")
-    results = json.loads((tmp_path / "voken-emoji" / "stage2" / "evaluation.json").read_text())
+    results = json.loads((tmp_path / "voken-emoji" / "shipped" / "evaluation.json").read_text())
     assert [*results["scenes"]] == ["none", "text", "picture", "both"] and results["told"]["of"] == 3
-    assert (tmp_path / "voken-emoji" / "stage2" / "evaluation.png").exists()
+    assert (tmp_path / "voken-emoji" / "shipped" / "evaluation.png").exists()
     for ablation in ("fixed_queries", "decoder_only"):
         run("voken_emoji/train.py", "--share", "0", no_previews, "--ablation", ablation)
     run("voken_emoji/evaluate.py", "--number", "1", "--steps", "1", "--model", "voken-emoji/stage1-fixed_queries")

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from tiny_vokens import tiny_voken_pipeline
 
-from transformers_liquid import EMOJI_CHECKPOINT, LiquidForCausalLM
+from transformers_liquid import EMOJI_CHECKPOINT, VOKEN_EMOJI, LiquidForCausalLM
 from transformers_liquid_cli import main
 
 
@@ -138,9 +138,10 @@ def test_files_that_are_named_exist(page):
         assert (ROOT / path).exists(), path
 
 
-def test_the_embedded_checkpoint_carries_the_card_of_modeling_cards():
-    embedded = Path(EMOJI_CHECKPOINT, "README.md").read_text(encoding="utf-8")
-    assert PAGES["modeling_cards/liquid-emoji.md"] == embedded
+@pytest.mark.parametrize("checkpoint", [EMOJI_CHECKPOINT, VOKEN_EMOJI])
+def test_an_embedded_checkpoint_carries_its_card_of_modeling_cards(checkpoint):
+    embedded = Path(checkpoint, "README.md").read_text(encoding="utf-8")
+    assert PAGES[f"modeling_cards/{Path(checkpoint).name}.md"] == embedded
 
 
 @pytest.mark.skipif(

@@ -1,10 +1,10 @@
 """What voken-emoji draws and tells, and what it needs for that: names, and scenes with more and less of what came before.
 
-    python examples/voken_emoji/evaluate.py --output_dir voken-emoji --model voken-emoji/stage2
+    python examples/voken_emoji/evaluate.py --output_dir voken-emoji
 
 Writes `evaluation.json` and `evaluation.png` (eight names; the picture before and the one of eight scenes; these as they
 are drawn in each context) into the model's folder:
-- names: top-1 of the pictures of a model's stage 1 (`--names_model`), and of the diffusion model's own text encoder;
+- names: top-1, and that of the diffusion model's own text encoder;
 - scenes: a person as something that no story showed it as, drawn with no context, with the text before, with the picture
   before, and with both (the paper's Table 6): how many have the tone, the gender, the role and all that is asked;
 - told: how many pictures of scenes are told word for word.
@@ -53,8 +53,7 @@ def main(args: argparse.Namespace) -> None:
 
     # 1. Names
     chosen = random.Random(1).sample(names, min(args.number, len(names)))
-    stage1 = InterleavedVokenPipeline.from_pretrained(args.names_model or args.model)
-    drawn = [out[0] for out in stage1(chosen, **settings, **run).segments]
+    drawn = [out[0] for out in pipe(chosen, **settings, **run).segments]
     own = StableDiffusionPipeline.from_pretrained(folder / "diffusion", safety_checker=None)
     seeds = [torch.Generator().manual_seed(index) for index in range(len(chosen))]
     guided = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, "generator": seeds}
@@ -112,9 +111,8 @@ def share(right: list[bool]) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="voken-emoji", help="of train.py")
-    parser.add_argument("--model", default="voken-emoji/stage2")
-    parser.add_argument("--names_model", help="measured on names; the model unless given")
+    parser.add_argument("--model", default="voken-emoji/shipped")
     parser.add_argument("--number", type=int, default=80, help="names, and scenes, to measure")
-    parser.add_argument("--steps", type=int, default=25, help="of the diffusion model")
+    parser.add_argument("--steps", type=int, default=15, help="of the diffusion model")
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     main(parser.parse_args())

@@ -18,11 +18,12 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from .checkpoints import EMOJI_CHECKPOINT
+from .checkpoints import EMOJI_CHECKPOINT, VOKEN_EMOJI
 from .codecs.llamagen import load_llamagen_codec, save_llamagen_codec
 from .codecs.loading import load_codec
 from .codecs.taming import load_taming_codec, save_taming_codec
 from .codecs.unitok import UniTokModel, load_unitok_codec, save_unitok_codec
+from .codecs.vae import CodecVAE
 from .codecs.vq_model import CHAMELEON_VQ_CONFIG, LiquidVQModel
 from .conversion.expand import expand_vocabulary
 from .conversion.export import export_base_model, export_unitok
@@ -93,6 +94,8 @@ __all__ = [
     "CHAMELEON_VQ_CONFIG",
     "DEFAULT_IMAGE_GENERATION_CONFIG",
     "EMOJI_CHECKPOINT",
+    "VOKEN_EMOJI",
+    "CodecVAE",
     "GuidanceLogitsProcessor",
     "ImageIteratorStreamer",
     "ImageStreamer",

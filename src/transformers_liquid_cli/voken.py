@@ -88,7 +88,7 @@ def train(
 @voken_app.command()
 def story(
     prompt: Annotated[list[str], Argument(help="How it begins: texts, and files of pictures.")],
-    model: Annotated[str, Option(help="A repository with vokens: a folder or a name on the Hub.")],
+    model: Annotated[str, Option(help="A repository with vokens: a folder or a name on the Hub.")] = "voken-emoji",
     output: Annotated[Path, Option(help="A new .md; its pictures go beside it.")] = Path("story.md"),
     scenes: Annotated[int, Option(min=1, help="How many.")] = 1,
     num_images: Annotated[int | None, Option(min=1, help="At least so many in each.")] = None,
@@ -109,6 +109,7 @@ def story(
     import torch
 
     from transformers_liquid import InterleavedVokenPipeline
+    from transformers_liquid.checkpoints import find_checkpoint
     from transformers_liquid.data.source import names_picture
     from transformers_liquid.models.liquid.image_processing_liquid import load_image
     from transformers_liquid.models.liquid.reference import naming
@@ -123,7 +124,7 @@ def story(
     parts = [load_image(one) if os.path.isfile(one) else one for one in prompt]
     with naming(model), reading(model):
         kwargs = {} if dtype == "auto" else {"torch_dtype": getattr(torch, dtype)}
-        pipe = InterleavedVokenPipeline.from_pretrained(model, **kwargs).to(find_device(device))
+        pipe = InterleavedVokenPipeline.from_pretrained(find_checkpoint(model), **kwargs).to(find_device(device))
     pipe.set_progress_bar_config(disable=None)  # on a terminal alone
     drawing = {"guidance_scale": guidance_scale, "num_inference_steps": steps, "num_images": num_images}
     out = pipe.story(parts, scenes=scenes, seed=seed, max_new_tokens=max_new_tokens, **drawing)

@@ -18,6 +18,7 @@ import torch
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
+from ..checkpoints import find_checkpoint
 from ..data.records import content_of
 from ..data.voken_collator import VokenDataCollator, story_samples
 from ..data.voken_records import load_voken_records
@@ -68,6 +69,9 @@ class VokenArguments:
     target_modules: str | None = HfArg(
         default=None, help="A regular expression of the layers for LoRA. Defaults to q_proj and v_proj."
     )
+
+    def __post_init__(self):
+        self.model = find_checkpoint(self.model)
 
 
 @dataclass
