@@ -30,8 +30,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Runs a script of examples/ as from a command line, in an empty folder."""
+    """Runs a script of examples/ as from a command line, in an empty folder; nothing is fetched."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("npm_config_offline", "true")
 
     def run(script: str, *arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", [script, *arguments])
@@ -205,11 +206,12 @@ def test_voken_emoji_is_trained_in_all_its_parts_and_measured(run, tmp_path, mon
         tones = {tone: {"image": f"{index}-{tone}.png", "has_img_google": True} for tone in emoji_data.SKIN_TONES}
         entry = {"name": name, "unified": f"{index}", "category": "People & Body" if name in people else "Things"}
         entry |= {"subcategory": "country-flag" if "FLAG" in name else "other", "has_img_google": True}
-        entry |= {"image": f"{index}.png", "skin_variations": tones if name in people else {}}
+        entry |= {"image": f"{index}.png", "skin_variations": tones if name in people else {}, "short_names": []}
         entries.append(entry)
         for file in (entry["image"], *(one["image"] for one in entry["skin_variations"].values())):
             picture(len(list(folder.iterdir()))).save(folder / file)
-    (folder.parents[2] / "emoji.json").write_text(json.dumps(entries))
+    for file, content in {"emoji": entries, "package": {}}.items():
+        (folder.parents[2] / f"{file}.json").write_text(json.dumps(content))
     no_previews = "--option=--preview_steps=0"
     run("voken_emoji/train.py", "--share", "0", no_previews)
     run("voken_emoji/train.py", "--share", "0", no_previews)  # all is there
