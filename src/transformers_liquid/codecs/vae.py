@@ -60,16 +60,17 @@ class CodecVAE(AutoencoderKL):
         self.eval().requires_grad_(False)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, torch_dtype: torch.dtype | None = None, **kwargs: Any
-    ) -> CodecVAE:
-        """Makes it of the codec that a folder names, as when it was saved.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> CodecVAE:
+        """Makes it of the codec that a folder names, as when it was saved; `kwargs` as in diffusers: where it lies, `dtype`.
 
         Raises:
             OSError, ValueError: See there.
         """
         config = cls.load_config(pretrained_model_name_or_path, **hub_arguments(kwargs))
-        return cls(*(config[name] for name in ("codec", "scaling_factor", "identity"))).to(torch_dtype)
+        vae = cls(*(config[name] for name in ("codec", "scaling_factor", "identity")))
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))  # its former name
+        # diffusers' own `to` warns of parts to keep in float32, of which there are none.
+        return vae if dtype is None else nn.Module.to(vae, dtype)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Writes its configuration, which names the codec; `kwargs` as for diffusers' `save_config`."""
