@@ -108,6 +108,7 @@ def main(args: argparse.Namespace) -> None:
         with whole_folder(shipped) as place:
             pipe = InterleavedVokenPipeline.from_pretrained(folder / "stage2")
             pipe.model.config.image_decoder = None  # it is there beside the model
+            pipe.model.generation_config.update(do_sample=True, top_p=0.9)  # else every story has the likeliest role
             pipe.save_pretrained(place)
             for file in Path(place).rglob("*.safetensors"):
                 save_file({name: one.half() for name, one in load_file(file).items()}, file, metadata={"format": "pt"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
@@ -45,11 +46,9 @@ class CodecVAE(AutoencoderKL):
             raise ValueError(f"A codec of one code a position becomes a VAE, {codec} is a {type(ours).__name__}.")
         if identity not in (None, found := codec_identity(ours)):
             raise ValueError(f"The VAE is of a codec {identity[:12]}, but {codec} is {found[:12]}, another one.")
-        names = ("in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels")
-        names += ("layers_per_block", "act_fn", "latent_channels", "norm_num_groups", "sample_size")
-        names += ("mid_block_add_attention", "force_upcast")
+        known = inspect.signature(AutoencoderKL).parameters.keys() & ours.config.keys()
         with torch.device("meta"):
-            super().__init__(**{name: ours.config[name] for name in names}, scaling_factor=scaling_factor)
+            super().__init__(**{name: ours.config[name] for name in known} | {"scaling_factor": scaling_factor})
         self.encoder, self.decoder, self.post_quant_conv = ours.encoder, ours.decoder, ours.post_quant_conv
         # Mean, and the logarithm of the variance.
         channels = ours.quant_conv.out_channels
