@@ -557,6 +557,31 @@ def test_the_pipeline_draws_with_pictures_in_the_context(processor):
         pipe("a", image=picture(), negative_prompt="b", guidance_context="images", **settings)
 
 
+def test_what_will_be_seen_is_said_first_and_drawn_with_these_words(processor):
+    model = tiny_model()
+    pipe = LiquidImageGenerationPipeline(model=model, processor=processor, progress_bar=False)
+    model.generation_config.max_new_tokens = 2
+    prompts, images = ["in blue", "a <image>"], [picture(), picture("blue")]
+    own, said = [[one] for one in images], []
+    for text, shown in zip(["<image> in blue", prompts[1]], own, strict=True):  # one by one, as any question
+        messages = [{"role": "user", "content": f"{text} The caption of this image is:"}]
+        inputs = processor(text=[messages], images=[shown], generation_mode="interleaved", return_tensors="pt")
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        ids = model.generate(**inputs, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        said.append(f"{messages[0]['content']} {processor.decode(ids, skip_special_tokens=True).strip()}")
+    assert all(not text.endswith(":") for text in said)
+    expected = pipe(said, image=own, seed=4)
+    assert pipe(prompts, image=images, seed=4, caption_first=True) == expected
+    assert pipe(prompts, image=images, seed=4, caption_first=True, batch_size=1) == expected
+    assert pipe(prompts, image=images, seed=4) != expected
+    model.generation_config.image_generation_config = {"caption_first": True}
+    output = pipe(prompts, image=images, seed=4, return_dict=True)
+    assert output.images == expected and output.settings[0]["caption_first"]
+    assert pipe("in blue", seed=4) == pipe("in blue", seed=4, caption_first=False)  # without pictures there is none
+    with pytest.raises(ValueError, match="caption_first must be True or False, got 'yes'"):
+        pipe(prompts, image=images, caption_first="yes")
+
+
 def test_pictures_of_the_context_have_the_size_of_the_picture_to_draw(processor):
     inputs = processor(text="<image> dog", images=picture(size=(20, 10)), height=4, width=8, generation_mode="image")
     assert inputs["pixel_values"].shape == (1, 3, 4, 8)

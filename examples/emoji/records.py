@@ -2,7 +2,7 @@
 
 - names and other words -> an emoji; names of icons -> an icon;
 - a picture -> its name, its skin tone, role or colour; pictures that are neither emoji nor icon -> that;
-- edits: another skin tone, man and woman, another role, another time or colour;
+- edits: another skin tone, man and woman, another role, another time or colour; what they will show is asked first;
 - stories of two and three pictures, and three pictures of which two are labelled;
 - conversations: a picture for what is asked for, and a sentence for what is not to be drawn.
 
@@ -25,6 +25,8 @@ from emoji_data import SKIN_TONES, Emoji, split_tones
 from icons import COLOURS
 from words import PHRASINGS, TONED, Words, is_heldout, is_heldout_word
 
+from transformers_liquid.models.liquid.prompts import CAPTION_INSTRUCTION
+
 
 # Of the records; a story has three times the positions of a picture.
 SHARES = {
@@ -33,6 +35,7 @@ SHARES = {
     "caption": 16,
     "question": 5,
     "edit": 14,
+    "foretold": 0,
     "story": 9,
     "in_context": 3,
     "conversation": 2,
@@ -262,12 +265,19 @@ class Records(torch.utils.data.Dataset):
         others (`np.ndarray` of shape `(L, h * w)`): Codes of pictures that are neither.
         length (`int`): How many records.
         seed (`int`): Of the draws.
+        misread (`float`): Share of the pictures to draw some of whose codes are read as those of a sibling.
     """
 
-    def __init__(self, world: World, codes, cumulative, icons, others, length: int, seed: int = 0) -> None:
+    def __init__(
+        self, world: World, codes, cumulative, icons, others, length: int, seed: int = 0, misread: float = 0.0
+    ) -> None:
         self.world, self.codes, self.cumulative, self.icons, self.others = world, codes, cumulative, icons, others
-        self.length, self.seed = length, seed
+        self.length, self.seed, self.misread = length, seed, misread
         self.edits = [edit for edit in world.edits if not heldout_edit(world, edit)]
+        self.siblings = defaultdict(list)  # those of another skin tone or gender alone
+        for source, what, _, target in self.edits:
+            if what in ("tone", "gender"):
+                self.siblings[target].append(source)
 
     def __len__(self) -> int:
         return self.length
@@ -286,7 +296,20 @@ class Records(torch.utils.data.Dataset):
         number, text, word, phrasing = self.world.prompt(draw)
         while phrasing != "{}" and is_heldout(self.world.emoji[number].name, text, word):
             number, text, word, phrasing = self.world.prompt(draw)
-        return {"kind": "text_to_image", "text": text, "codes": self._draw_codes(draw, number)}
+        return {"kind": "text_to_image", "text": text} | self._drawn(draw, number)
+
+    def _drawn(self, draw: random.Random, *numbers: int) -> dict[str, Any]:
+        """The codes of pictures to draw; and what is read of them while they are drawn, in places of some a sibling's: else
+        what is drawn so far tells the skin tone, and words are not asked."""
+        codes = [self._draw_codes(draw, number) for number in numbers]
+        read = []
+        for own, number in zip(codes, numbers, strict=True):
+            if draw.random() < self.misread and (others := self.siblings.get(number)):
+                other = self._draw_codes(draw, draw.choice(others))
+                uniform = np.random.default_rng(draw.getrandbits(32)).random(len(own))
+                own = np.where(uniform < draw.random(), other, own)
+            read.append(own)
+        return {"codes": codes[0], "images": codes, "read": np.concatenate(read)}
 
     def _icon(self, draw: random.Random) -> dict[str, Any]:
         number, version = draw.randrange(len(self.world.icons)), draw.randrange(2)
@@ -315,30 +338,43 @@ class Records(torch.utils.data.Dataset):
         if name == "colour" and draw.random() < 0.6:
             number, version = draw.randrange(len(self.world.icons)), draw.randrange(2)
             if colour := icon_colour(self.world.icons[number], version):
-                return self._answer(question, self.icons[version, number], colour)
+                return self._answer(f"<image>{question}", self.icons[version, number], colour)
         value = draw.choice(list(self.world.groups[name]))
         number = draw.choice(self.world.groups[name][value])
-        return self._answer(question, self._draw_codes(draw, number), value)
+        return self._answer(f"<image>{question}", self._draw_codes(draw, number), value)
 
     @staticmethod
     def _answer(question: str, codes: np.ndarray, answer: str) -> dict[str, Any]:
-        messages = [{"role": "user", "content": f"<image>{question}"}, {"role": "assistant", "content": answer}]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return {"kind": "conversation", "messages": messages, "images": [codes]}
 
     def _edit(self, draw: random.Random) -> dict[str, Any]:
-        if draw.random() < 0.25:  # an icon in another colour
+        text, source, caption, target = self._wish(draw)
+        if draw.random() < 0.8:
+            text = f"{text} {CAPTION_INSTRUCTION} {caption}"
+        return target | {"kind": "edit", "text": text, "images": [source]}
+
+    def _foretold(self, draw: random.Random) -> dict[str, Any]:
+        """What an edit will show, in words."""
+        text, source, caption, _ = self._wish(draw)
+        return self._answer(f"{text} {CAPTION_INSTRUCTION}", source, caption)
+
+    def _wish(self, draw: random.Random) -> tuple[str, np.ndarray, str, dict[str, Any]]:
+        """An edit: the wish behind its picture, the picture's codes, the name of the result, and what is drawn."""
+        if draw.random() < 0.2:  # an icon in another colour
             version = draw.randrange(2)
             number = draw.randrange(len(self.world.icons))
             while not (colour := icon_colour(self.world.icons[number], version)):
                 number = draw.randrange(len(self.world.icons))
-            wish = draw.choice(EDIT_WISHES["colour"]).format(colour)
-            source, target = self.icons[1 - version, number], self.icons[version, number]
+            wish, caption = draw.choice(EDIT_WISHES["colour"]).format(colour), self._icon_name(number, version)
+            source, target = self.icons[1 - version, number], {"codes": self.icons[version, number]}
+            caption = f"{caption} icon"
         else:
             what = draw.choices(list(self._edits_of), [5, 3, 3, 1, 1])[0]
             number, _, value, wanted = draw.choice(self._edits_of[what])
-            wish = draw.choice(EDIT_WISHES[what]).format(value)
-            source, target = self._draw_codes(draw, number), self._draw_codes(draw, wanted)
-        return {"kind": "edit", "text": f"<image> {wish}", "images": [source], "codes": target}
+            wish, caption = draw.choice(EDIT_WISHES[what]).format(value), self.world.emoji[wanted].name
+            source, target = self._draw_codes(draw, number), self._drawn(draw, wanted)
+        return f"<image> {wish}", source, caption, target
 
     @property
     def _edits_of(self) -> dict[str, list]:
@@ -353,8 +389,7 @@ class Records(torch.utils.data.Dataset):
         text, numbers = story(self.world, draw)
         while heldout_story(self.world, numbers):
             text, numbers = story(self.world, draw)
-        images = [self._draw_codes(draw, number) for number in numbers]
-        return {"kind": "interleaved", "text": text, "images": images}
+        return {"kind": "interleaved", "text": text} | self._drawn(draw, *numbers)
 
     def _in_context(self, draw: random.Random) -> dict[str, Any]:
         text, answer, numbers = in_context(self.world, draw)

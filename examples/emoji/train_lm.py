@@ -145,7 +145,9 @@ def main(args: argparse.Namespace) -> None:
             seed=args.seed,
         ),
         processing_class=processor,
-        train_dataset=Records(world, **codes, length=args.max_steps * args.batch_size, seed=args.seed),
+        train_dataset=Records(
+            world, **codes, length=args.max_steps * args.batch_size, seed=args.seed, misread=args.misread
+        ),
         data_collator=EmojiDataCollator(
             processor,
             packing=args.row_length is None,
@@ -437,9 +439,17 @@ class EmojiDataCollator(LiquidDataCollator):
             batch["input_ids"] = ids = F.pad(ids, (0, filler), value=self.processor.pad_token_id)
             batch["labels"] = F.pad(batch["labels"], (0, filler), value=-100)
             batch["position_ids"] = torch.cat([batch["position_ids"], torch.arange(filler)[None]], dim=1)
-        asked = ids == self._caption_id
+        asked = (ids == self._caption_id) & (ids.roll(1) == self.processor.eoi_token_id)  # of captions, not of edits
         ids[asked] = self._questions[torch.randint(len(self._questions), (int(asked.sum()),), generator=self._draw)]
         return batch
+
+    def _drawn(self, record: Mapping[str, Any]) -> tuple[list[int], list[int], list[np.ndarray]]:
+        ids, labels, pictures = super()._drawn(record)
+        if record.get("read") is not None:
+            ids = np.array(ids)
+            ids[np.array(labels) >= self.processor.image_token_offset] = self.processor.codes_to_ids(record["read"])
+            ids = ids.tolist()
+        return ids, labels, pictures
 
     def _rows(self, records: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         rows: list[list[tuple[list[int], list[int]]]] = []
@@ -485,6 +495,7 @@ if __name__ == "__main__":
     parser.add_argument("--shares", type=json.loads, default={}, help="JSON: other shares of kinds of records")
     parser.add_argument("--weights", type=float, nargs=2, default=(0.5, 1.5), help="of toned emoji, and of others")
     parser.add_argument("--replaced_codes", type=float, default=0.05, help="share of codes that are read wrong")
+    parser.add_argument("--misread", type=float, default=0.0, help="share of pictures read in places as a sibling's")
     parser.add_argument("--row_length", type=int, help="packs records into rows of this length: for a GPU")
     parser.add_argument("--workers", type=int, default=0, help="processes that make records")
     parser.add_argument("--compile", action="store_true", help="compiles the layers: for a GPU")

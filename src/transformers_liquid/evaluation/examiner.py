@@ -8,6 +8,7 @@ what it neither draws nor knows is no mistake.
 from __future__ import annotations
 
 import re
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ from .judges import ClassifierJudge, measure_losses
 
 PICTURES_NAME, KNOWN_NAME, NEAREST, ENCODED_AT_ONCE = "pictures", "known.safetensors", 5, 64
 # What a story names last before a picture; and how it goes on.
-NAMED = re.compile(r"\b(?:a|an|the) ([^.]+?)(?: who.*)?$")
+NAMED = re.compile(r".*\b(?:a|an|the) ([^.]+?)(?: who.*)?$", re.DOTALL)
 STORY = {"generation_mode": "interleaved", "max_new_tokens": 60, "do_sample": True, "top_p": 0.8}
 STORY_IMAGES, STORY_END = 3, "the end."
 
@@ -199,8 +200,9 @@ class Examiner:
         shown = [load_image(str(self.files[name])) for name in sample.true["pictures"]]
         prompt = {"text": [sample.question], "images": [shown]} if shown else {"text": [sample.question]}
         inputs = self.pipe.processor(**prompt, generation_mode="interleaved", return_tensors="pt").to(self.pipe.device)
-        torch.manual_seed(self.seed)
-        how = {"max_images": max_images, "generator": [torch.Generator().manual_seed(self.seed)], **STORY}
+        seed = self.seed + zlib.crc32(sample.id.encode())  # of each its own: else all have the same things happen
+        torch.manual_seed(seed)
+        how = {"max_images": max_images, "generator": [torch.Generator().manual_seed(seed)], **STORY}
         parts = self.pipe.model.generate(**inputs, **how).parts[0]
         decode = partial(self.pipe.processor.decode, skip_special_tokens=True)
         return [part.clamp(-1, 1) if part.ndim == 3 else decode(part) for part in parts]

@@ -28,7 +28,7 @@ DEFAULT_WINDOW = 12
 
 OUR_SETTINGS = (
     *("guidance_scale", "guidance_min_p", "guidance_context", "image_guidance_scale"),
-    *("speculative", "height", "width"),
+    *("caption_first", "speculative", "height", "width"),
 )
 
 # What narrows the choice; `None` leaves it out.
@@ -87,6 +87,8 @@ class ImageGenerationConfig:
             are followed, beside `guidance_scale`, which then is about the text: see [`GuidanceLogitsProcessor`].
             Interleaved mode takes both also where there are no pictures yet: until one is drawn, that side is the
             unconditional one.
+        caption_first (`bool`, *optional*): With pictures in the context, the pipeline has the model say what will be seen, and
+            draw that with these words behind the prompt. `generate()` draws from the ids it gets.
         speculative (`bool` or `int`, *optional*): Draw several codes per forward: `True`, or how many.
         of_transformers (`dict`): Those that transformers' own `GenerationConfig` has, such as `temperature`.
 
@@ -100,6 +102,7 @@ class ImageGenerationConfig:
     guidance_min_p: float | None = None
     guidance_context: str | None = None
     image_guidance_scale: float | None = None
+    caption_first: bool | None = None
     speculative: bool | int | None = None
     of_transformers: dict[str, Any] = field(default_factory=dict)
 
@@ -118,6 +121,8 @@ class ImageGenerationConfig:
             raise ValueError(f"image_guidance_scale must be a finite number of at least 0, got {scale!r}.")
         if scale is not None and self.guidance_context == "images":
             raise ValueError("image_guidance_scale has a side with the pictures already: leave out guidance_context.")
+        if not isinstance(self.caption_first, bool | None):
+            raise ValueError(f"caption_first must be True or False, got {self.caption_first!r}.")
         # transformers leaves its filter out above 1.
         for name, value in (("guidance_min_p", self.guidance_min_p), ("top_p", self.of_transformers.get("top_p"))):
             if value is not None and not (isinstance(value, Real) and 0 < value <= 1):

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from ..checkpoints import EMOJI_CHECKPOINT
 from ..generation.image_generation import check_context
+from ..generation.interleaved import DEFAULT_MAX_NEW_TOKENS
 from ..generation.sampling import put_codes
 from ..generation.settings import FILTERS, ImageGenerationConfig
 from ..models.liquid.configuration_liquid import LiquidConfig
@@ -28,7 +29,7 @@ from ..models.liquid.image_processing_liquid import is_column
 from ..models.liquid.model_card import write_model_card
 from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
-from ..models.liquid.prompts import negative_texts, with_marks
+from ..models.liquid.prompts import CAPTION_INSTRUCTION, negative_texts, with_marks
 from ..models.liquid.vocabulary import FROM_TEXT_ALONE, IMAGE_MARK, as_integers
 from ..ops.merged_adapters import unload_adapters
 from ..utils.streaming import tell_reader, telling_reader
@@ -277,6 +278,7 @@ class LiquidImageGenerationPipeline(Pipeline):
             )
         self.postprocess(torch.zeros(1, 3, 1, 1), **{name: after[name] for name in after if name != "return_dict"})
         before = {**self._preprocess_params, **before, "height": settings.height, "width": settings.width}
+        before["caption_first"] = settings.caption_first
         if after.get("return_dict") and before.get("seed") is before.get("generator") is None:
             before["seed"] = int(torch.randint(2**31, ()))
         batches = self.preprocess(prompt, **before)
@@ -322,6 +324,7 @@ class LiquidImageGenerationPipeline(Pipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         image: Any = None,
+        caption_first: bool | None = None,
         **size: int | None,
     ) -> list[dict[str, Any]]:
         """Checks everything and makes the inputs of `generate` for each batch of pictures, and their `indices`."""
@@ -339,6 +342,10 @@ class LiquidImageGenerationPipeline(Pipeline):
                 logger.warning(f"The model was trained on no word of the prompt {text!r}: expect no likeness.")
         lengths = [max(map(len, pair)) for pair in zip(prompts, negatives, strict=True)]
         check_context(self.model.config, max(lengths), num_codes)
+        if caption_first and images:
+            prompt = self._with_captions(prompt, images, batch_size)
+            prompts, _ = self.processor.image_prompts(prompt, **size, name="prompt", images=images)
+            check_context(self.model.config, max(map(len, prompts)), num_codes)
 
         # 2. One source of randomness per picture. Generators of the CPU give the same picture on every device
         number = len(prompts) * num_images_per_prompt
@@ -395,6 +402,21 @@ class LiquidImageGenerationPipeline(Pipeline):
         pixel_values = self.processor.image_processor(list(once.values()), framing="pad", **size)["pixel_values"]
         ids = dict(zip(once, self.model.encode_images(pixel_values), strict=True))
         return prompts, [ids[id(picture)].tolist() for picture in pictures]
+
+    def _with_captions(self, prompts: list[str], images: list[list[int]], batch_size: int) -> list[str]:
+        """Prompts and what the model says, if asked as in a conversation, that one will see."""
+        asked, left = [f"{prompt} {CAPTION_INSTRUCTION}" for prompt in prompts], iter(images)
+        questions = [self.processor.turn_ids(text, left) for text in asked]
+        captions = []
+        for start in range(0, len(questions), batch_size):
+            ids, mask = map(torch.tensor, self.processor.pad_left(questions[start : start + batch_size]))
+            written = self.model.generate(
+                **self.ensure_tensor_on_device(input_ids=ids, attention_mask=mask),
+                max_new_tokens=self.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
+                do_sample=False,
+            )
+            captions += self.processor.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+        return [f"{text} {caption.strip()}" for text, caption in zip(asked, captions, strict=True)]
 
     def _draw(
         self,

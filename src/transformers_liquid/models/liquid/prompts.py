@@ -236,8 +236,17 @@ class LiquidPrompts:
         self.check_texts(question, "question")
         self.check_plain(question)
         content = [{"type": "image"}, {"type": "text", "text": question}]
+        return self.turn_ids(content, iter([self._image_ids(codes, height, width)]))
+
+    def turn_ids(self, content: str | list[dict[str, Any]], images: Iterator[list[int]]) -> list[int]:
+        """The prompt for an answer to one turn.
+
+        Args:
+            content (`str` or list of `dict`): A text with `<image>` marks, or parts as in `conversation_ids`.
+            images (iterator of lists of `int`): Ids for the marks, of which this takes as many as it has.
+        """
         prompt = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return self._marked_ids(prompt, iter([self._image_ids(codes, height, width)]), begins=True)
+        return self._marked_ids(prompt, images, begins=True)
 
     def interleaved_ids(self, text: str, images: Sequence) -> list[int]:
         """A text with images in it: `bos` text `boi` codes `eoi` text ...
