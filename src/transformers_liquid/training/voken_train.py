@@ -12,6 +12,7 @@ import dataclasses
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
 import torch
@@ -165,18 +166,11 @@ def build_voken_trainer(
     config = voken_stage1_config(model) if arguments.stage == 1 else voken_lora_config(model, **lora)
     adapted = get_peft_model(model, config)
     for part in arguments.frozen_mapper_parts:
-        named = [
-            (name.replace("modules_to_save.default.", ""), one) for name, one in model.feature_mapper.named_parameters()
-        ]
-        if not [one.requires_grad_(False) for name, one in named if f"{name}.".startswith(f"{part}.")]:
-            raise ValueError(f"The mapper has no {part} that could be frozen: see frozen_mapper_parts.")
-    trainer = VokenTrainer(
-        model=adapted,
-        args=args,
-        data_collator=collator,
-        train_dataset=records,
-        processing_class=processor,
-    )
+        try:
+            attrgetter(part)(model.feature_mapper).requires_grad_(False)
+        except AttributeError as error:
+            raise ValueError(f"The mapper has no {part} that could be frozen: see frozen_mapper_parts.") from error
+    trainer = VokenTrainer(adapted, args, collator, train_dataset=records, processing_class=processor)
     if args.preview_prompts and args.preview_steps:
         trainer.add_callback(VokenPreviewCallback(trainer, args.preview_prompts, args.preview_steps))
     return pipe, trainer
