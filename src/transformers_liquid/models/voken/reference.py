@@ -27,10 +27,11 @@ from transformers import (
 from ...codecs.vq_model import check_loading_info
 from ...utils.files import check_keys, read_tensors, whole
 from ...utils.optional import require
+from ..liquid.chat_template import read_template
 from .configuration_voken import VokenConfig
 from .modeling_voken import VokenForConditionalGeneration
 from .processing_voken import VokenProcessor
-from .prompts import MINIGPT5_CHAT_TEMPLATE
+from .prompts import MINIGPT5_STORY_SYSTEM
 
 
 if TYPE_CHECKING:
@@ -261,7 +262,9 @@ def _processor(config: VokenConfig, vision_model: str, language_model: str) -> V
         )
     tokenizer._set_model_specific_special_tokens({"image_token": ADDED_TOKENS[-1]})  # what stands for a picture
     base = type(reader)(reader.image_processor, tokenizer, num_query_tokens=config.text_config.num_query_tokens)
-    return VokenProcessor(base, config.voken_token_ids, MINIGPT5_CHAT_TEMPLATE)
+    # Of content in parts, what came before ends with a new line; the last text is what is asked.
+    template = read_template("minigpt5", "voken").replace("MINIGPT5_STORY_SYSTEM", MINIGPT5_STORY_SYSTEM)
+    return VokenProcessor(base, config.voken_token_ids, template)
 
 
 def _named(
