@@ -88,9 +88,7 @@ class VokenTrainingArguments(LiquidTrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         if self.push_to_hub and (self.hub_strategy != "end" or getattr(self, "hub_revision", None)):
-            raise ValueError(
-                "What is pushed is the whole pipeline, at the end: leave out hub_strategy and hub_revision."
-            )
+            raise ValueError("What is pushed is the whole pipeline, at the end: leave out hub_strategy, hub_revision.")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -260,7 +260,7 @@ class VokenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs = {"attention_mask": attention_mask, "pixel_values": pixel_values, **kwargs}
         targets = target_pixel_values if target_latents is None else target_latents
         if labels is None and targets is None and captions is None:
-            return self._output(self._read(input_ids, **inputs)[0])
+            return self._read(input_ids, **inputs)[0]
         if labels is None or input_ids is None or input_ids.shape != labels.shape:
             raise ValueError("Labels need input_ids of their shape, and pictures to learn need labels: they say where.")
         rows, before = self._find_runs(input_ids, labels == self.config.voken_token_ids[0], attention_mask)
@@ -276,7 +276,7 @@ class VokenForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
         if isinstance(captions, str) or not all(isinstance(one, str) for one in captions or ()):
             raise ValueError(f"captions must be a text for each picture to draw, got {list(captions)!r}.")
-        outputs, states = self._read(input_ids, labels=labels, **{"use_cache": False, **inputs})
+        out, states = self._read(input_ids, labels=labels, **{"use_cache": False, **inputs})
         if not len(rows):
             condition = self.unconditional()
         else:
@@ -285,7 +285,6 @@ class VokenForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 is_dropped = torch.rand(len(rows), device=rows.device) < self.config.unconditional_probability
             run_states = states[rows[:, None], before].masked_fill(is_dropped[:, None, None], 0.0)
             condition = self.feature_mapper(run_states)
-        out = self._output(outputs)
         out.text_loss = out.loss
         # Every weight takes part in every step: processes of which one has no pictures wait for each other.
         out.loss = self.config.text_loss_weight * out.text_loss + 0.0 * sum(one.sum() for one in condition.values())
@@ -400,8 +399,8 @@ class VokenForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _read(
         self, input_ids: torch.LongTensor | None, keep_logits: bool = True, **inputs: Any
-    ) -> tuple[ModelOutput, torch.Tensor]:
-        """The base's own output, and the states that its head read, `(B, T, state_size)`.
+    ) -> tuple[VokenOutput, torch.Tensor]:
+        """What there is of the base's own output, and the states that its head read, `(B, T, state_size)`.
 
         At the head's door, since not every base has a body that can be called without it.
         """
@@ -416,17 +415,14 @@ class VokenForConditionalGeneration(PreTrainedModel, GenerationMixin):
             outputs = reader(input_ids=input_ids, **{name: one for name, one in inputs.items() if one is not None})
         finally:
             hook.remove()
-        return outputs, states[0]
+        names = {field.name for field in dataclasses.fields(VokenOutput)}
+        return VokenOutput(**{name: one for name, one in outputs.items() if name in names}), states[0]
 
     def _reader(self, pixel_values: torch.Tensor | None) -> PreTrainedModel:
         """The base; or its language model alone where the base demands pictures (BLIP-2) and there are none."""
         argument = inspect.signature(self.text_model.forward).parameters.get("pixel_values")
         demands = argument is not None and argument.default is inspect.Parameter.empty
         return self.text_model.language_model if demands and pixel_values is None else self.text_model
-
-    def _output(self, outputs: ModelOutput) -> VokenOutput:
-        names = {field.name for field in dataclasses.fields(VokenOutput)}
-        return VokenOutput(**{name: one for name, one in outputs.items() if name in names})
 
     def _find_runs(self, ids: torch.Tensor, is_first: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
         """The sequence `(N,)` of every run that begins where `is_first`, and the positions `(N, n)` of its states: those

@@ -133,8 +133,22 @@ def load_minigpt5(
     processor = _processor(config, vision_model, language_model)
     with torch.device("meta"):
         model = VokenForConditionalGeneration(config)
-    tensors = _named(paths, files, config, {key: tensor.shape for key, tensor in model.state_dict().items()})
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
 
+    # All tensors under our names; of those that both stages have, the second one's
+    tensors: dict[str, torch.Tensor] = {}
+    for stage, (path, file) in enumerate(zip(paths, files, strict=True)):
+        table = key_table(config, stage)
+        check_keys(str(path), file, required=table, optional=())
+        tensors |= {key: file[name] for name, key in table.items()}
+    for key, tensor in tensors.items():
+        expected = shapes[re.sub(r"lora_[AB]\.", "", key)]
+        if "lora_" in key:
+            expected = (LORA["r"], expected[1]) if "lora_A" in key else (expected[0], LORA["r"])
+        if tensor.shape != expected:
+            raise ValueError(f"{key} has shape {tuple(tensor.shape)}, but the other sizes ask for {tuple(expected)}.")
+
+    # The parts of MiniGPT-4, and these tensors in them
     model.text_model = _load_base(config.text_config, vision_model, language_model, **kwargs)
     model.generation_config = model.text_model.generation_config
     ends = processor.tokenizer("###", add_special_tokens=False).input_ids  # of Vicuna one token
@@ -265,25 +279,6 @@ def _processor(config: VokenConfig, vision_model: str, language_model: str) -> V
     # Of content in parts, what came before ends with a new line; the last text is what is asked.
     template = read_template("minigpt5", "voken").replace("MINIGPT5_STORY_SYSTEM", MINIGPT5_STORY_SYSTEM)
     return VokenProcessor(base, config.voken_token_ids, template)
-
-
-def _named(
-    paths: list[str | Path], files: list[dict[str, torch.Tensor]], config: VokenConfig, shapes: dict[str, torch.Size]
-) -> dict[str, torch.Tensor]:
-    """The tensors of all files under our names; of those that both stages have, the second one's."""
-    tensors: dict[str, torch.Tensor] = {}
-    for stage, (path, file) in enumerate(zip(paths, files, strict=True)):
-        table = key_table(config, stage)
-        check_keys(str(path), file, required=table, optional=())
-        tensors |= {key: file[name] for name, key in table.items()}
-    for key, tensor in tensors.items():
-        expected = shapes.get(key)
-        if expected is None:
-            out_features, in_features = shapes[re.sub(r"lora_[AB]\.", "", key)]
-            expected = (LORA["r"], in_features) if "lora_A" in key else (out_features, LORA["r"])
-        if tensor.shape != expected:
-            raise ValueError(f"{key} has shape {tuple(tensor.shape)}, but the other sizes ask for {tuple(expected)}.")
-    return tensors
 
 
 def _load_base(config: PreTrainedConfig, vision_model: str, language_model: str, **kwargs: Any) -> PreTrainedModel:
