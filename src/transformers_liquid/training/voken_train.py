@@ -51,9 +51,7 @@ class VokenArguments:
     stage: Literal[1, 2] = HfArg(
         default=1, help="1: vokens and mapper, with captions. 2: vokens, LoRA and the mapper's encoder and decoder."
     )
-    image_folder: str | None = HfArg(
-        default=None, help="What paths of pictures begin at. Defaults to the files' folders."
-    )
+    image_folder: str | None = HfArg(default=None, help="Where paths of pictures begin; else in the files' folders.")
     dtype: Literal["float32", "bfloat16", "float16"] = HfArg(default="float32", help="Of what is frozen.")
     text_loss_weight: float | None = HfArg(default=None, help="In this run. Defaults to the model's, as the next two.")
     image_loss_weight: float | None = HfArg(default=None, help="0 needs no diffusion model in a step.")
@@ -67,9 +65,7 @@ class VokenArguments:
     lora_r: int = HfArg(default=8, help="Rank of LoRA.")
     lora_alpha: int = HfArg(default=16, help="Scale of LoRA.")
     lora_dropout: float = HfArg(default=0.05, help="Dropout of LoRA.")
-    target_modules: str | None = HfArg(
-        default=None, help="A regular expression of the layers for LoRA. Defaults to q_proj and v_proj."
-    )
+    target_modules: str | None = HfArg(default=None, help="Layers for LoRA, as an expression; else q_proj, v_proj.")
 
     def __post_init__(self):
         self.model = find_checkpoint(self.model)

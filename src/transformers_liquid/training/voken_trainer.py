@@ -79,19 +79,19 @@ class VokenTrainer(WholeTrainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._check_finite(loss, f"a batch that begins with the ids {inputs['input_ids'][0, :20].tolist()}")
         numbers, config = self._numbers(inputs), bare_model(self.model).config
-        stats = torch.zeros(len(MEASURES), 2, dtype=torch.float64, device=loss.device)
+        stats = dict.fromkeys(MEASURES, (0.0, 0))
         for index, (name, number) in enumerate(zip(MEASURES, numbers, strict=False)):
-            if outputs.get(name) is None:
+            if name not in outputs:
                 continue
-            stats[index] = stats.new_tensor([number, number])
-            stats[index, 0] *= outputs[name].detach()
+            stats[name] = number * outputs[name].item(), number
             if model.training:
                 # The Trainer averages over the accumulated batches, and over the processes.
                 at_once = self.current_gradient_accumulation_steps * self.accelerator.num_processes
                 share = number * at_once / self._totals[index]
                 loss = loss + getattr(config, f"{name}_weight") * (share - 1) * outputs[name]
-        if outputs.get("condition") is not None and len(outputs["condition"]) > 1:
-            stats[-1] = torch.stack([outputs["condition"].detach().double().std(0).mean(), stats.new_ones(())])
+        if len(outputs.get("condition", ())) > 1:
+            stats["condition_std"] = outputs["condition"].detach().double().std(0).mean().item(), 1
+        stats = torch.tensor([*stats.values()], dtype=torch.float64, device=loss.device)
         self._stats["train" if model.training else "eval"] += stats
         return (loss, outputs) if return_outputs else loss
 

@@ -286,22 +286,21 @@ class VokenImageDecoder:
         return loss * snr.clamp(max=snr_gamma) / divisor
 
     def _denoise(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: VokenCondition) -> torch.Tensor:
-        embeds = condition.embeds.to(noisy)
-        pooled = None if condition.pooled is None else condition.pooled.to(noisy)
-        arguments: dict[str, Any] = {}
+        told = VokenCondition(**{name: one.to(noisy) for name, one in condition.items()})
+        arguments: dict[str, Any] = {"encoder_hidden_states": told.embeds}
         if self.family == "SD3Transformer2DModel":
-            arguments["pooled_projections"] = pooled
+            arguments["pooled_projections"] = told.pooled
         elif "text_time" in self.family:
             height, width = (side * self.pipe.vae_scale_factor for side in noisy.shape[-2:])
             time_ids = noisy.new_tensor([[height, width, 0, 0, height, width]]).expand(len(noisy), -1)
-            arguments["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": time_ids}
+            arguments["added_cond_kwargs"] = {"text_embeds": told.pooled, "time_ids": time_ids}
         elif self.family in MASKED:
-            arguments["encoder_attention_mask"] = embeds.new_ones(embeds.shape[:2])
+            arguments["encoder_attention_mask"] = noisy.new_ones(told.embeds.shape[:2])
         if self.family == "PixArtTransformer2DModel":
             arguments["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
         elif self.family == "SanaTransformer2DModel":
             timesteps = timesteps * self.denoiser.config.get("timestep_scale", 1.0)
-        predicted = self.denoiser(noisy, timestep=timesteps, encoder_hidden_states=embeds, **arguments).sample
+        predicted = self.denoiser(noisy, timestep=timesteps, **arguments).sample
         return predicted[:, : noisy.shape[1]]  # what else PixArt predicts is the variance
 
     @torch.no_grad()

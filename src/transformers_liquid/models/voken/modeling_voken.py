@@ -22,12 +22,12 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
+from ...utils.hub import part_of
 from ...utils.versions import CACHE_NAMES
 from ..liquid.reference import load_whole
 from .configuration_voken import VokenConfig
 from .generation_voken import VokenRunLogitsProcessor, eos_token_ids
 from .image_decoder import VokenCondition, VokenImageDecoder
-from .repository import part_of
 
 
 def auto_class_of(config: PreTrainedConfig) -> type:
@@ -434,10 +434,10 @@ class VokenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         rows, columns = is_first.nonzero(as_tuple=True)
         vokens = torch.tensor(self.config.voken_token_ids, device=ids.device)
         run = columns[:, None] + torch.arange(len(vokens), device=ids.device)
-        is_good = (ids[rows[:, None], run.clamp(max=ids.shape[1] - 1)] == vokens).all(1) & (run[:, -1] < ids.shape[1])
-        is_good &= columns > 0
+        # A run that the sequence cuts off repeats its last id here, and vokens are different.
+        is_good = (ids[rows[:, None], run.clamp(max=ids.shape[1] - 1)] == vokens).all(1) & (columns > 0)
         if mask is not None:
-            is_good &= mask[rows, (columns - 1).clamp(min=0)].bool()
+            is_good &= mask[rows, columns - 1].bool()
         if not is_good.all():
             index = int((~is_good).nonzero()[0])
             raise ValueError(

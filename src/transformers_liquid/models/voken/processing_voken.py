@@ -14,11 +14,10 @@ from transformers.processing_utils import ProcessorMixin  # diffusers looks for 
 from transformers.utils import PROCESSOR_NAME
 
 from ...utils.files import check_keys, read_json, write_json
-from ...utils.hub import HUB_ARGUMENTS, hub_arguments
+from ...utils.hub import HUB_ARGUMENTS, hub_arguments, part_of
 from ..liquid.chat_template import read_template
 from ..liquid.image_processing_liquid import flatten_images, is_column, to_rgb
 from ..liquid.prompts import parts_of
-from .repository import part_of
 
 
 # With a dot, since diffusers takes names apart at it where it looks for variants of weights.
