@@ -15,6 +15,8 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
+from .pictures import frechet_distance
+
 
 class ClipEncoder:
     """Texts and pictures as vectors of length 1, by a CLIP of transformers.
@@ -57,15 +59,6 @@ class SentenceEncoder:
 def mean_similarity(drawn: torch.Tensor, true: torch.Tensor) -> float:
     """CLIP-I of pictures drawn and true, CLIP-T of pictures and texts, S-BERT of texts: the mean cosine of pairs (N, d)."""
     return cosine_similarity(drawn, true).mean().item()
-
-
-def frechet_distance(drawn: torch.Tensor, true: torch.Tensor) -> float:
-    """FID of features (N, d) and (M, d): |difference of means|^2 + tr(A + B - 2 (A B)^(1/2)), covariances with N - 1."""
-    drawn, true = drawn.double(), true.double()
-    covariances = torch.cov(drawn.T).reshape(drawn.shape[1], -1), torch.cov(true.T).reshape(true.shape[1], -1)
-    root = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()
-    difference = (drawn.mean(0) - true.mean(0)).square().sum()
-    return (difference + covariances[0].trace() + covariances[1].trace() - 2 * root).item()
 
 
 def story_fid(stories: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:

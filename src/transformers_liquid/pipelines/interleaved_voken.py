@@ -18,11 +18,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.generation.streamers import BaseStreamer
 
 from ..generation.sampling import picture_seed
+from ..generation.settings import eos_token_ids
 from ..models import voken
 from ..models.liquid.image_processing_liquid import flatten_images, is_column
 from ..models.liquid.model_card import write_card
 from ..models.liquid.prompts import images_in, parts_of
-from ..models.voken.generation_voken import eos_token_ids, finished, segments
+from ..models.voken.generation_voken import finished, segments
 from ..models.voken.image_decoder import TEXT_ENCODERS, VokenCondition, VokenImageDecoder
 from ..models.voken.prompts import STORY_PROMPTS
 from .conversation import GrowingText, read_events

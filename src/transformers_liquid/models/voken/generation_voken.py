@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby, takewhile
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import LogitsProcessor
 
 
 @dataclass
@@ -55,12 +55,6 @@ class VokenRunLogitsProcessor(LogitsProcessor):
         """Leaves one token, with probability 1, to the sequences of `where`."""
         only = torch.full_like(scores, -torch.inf).scatter(1, ids[:, None], 0.0)
         return only.where(where[:, None], scores)
-
-
-def eos_token_ids(config: GenerationConfig) -> list[int]:
-    """What ends a text: none, one or several."""
-    eos = config.eos_token_id
-    return [eos] if isinstance(eos, int) else list(eos or [])
 
 
 def finished(

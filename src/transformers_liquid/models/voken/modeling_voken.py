@@ -22,11 +22,12 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
+from ...generation.settings import eos_token_ids
 from ...utils.hub import part_of
 from ...utils.versions import CACHE_NAMES
 from ..liquid.reference import load_whole
 from .configuration_voken import VokenConfig
-from .generation_voken import VokenRunLogitsProcessor, eos_token_ids
+from .generation_voken import VokenRunLogitsProcessor
 from .image_decoder import VokenCondition, VokenImageDecoder
 
 
