@@ -57,11 +57,7 @@ def add(
 
 
 @voken_app.command(context_settings=options.TRAINER_CONTEXT)
-def train(
-    context: Context,
-    config: options.TrainingFile = None,
-    help_all: options.HelpAll = False,
-) -> None:
+def train(context: Context, config: options.TrainingFile = None, help_all: options.HelpAll = False) -> None:
     """Trains a stage. The same command again continues a stopped run.
 
     \b

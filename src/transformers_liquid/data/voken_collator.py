@@ -118,9 +118,8 @@ class VokenDataCollator:
                 contexts.append(turns[:-1])
                 targets.append(turns[-1]["content"])
                 captions += own
-        batch = dict(
-            self.processor.apply_chat_template(contexts, add_generation_prompt=True, tokenize=True, return_dict=True)
-        )
+        written = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        batch = dict(self.processor.apply_chat_template(contexts, **written))
         # What has a value for each token loses its pads, which are on the left; the rest is of pictures.
         masks, rows = batch.pop("attention_mask").bool(), []
         prompts = {name: batch.pop(name).long() for name, one in [*batch.items()] if one.shape == masks.shape}
