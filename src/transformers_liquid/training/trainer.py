@@ -322,4 +322,4 @@ class EpochCallback(TrainerCallback):
 
 def bare_model(model: torch.nn.Module) -> PreTrainedModel:
     """The model itself, without PEFT around it; adapters inside it stay."""
-    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -324,11 +324,8 @@ class VokenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         is_first = input_ids == self.config.voken_token_ids[0]
         is_first[:, :first_new] = False
-        new = {
-            "attention_mask": 1,
-            "token_type_ids": 0,
-            "mm_token_type_ids": 0,
-        }  # what holds for each token after the prompts
+        # What holds for each token after the prompts
+        new = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
         of_tokens = {name: inputs[name] for name in new if inputs.get(name) is not None}
         for name, one in of_tokens.items():
             of_tokens[name] = nn.functional.pad(one, (0, input_ids.shape[1] - one.shape[1]), value=new[name])
