@@ -31,21 +31,20 @@ def add(
       transformers-liquid voken add Qwen/Qwen2.5-VL-3B-Instruct stabilityai/stable-diffusion-2-1-base --output my-vokens
     """
     options.check_new_folder(output)
-    import transformers
     from diffusers import DiffusionPipeline
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoProcessor, set_seed
 
     from transformers_liquid import add_vokens
     from transformers_liquid.models.liquid.reference import check_loading_info, naming
+    from transformers_liquid.models.voken.modeling_voken import auto_class_of
     from transformers_liquid.utils.files import whole_folder
 
     from .models import reading, silence_libraries
 
     silence_libraries()
-    transformers.set_seed(seed)
+    set_seed(seed)
     with naming(base):
-        reads_pictures = type(AutoConfig.from_pretrained(base)) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        auto_class = AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM
+        auto_class = auto_class_of(AutoConfig.from_pretrained(base))
         model, info = auto_class.from_pretrained(base, dtype=dtype, output_loading_info=True)
         check_loading_info(base, info | {"unexpected_keys": ()})  # such as heads for other tasks
         processor = AutoProcessor.from_pretrained(base)
@@ -58,11 +57,7 @@ def add(
 
 
 @voken_app.command(context_settings=options.TRAINER_CONTEXT)
-def train(
-    context: Context,
-    config: options.TrainingFile = None,
-    help_all: options.HelpAll = False,
-) -> None:
+def train(context: Context, config: options.TrainingFile = None, help_all: options.HelpAll = False) -> None:
     """Trains a stage. The same command again continues a stopped run.
 
     \b
@@ -159,16 +154,9 @@ def convert(
     if is_file != (projection is not None) or (stage2 is not None and not is_file):
         raise ValueError("Files of MiniGPT-5 need --projection, the layer of MiniGPT-4; a repository stands alone.")
     options.check_new_folder(output)
-    from diffusers import DiffusionPipeline
-
-    from transformers_liquid import (
-        InterleavedVokenPipeline,
-        VokenForConditionalGeneration,
-        load_minigpt5,
-        save_minigpt5,
-    )
+    from transformers_liquid import InterleavedVokenPipeline, VokenForConditionalGeneration, VokenImageDecoder
     from transformers_liquid.models.liquid.reference import naming
-    from transformers_liquid.models.voken.image_decoder import COMPONENTS
+    from transformers_liquid.models.voken.reference import load_minigpt5, save_minigpt5
     from transformers_liquid.utils.files import whole_folder
 
     from .models import silence_libraries
@@ -183,8 +171,8 @@ def convert(
         return
     names = {"projection": projection, "vision_model": vision_model, "language_model": language_model}
     loaded, processor = load_minigpt5(model, stage2, image_decoder=image_model, dtype=dtype, **names)
-    parts = DiffusionPipeline.from_pretrained(image_model, torch_dtype=loaded.dtype).components
-    pipe = InterleavedVokenPipeline(loaded, processor, **{name: parts.get(name) for name in COMPONENTS})
+    decoder = VokenImageDecoder.from_pretrained(image_model, torch_dtype=loaded.dtype)
+    pipe = InterleavedVokenPipeline(loaded, processor, **decoder.components)
     with whole_folder(output) as place:
         pipe.save_pretrained(place)
     print(f"{output}: MiniGPT-5 as a repository that writes and draws.")

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..codecs.vq_model import CodeMixin, code_grid
+from ..generation.settings import eos_token_ids
 from ..models.liquid.configuration_liquid import LiquidConfig, several_codes_obstacle
 from ..models.liquid.modeling_liquid import LiquidForCausalLM, LiquidPreTrainedModel, assemble
 from ..models.liquid.processing_liquid import LiquidProcessor, build_processor
@@ -97,8 +98,8 @@ def expand_vocabulary(
 
 def special_token_ids(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> list[int]:
     """Ids of tokens of these names: those that are there, then those that the base reserved, then new ones."""
-    vocabulary, eos = tokenizer.get_vocab(), base_model.generation_config.eos_token_id
-    stops = tokenizer.convert_ids_to_tokens(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    vocabulary = tokenizer.get_vocab()
+    stops = tokenizer.convert_ids_to_tokens(eos_token_ids(base_model.generation_config))
     reserved = (token for token in free_tokens(tokenizer) if token not in stops)
     tokens = [token if token in vocabulary else next(reserved, token) for token in names]
     # One that is in the vocabulary, but that texts are split within, keeps its id and becomes whole.

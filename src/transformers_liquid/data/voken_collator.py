@@ -106,11 +106,9 @@ class VokenDataCollator:
         for record in records:
             flip = False
             if self.flip_probability:
-                index = record.get("index")
-                random = (
-                    torch.rand if index is None else np.random.default_rng([self.seed, int(self._epoch), index]).random
-                )
-                flip = bool(random(()) < self.flip_probability)
+                index, seed = record.get("index"), [self.seed, int(self._epoch)]
+                drawn = torch.rand(()) if index is None else np.random.default_rng([*seed, index]).random()
+                flip = bool(drawn < self.flip_probability)
             for turns, own in self.samples(record):
                 for turn in turns[:-1] if self.latents is not None else turns:  # those with latents are known by paths
                     for part in turn["content"]:
@@ -120,9 +118,8 @@ class VokenDataCollator:
                 contexts.append(turns[:-1])
                 targets.append(turns[-1]["content"])
                 captions += own
-        batch = dict(
-            self.processor.apply_chat_template(contexts, add_generation_prompt=True, tokenize=True, return_dict=True)
-        )
+        written = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        batch = dict(self.processor.apply_chat_template(contexts, **written))
         # What has a value for each token loses its pads, which are on the left; the rest is of pictures.
         masks, rows = batch.pop("attention_mask").bool(), []
         prompts = {name: batch.pop(name).long() for name, one in [*batch.items()] if one.shape == masks.shape}
@@ -192,9 +189,8 @@ class VokenDataCollator:
         number, captions = sum(part["type"] == "image" for part in turns[-1]["content"]), record.get("captions") or ()
         is_short = len(captions) != number and (self.captions or captions) and number
         if is_short or isinstance(captions, str) or not all(isinstance(one, str) for one in captions):
-            raise ValueError(
-                f"The last turn draws {number} pictures, with {len(captions)} captions: needed is a text each."
-            )
+            given = f"{number} pictures, with {len(captions)} captions"
+            raise ValueError(f"The last turn draws {given}: needed is a text each.")
         return [(turns, list(captions) if number else [])]
 
     def _target(self, parts: list[dict[str, Any]]) -> torch.Tensor:
@@ -235,9 +231,8 @@ def story_samples(record: Mapping[str, Any], tasks: Sequence[str] = tuple(STORY_
     """
     texts, images = record["texts"], record["images"]
     if isinstance(texts, str) or len(texts) != len(images):
-        raise ValueError(
-            f"A story has lists: a picture for each text, got {len(texts)} texts and {len(images)} images."
-        )
+        given = f"{len(texts)} texts and {len(images)} images"
+        raise ValueError(f"A story has lists: a picture for each text, got {given}.")
     if bad := [text for text in texts if not (isinstance(text, str) and text.strip())]:
         raise ValueError(f"The texts of a story are strings and not empty, got {bad[0]!r}.")
     samples, before = [], []

@@ -109,9 +109,7 @@ def _mmdialog(conversation: list[dict[str, Any]], tokenizer: PreTrainedTokenizer
         check_keys("A turn", turn, ("turn",))
         for part in turn["turn"] if isinstance(turn["turn"], list) else [turn["turn"]]:
             if not isinstance(part, dict) or not all(isinstance(part.get(name, ""), str) for name in MMDIALOG):
-                raise ValueError(
-                    f"A turn is a list of {{'__TEXT__': ...}} and {{'__MEDIA__': ...}}, got {part!r} in it."
-                )
+                raise ValueError(f"A turn is a list of {{'__TEXT__': ...}} and {{'__MEDIA__': ...}}, not of {part!r}.")
         text = " ".join(part["__TEXT__"] for part in turn["turn"] if "__TEXT__" in part)
         if len(tokenizer(text, add_special_tokens=False).input_ids) > 50:
             break

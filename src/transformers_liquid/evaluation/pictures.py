@@ -12,7 +12,6 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from ..pipelines.text_to_image import LiquidImageGenerationPipeline
-from .voken_measures import frechet_distance
 
 
 # The network of FID by its authors' weights, as TorchScript: of NVIDIA's stylegan2-ada-pytorch, which clean-fid takes too.
@@ -86,6 +85,15 @@ def _inception(path: str, device: torch.device) -> Extractor:
         return features
 
     return extract
+
+
+def frechet_distance(drawn: torch.Tensor, true: torch.Tensor) -> float:
+    """FID of features (N, d) and (M, d): |difference of means|^2 + tr(A + B - 2 (A B)^(1/2)), covariances with N - 1."""
+    drawn, true = drawn.double(), true.double()
+    covariances = torch.cov(drawn.T).reshape(drawn.shape[1], -1), torch.cov(true.T).reshape(true.shape[1], -1)
+    root = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()
+    difference = (drawn.mean(0) - true.mean(0)).square().sum()
+    return (difference + covariances[0].trace() + covariances[1].trace() - 2 * root).item()
 
 
 class FrechetEstimate(NamedTuple):

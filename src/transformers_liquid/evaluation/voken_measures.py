@@ -12,7 +12,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from PIL import Image
+from torch.nn.functional import cosine_similarity, normalize
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
+
+from .pictures import frechet_distance
 
 
 class ClipEncoder:
@@ -28,12 +31,12 @@ class ClipEncoder:
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         inputs = self.processor(images=list(images), return_tensors="pt")
-        return _unit(self.model.visual_projection(self.model.vision_model(**inputs).pooler_output))
+        return normalize(self.model.get_image_features(**inputs).pooler_output)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         inputs = self.processor(text=list(texts), padding=True, truncation=True, return_tensors="pt")
-        return _unit(self.model.text_projection(self.model.text_model(**inputs).pooler_output))
+        return normalize(self.model.get_text_features(**inputs).pooler_output)
 
 
 class SentenceEncoder:
@@ -50,21 +53,12 @@ class SentenceEncoder:
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         inputs = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
         mask = inputs["attention_mask"][..., None]
-        return _unit((self.model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1))
+        return normalize((self.model(**inputs).last_hidden_state * mask).sum(1))
 
 
 def mean_similarity(drawn: torch.Tensor, true: torch.Tensor) -> float:
     """CLIP-I of pictures drawn and true, CLIP-T of pictures and texts, S-BERT of texts: the mean cosine of pairs (N, d)."""
-    return (_unit(drawn) * _unit(true)).sum(1).mean().item()
-
-
-def frechet_distance(drawn: torch.Tensor, true: torch.Tensor) -> float:
-    """FID of features (N, d) and (M, d): |difference of means|^2 + tr(A + B - 2 (A B)^(1/2)), covariances with N - 1."""
-    drawn, true = drawn.double(), true.double()
-    covariances = torch.cov(drawn.T).reshape(drawn.shape[1], -1), torch.cov(true.T).reshape(true.shape[1], -1)
-    root = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()
-    difference = (drawn.mean(0) - true.mean(0)).square().sum()
-    return (difference + covariances[0].trace() + covariances[1].trace() - 2 * root).item()
+    return cosine_similarity(drawn, true).mean().item()
 
 
 def story_fid(stories: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -106,7 +100,3 @@ def mm_relevance(
         f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
         scores.append((precision, recall, f1))
     return dict(zip(("precision", "recall", "f1"), torch.tensor(scores).mean(0).tolist(), strict=True))
-
-
-def _unit(features: torch.Tensor) -> torch.Tensor:
-    return features / features.norm(dim=-1, keepdim=True)

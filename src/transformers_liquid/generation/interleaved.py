@@ -37,7 +37,7 @@ from .image_generation import (
     unpadded,
 )
 from .sampling import picture_seed
-from .settings import OUR_SETTINGS, ImageGenerationConfig
+from .settings import OUR_SETTINGS, ImageGenerationConfig, eos_token_ids
 
 
 if TYPE_CHECKING:
@@ -278,8 +278,7 @@ class _TextPhase(StoppingCriteria):
         config: LiquidConfig,
     ) -> None:
         self.sequences, self.criteria, self.boi_token_id = sequences, criteria, config.boi_token_id
-        eos = settings.eos_token_id
-        self.eos_ids = [eos] if isinstance(eos, int) else eos or []
+        self.eos_ids = eos_token_ids(settings)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.BoolTensor:
         is_stopped = [False] * len(input_ids)

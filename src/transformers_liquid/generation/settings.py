@@ -238,3 +238,9 @@ class ImageGenerationConfig:
         if against:
             raise ValueError(f"Speculative decoding {against[0]}: leave out one of the two.")
         return window
+
+
+def eos_token_ids(settings: GenerationConfig) -> list[int]:
+    """What ends a text: none, one or several."""
+    eos = settings.eos_token_id
+    return [eos] if isinstance(eos, int) else list(eos or [])

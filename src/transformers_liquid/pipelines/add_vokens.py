@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from ..conversion.expand import grow, growth_obstacle, special_token_ids
 from ..models.voken.configuration_voken import VokenConfig
-from ..models.voken.image_decoder import COMPONENTS, VokenImageDecoder
+from ..models.voken.image_decoder import VokenImageDecoder
 from ..models.voken.modeling_voken import VokenFeatureMapper, VokenForConditionalGeneration
 from ..models.voken.processing_voken import VokenProcessor
 from .interleaved_voken import InterleavedVokenPipeline
@@ -72,8 +72,7 @@ def add_vokens(
     names = [token_format.format(index) for index in range(num_vokens)]
     if not names or len({*names}) < len(names):
         raise ValueError(f"num_vokens must be at least 1, and token_format make a name of each, got {names}.")
-    parts = {name: image_pipeline.components.get(name) for name in COMPONENTS}
-    decoder = VokenImageDecoder.from_components(**parts)
+    decoder = VokenImageDecoder.from_components(**image_pipeline.components)
     settings = {
         "text_config": config,
         "voken_token_ids": [0],  # until all else is certain
@@ -99,4 +98,4 @@ def add_vokens(
     model.feature_mapper = VokenFeatureMapper(config).to(base_model.device)
     model.generation_config = base_model.generation_config
     model.train(base_model.training)
-    return InterleavedVokenPipeline(model, VokenProcessor(processor, voken_token_ids), **parts)
+    return InterleavedVokenPipeline(model, VokenProcessor(processor, voken_token_ids), **decoder.components)

@@ -18,12 +18,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.generation.streamers import BaseStreamer
 
 from ..generation.sampling import picture_seed
+from ..generation.settings import eos_token_ids
 from ..models import voken
 from ..models.liquid.image_processing_liquid import flatten_images, is_column
 from ..models.liquid.model_card import write_card
 from ..models.liquid.prompts import images_in, parts_of
-from ..models.voken.generation_voken import eos_token_ids, finished, segments
-from ..models.voken.image_decoder import COMPONENTS, TEXT_ENCODERS, VokenCondition, VokenImageDecoder
+from ..models.voken.generation_voken import finished, segments
+from ..models.voken.image_decoder import TEXT_ENCODERS, VokenCondition, VokenImageDecoder
 from ..models.voken.prompts import STORY_PROMPTS
 from .conversation import GrowingText, read_events
 
@@ -275,7 +276,7 @@ class InterleavedVokenPipeline(DiffusionPipeline):
 
     def _attach(self) -> VokenImageDecoder:
         """The image decoder of what the components are now: users may put another scheduler in place."""
-        decoder = VokenImageDecoder.from_components(**{name: getattr(self, name) for name in COMPONENTS})
+        decoder = VokenImageDecoder.from_components(**self.components)
         ours, theirs = self.model.config.voken_token_ids, self.processor.voken_token_ids
         if ours != theirs:
             raise ValueError(f"Model and processor are not of one pipeline: their vokens are {ours} and {theirs}.")

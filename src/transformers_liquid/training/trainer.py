@@ -16,14 +16,13 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from ..data.collator import LiquidDataCollator
 from ..data.voken_collator import VokenDataCollator
 from ..models.liquid.image_processing_liquid import contact_sheet
-from ..models.liquid.modeling_liquid import LiquidForCausalLM
 from ..ops.chunked_loss import IGNORE_INDEX
 from ..ops.packed_attention import use_packed_attention
 from ..pipelines.text_to_image import LiquidImageGenerationPipeline
@@ -147,12 +146,12 @@ class LiquidTrainer(WholeTrainer):
                 "FSDP cannot shard LoRA on a base whose head is tied to its embeddings: use DDP, or train all of it."
             )
         # DeepSpeed rounds all weights to the type that it trains in.
-        codec = liquid_model(self.model).model.vq_model if self.is_deepspeed_enabled else torch.nn.Module()
+        codec = bare_model(self.model).model.vq_model if self.is_deepspeed_enabled else torch.nn.Module()
         self._codec = {f"model.vq_model.{name}": tensor.cpu().clone() for name, tensor in codec.state_dict().items()}
         if not all(tensor.numel() for tensor in self._codec.values()):
             raise ValueError("With ZeRO-3, load the model before the TrainingArguments: its codec is in pieces.")
         if data_collator.packing:
-            use_packed_attention(liquid_model(self.model))
+            use_packed_attention(bare_model(self.model))
             if self.args.neftune_noise_alpha is not None:
                 raise ValueError("neftune_noise_alpha goes by the length of a record: train with packing=False.")
         no_draws = {"unconditional_probability": 0.0, "caption_probability": 0.0, "edit_dropout": 0.0}
@@ -185,7 +184,7 @@ class LiquidTrainer(WholeTrainer):
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """As in the Trainer; a position of a picture has as many labels as codes."""
-        config = liquid_model(self.model).config
+        config = bare_model(self.model).config
         if config.num_codebooks > 1:
             all_labels = [batch["labels"].flatten() for batch in batch_samples]
             counts = [torch.where(labels == config.image_token_id, config.num_codebooks, 1) for labels in all_labels]
@@ -239,7 +238,7 @@ class LiquidTrainer(WholeTrainer):
         return metrics
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        tied = liquid_model(self.model).all_tied_weights_keys  # these are not missing
+        tied = bare_model(self.model).all_tied_weights_keys  # these are not missing
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         if load_result.missing_keys or load_result.unexpected_keys:
             raise ValueError(f"The checkpoint holds other weights than the model: {load_result}.")
@@ -247,7 +246,7 @@ class LiquidTrainer(WholeTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if state_dict is not None:
             # Gathered from all processes, tied weights are no longer one tensor and would be saved twice.
-            tied = liquid_model(self.model).all_tied_weights_keys
+            tied = bare_model(self.model).all_tied_weights_keys
             state_dict = {
                 name: self._codec.get(name, tensor) for name, tensor in state_dict.items() if name not in tied
             }
@@ -278,7 +277,7 @@ class PreviewCallback(TrainerCallback):
 
     def _pipeline(self, trainer: WholeTrainer, prompts: list[str]) -> DiffusionPipeline:
         """What draws, when it is certain that it can draw the prompts."""
-        model = liquid_model(trainer.model)
+        model = bare_model(trainer.model)
         pipe = LiquidImageGenerationPipeline(model=model, processor=trainer.processing_class, device=model.device)
         pipe.preprocess(prompts)
         return pipe
@@ -321,6 +320,6 @@ class EpochCallback(TrainerCallback):
         self.collator.set_epoch(int(state.epoch))
 
 
-def liquid_model(model: torch.nn.Module) -> LiquidForCausalLM:
-    """The [`LiquidForCausalLM`] itself, without PEFT around it; adapters inside it stay."""
-    return model if isinstance(model, LiquidForCausalLM) else model.get_base_model()
+def bare_model(model: torch.nn.Module) -> PreTrainedModel:
+    """The model itself, without PEFT around it; adapters inside it stay."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

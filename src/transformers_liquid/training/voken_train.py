@@ -12,6 +12,7 @@ import dataclasses
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
 import torch
@@ -50,9 +51,7 @@ class VokenArguments:
     stage: Literal[1, 2] = HfArg(
         default=1, help="1: vokens and mapper, with captions. 2: vokens, LoRA and the mapper's encoder and decoder."
     )
-    image_folder: str | None = HfArg(
-        default=None, help="What paths of pictures begin at. Defaults to the files' folders."
-    )
+    image_folder: str | None = HfArg(default=None, help="Where paths of pictures begin; else in the files' folders.")
     dtype: Literal["float32", "bfloat16", "float16"] = HfArg(default="float32", help="Of what is frozen.")
     text_loss_weight: float | None = HfArg(default=None, help="In this run. Defaults to the model's, as the next two.")
     image_loss_weight: float | None = HfArg(default=None, help="0 needs no diffusion model in a step.")
@@ -66,9 +65,7 @@ class VokenArguments:
     lora_r: int = HfArg(default=8, help="Rank of LoRA.")
     lora_alpha: int = HfArg(default=16, help="Scale of LoRA.")
     lora_dropout: float = HfArg(default=0.05, help="Dropout of LoRA.")
-    target_modules: str | None = HfArg(
-        default=None, help="A regular expression of the layers for LoRA. Defaults to q_proj and v_proj."
-    )
+    target_modules: str | None = HfArg(default=None, help="Layers for LoRA, as an expression; else q_proj, v_proj.")
 
     def __post_init__(self):
         self.model = find_checkpoint(self.model)
@@ -87,9 +84,7 @@ class VokenTrainingArguments(LiquidTrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         if self.push_to_hub and (self.hub_strategy != "end" or getattr(self, "hub_revision", None)):
-            raise ValueError(
-                "What is pushed is the whole pipeline, at the end: leave out hub_strategy and hub_revision."
-            )
+            raise ValueError("What is pushed is the whole pipeline, at the end: leave out hub_strategy, hub_revision.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -165,18 +160,11 @@ def build_voken_trainer(
     config = voken_stage1_config(model) if arguments.stage == 1 else voken_lora_config(model, **lora)
     adapted = get_peft_model(model, config)
     for part in arguments.frozen_mapper_parts:
-        named = [
-            (name.replace("modules_to_save.default.", ""), one) for name, one in model.feature_mapper.named_parameters()
-        ]
-        if not [one.requires_grad_(False) for name, one in named if f"{name}.".startswith(f"{part}.")]:
-            raise ValueError(f"The mapper has no {part} that could be frozen: see frozen_mapper_parts.")
-    trainer = VokenTrainer(
-        model=adapted,
-        args=args,
-        data_collator=collator,
-        train_dataset=records,
-        processing_class=processor,
-    )
+        try:
+            attrgetter(part)(model.feature_mapper).requires_grad_(False)
+        except AttributeError as error:
+            raise ValueError(f"The mapper has no {part} that could be frozen: see frozen_mapper_parts.") from error
+    trainer = VokenTrainer(adapted, args, collator, train_dataset=records, processing_class=processor)
     if args.preview_prompts and args.preview_steps:
         trainer.add_callback(VokenPreviewCallback(trainer, args.preview_prompts, args.preview_steps))
     return pipe, trainer

@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 
 from ..data.voken_collator import VokenDataCollator
-from ..models.voken.image_decoder import COMPONENTS
 from ..models.voken.modeling_voken import VokenForConditionalGeneration
 from ..pipelines.interleaved_voken import InterleavedVokenPipeline
-from .trainer import EpochCallback, PreviewCallback, WholeTrainer
+from .trainer import EpochCallback, PreviewCallback, WholeTrainer, bare_model
 
 
 # What a loss is made of, each a mean: over labels, over pictures, over pictures with captions. The last one is no loss: a
@@ -44,7 +43,7 @@ class VokenTrainer(WholeTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        model = voken_model(self.model)
+        model = bare_model(self.model)
         if not isinstance(model, VokenForConditionalGeneration):
             raise ValueError(f"The model must be a VokenForConditionalGeneration, got {type(model).__name__}.")
         if model.config.image_loss_weight or model.config.caption_loss_weight:
@@ -66,7 +65,7 @@ class VokenTrainer(WholeTrainer):
 
     def _numbers(self, batch: dict[str, Any]) -> list[int]:
         """Labels, pictures, and pictures with captions."""
-        pictures = int((batch["labels"] == voken_model(self.model).config.voken_token_ids[0]).sum())
+        pictures = int((batch["labels"] == bare_model(self.model).config.voken_token_ids[0]).sum())
         return [int((batch["labels"][:, 1:] != -100).sum()), pictures, pictures * (batch.get("captions") is not None)]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -79,44 +78,35 @@ class VokenTrainer(WholeTrainer):
             part.training = False
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._check_finite(loss, f"a batch that begins with the ids {inputs['input_ids'][0, :20].tolist()}")
-        numbers, config = self._numbers(inputs), voken_model(self.model).config
-        stats = torch.zeros(len(MEASURES), 2, dtype=torch.float64, device=loss.device)
+        numbers, config = self._numbers(inputs), bare_model(self.model).config
+        stats = dict.fromkeys(MEASURES, (0.0, 0))
         for index, (name, number) in enumerate(zip(MEASURES, numbers, strict=False)):
-            if outputs.get(name) is None:
+            if name not in outputs:
                 continue
-            stats[index] = stats.new_tensor([number, number])
-            stats[index, 0] *= outputs[name].detach()
+            stats[name] = number * outputs[name].item(), number
             if model.training:
                 # The Trainer averages over the accumulated batches, and over the processes.
                 at_once = self.current_gradient_accumulation_steps * self.accelerator.num_processes
                 share = number * at_once / self._totals[index]
                 loss = loss + getattr(config, f"{name}_weight") * (share - 1) * outputs[name]
-        if outputs.get("condition") is not None and len(outputs["condition"]) > 1:
-            stats[-1] = torch.stack([outputs["condition"].detach().double().std(0).mean(), stats.new_ones(())])
+        if len(outputs.get("condition", ())) > 1:
+            stats["condition_std"] = outputs["condition"].detach().double().std(0).mean().item(), 1
+        stats = torch.tensor([*stats.values()], dtype=torch.float64, device=loss.device)
         self._stats["train" if model.training else "eval"] += stats
         return (loss, outputs) if return_outputs else loss
 
     # The Trainer looks for the names of the modules in a checkpoint; some bases, such as LLaVA, are saved under others.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if not self._loads_whole:
+        if model is not None or not isinstance(self.model, VokenForConditionalGeneration):  # FSDP's, or an adapter
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
-        if not self._loads_whole:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_best_model()
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    @property
-    def _loads_whole(self) -> bool:
-        is_whole = isinstance(self.model, VokenForConditionalGeneration)
-        return is_whole and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """As in the Trainer, for losses alone."""
-        return super().prediction_step(model, inputs, prediction_loss_only=True, ignore_keys=ignore_keys)
 
     def _pop_stats(self, phase: str, prefix: str) -> dict[str, float]:
         stats, self._stats[phase] = self._stats[phase], 0.0
@@ -130,9 +120,8 @@ class VokenPreviewCallback(PreviewCallback):
     """As [`PreviewCallback`], for a [`VokenTrainer`]: the picture that each prompt leads to at once."""
 
     def _pipeline(self, trainer: VokenTrainer, prompts: list[str]) -> InterleavedVokenPipeline:
-        model = voken_model(trainer.model)
-        parts = {name: one for name, one in model.image_decoder.pipe.components.items() if name in COMPONENTS}
-        pipe = InterleavedVokenPipeline(model=model, processor=trainer.processing_class, **parts)
+        model = bare_model(trainer.model)
+        pipe = InterleavedVokenPipeline(model, trainer.processing_class, **model.image_decoder.components)
         pipe.processor(text=prompts)
         return pipe
 
@@ -140,8 +129,3 @@ class VokenPreviewCallback(PreviewCallback):
         run = len(self.pipe.processor.voken_token_ids)
         out = self.pipe(self.prompts, seed=0, num_images=1, max_new_tokens=run)
         return [picture for (picture,) in out.segments]
-
-
-def voken_model(model: torch.nn.Module) -> VokenForConditionalGeneration:
-    """The [`VokenForConditionalGeneration`] itself, without PEFT around it; adapters inside it stay."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model

@@ -21,7 +21,7 @@ def default_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | dict[str,
     return parts_to_text + template
 
 
-def read_template(name: str) -> str:
-    """A template of `chat_templates/` on one line, as they are stored."""
-    file = Path(__file__).parent / "chat_templates" / f"{name}.jinja"
+def read_template(name: str, family: str = "liquid") -> str:
+    """A template of the `chat_templates/` of a family of models on one line, as they are stored."""
+    file = Path(__file__).parents[1] / family / "chat_templates" / f"{name}.jinja"
     return "".join(line.strip() for line in file.read_text(encoding="utf-8").splitlines())

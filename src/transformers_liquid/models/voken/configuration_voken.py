@@ -111,11 +111,9 @@ class VokenConfig(PreTrainedConfig):
             raise ValueError(f"unconditional_probability must be from 0 to 1, snr_gamma above 0 or None, got {given}.")
         if self.mapper_hidden_size % self.mapper_num_heads:
             raise ValueError(f"mapper_num_heads must divide mapper_hidden_size, which is {self.mapper_hidden_size}.")
-        ids, vocab_size = self.voken_token_ids, self.get_text_config().vocab_size
-        if not ids or len({*ids}) < len(ids) or not all(0 <= one < vocab_size for one in ids):
-            raise ValueError(
-                f"voken_token_ids must be different ids of the base's vocabulary of {vocab_size}, got {ids}."
-            )
+        ids, size = self.voken_token_ids, self.get_text_config().vocab_size
+        if not ids or len({*ids}) < len(ids) or not all(0 <= one < size for one in ids):
+            raise ValueError(f"voken_token_ids must be different ids of the base's vocabulary of {size}, got {ids}.")
         if (placeholder := getattr(self.text_config, "image_token_id", None)) in ids:
             raise ValueError(f"Id {placeholder} stands for pictures that the base reads: it is no voken, got {ids}.")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, takewhile
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import LogitsProcessor
 
 
 @dataclass
@@ -56,18 +57,11 @@ class VokenRunLogitsProcessor(LogitsProcessor):
         return only.where(where[:, None], scores)
 
 
-def eos_token_ids(config: GenerationConfig) -> list[int]:
-    """What ends a text: none, one or several."""
-    eos = config.eos_token_id
-    return [eos] if isinstance(eos, int) else list(eos or [])
-
-
 def finished(
     ids: Sequence[int], voken_token_ids: Sequence[int], eos_token_ids: Sequence[int], pad_token_id: int | None = None
 ) -> list[int]:
     """A reply without what ends and what fills it; a run that was cut off is completed, since its tokens are known."""
-    ids = list(ids)
-    ids = ids[: min((ids.index(one) for one in eos_token_ids if one in ids), default=len(ids))]
+    ids = list(takewhile(lambda one: one not in eos_token_ids, ids))
     while ids and ids[-1] == pad_token_id:  # elsewhere it is a token like others
         ids.pop()
     if ids and ids[-1] in voken_token_ids:
@@ -77,14 +71,8 @@ def finished(
 
 def segments(ids: Sequence[int], voken_token_ids: Sequence[int]) -> Iterator[list[int] | None]:
     """The pieces of a reply with whole runs, in order: ids of a text, `None` for a picture."""
-    text: list[int] = []
-    for one in ids:
-        if one == voken_token_ids[0]:
-            if text:
-                yield text
-            yield None
-            text = []
-        elif one not in voken_token_ids:
-            text.append(one)
-    if text:
-        yield text
+    for is_voken, piece in groupby(ids, lambda one: one in voken_token_ids):
+        if is_voken:
+            yield from (None for one in piece if one == voken_token_ids[0])
+        else:
+            yield list(piece)

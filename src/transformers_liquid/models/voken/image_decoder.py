@@ -78,11 +78,9 @@ class VokenImageDecoder:
             missing = [name for name, one in part.named_parameters() if one.is_meta]
             if missing and not any(hasattr(one, "_hf_hook") for one in part.modules()):
                 raise ValueError(f"{type(part).__name__} lacks {len(missing)} weights: {', '.join(missing[:10])}.")
-        channels = self.denoiser.config.in_channels, pipe.vae.config.latent_channels
-        if channels[0] != channels[1]:
-            raise ValueError(
-                f"The denoiser takes {channels[0]} channels, the VAE gives {channels[1]}: that is no pair."
-            )
+        taken, given = self.denoiser.config.in_channels, pipe.vae.config.latent_channels
+        if taken != given:
+            raise ValueError(f"The denoiser takes {taken} channels, the VAE gives {given}: that is no pair.")
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
@@ -108,7 +106,7 @@ class VokenImageDecoder:
         pipeline = getattr(diffusers, PIPELINES[_known(components)[1]])
         names = inspect.signature(pipeline.__init__).parameters
         required = [name for name, one in names.items() if one.default is inspect.Parameter.empty and name != "self"]
-        parts = {name: components.get(name) for name in {*required, *COMPONENTS} & names.keys()}
+        parts = dict.fromkeys(required) | {name: components.get(name) for name in COMPONENTS if name in names}
         parts |= {name: False for name in ("requires_safety_checker", "add_watermarker") if name in names}
         return cls(pipeline(**parts))
 
@@ -123,6 +121,11 @@ class VokenImageDecoder:
         index = diffusers.DiffusionPipeline.load_config(name, **hub_arguments(kwargs))
         unused = {part: None for part in ("model", "processor", "safety_checker") if part in index}
         return cls.from_components(**diffusers.DiffusionPipeline.from_pretrained(name, **unused, **kwargs).components)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """All parts that an [`InterleavedVokenPipeline`] has, by their names in diffusers; `None` for what this one lacks."""
+        return {name: self.pipe.components.get(name) for name in COMPONENTS}
 
     @property
     def condition_dim(self) -> int:
@@ -283,22 +286,21 @@ class VokenImageDecoder:
         return loss * snr.clamp(max=snr_gamma) / divisor
 
     def _denoise(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: VokenCondition) -> torch.Tensor:
-        embeds = condition.embeds.to(noisy)
-        pooled = None if condition.pooled is None else condition.pooled.to(noisy)
-        arguments: dict[str, Any] = {}
+        told = VokenCondition(**{name: one.to(noisy) for name, one in condition.items()})
+        arguments: dict[str, Any] = {"encoder_hidden_states": told.embeds}
         if self.family == "SD3Transformer2DModel":
-            arguments["pooled_projections"] = pooled
+            arguments["pooled_projections"] = told.pooled
         elif "text_time" in self.family:
             height, width = (side * self.pipe.vae_scale_factor for side in noisy.shape[-2:])
             time_ids = noisy.new_tensor([[height, width, 0, 0, height, width]]).expand(len(noisy), -1)
-            arguments["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": time_ids}
+            arguments["added_cond_kwargs"] = {"text_embeds": told.pooled, "time_ids": time_ids}
         elif self.family in MASKED:
-            arguments["encoder_attention_mask"] = embeds.new_ones(embeds.shape[:2])
+            arguments["encoder_attention_mask"] = noisy.new_ones(told.embeds.shape[:2])
         if self.family == "PixArtTransformer2DModel":
             arguments["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
         elif self.family == "SanaTransformer2DModel":
             timesteps = timesteps * self.denoiser.config.get("timestep_scale", 1.0)
-        predicted = self.denoiser(noisy, timestep=timesteps, encoder_hidden_states=embeds, **arguments).sample
+        predicted = self.denoiser(noisy, timestep=timesteps, **arguments).sample
         return predicted[:, : noisy.shape[1]]  # what else PixArt predicts is the variance
 
     @torch.no_grad()

@@ -17,17 +17,24 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
+from ...generation.settings import eos_token_ids
+from ...utils.hub import part_of
 from ...utils.versions import CACHE_NAMES
 from ..liquid.reference import load_whole
 from .configuration_voken import VokenConfig
-from .generation_voken import VokenRunLogitsProcessor, eos_token_ids
+from .generation_voken import VokenRunLogitsProcessor
 from .image_decoder import VokenCondition, VokenImageDecoder
-from .repository import part_of
+
+
+def auto_class_of(config: PreTrainedConfig) -> type:
+    """The door of transformers to a base: that of models of images and text, if it is one, or of language models."""
+    reads_pictures = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return transformers.AutoModelForImageTextToText if reads_pictures else transformers.AutoModelForCausalLM
 
 
 @dataclasses.dataclass
@@ -90,37 +97,7 @@ class VokenFeatureMapper(nn.Module):
         return VokenCondition(embeds=self.projection(mapped[:, :-1]), pooled=self.pooled_projection(mapped[:, -1]))
 
 
-class VokenPreTrainedModel(PreTrainedModel):
-    config_class = VokenConfig
-    base_model_prefix = ""
-    output_modalities = ("image", "text")
-    # Losses are means over the batch: the Trainer has to divide by the number of accumulated ones.
-    accepts_loss_kwargs = False
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _skip_keys_device_placement = [*CACHE_NAMES]
-    _no_split_modules = ["VokenFeatureMapper"]
-    # None of its own, the base has them; PEFT looks for a base's tied weights only where there is a mapping.
-    _tied_weights_keys = {}
-    # Quantizers leave out what is named here: attention reads the weights of its projections without calling them.
-    _keep_in_fp32_modules = ["feature_mapper"]
-    _keep_in_fp32_modules_strict = ["feature_mapper"]
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """torch's own for every layer of the mapper, as in the reference: transformers' would make matrices a quarter."""
-        if isinstance(module, VokenFeatureMapper):
-            init.normal_(module.query)
-            module.encoder_decoder._reset_parameters()  # after its layers: of all matrices
-        elif isinstance(module, nn.MultiheadAttention):
-            module._reset_parameters()
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-
-
-class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
+class VokenForConditionalGeneration(PreTrainedModel, GenerationMixin):
     r"""A language model that says where pictures belong, with vokens, and what they show, with the states of the vokens.
 
     A run of all vokens in their order stands for one picture. The states that put out its vokens become the condition
@@ -139,11 +116,27 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
     ```
     """
 
+    config_class = VokenConfig
+    base_model_prefix = ""
+    output_modalities = ("image", "text")
+    # Losses are means over the batch: the Trainer has to divide by the number of accumulated ones.
+    accepts_loss_kwargs = False
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = [*CACHE_NAMES]
+    _no_split_modules = ["VokenFeatureMapper"]
+    # None of its own, the base has them; PEFT looks for a base's tied weights only where there is a mapping.
+    _tied_weights_keys = {}
+    # Quantizers leave out what is named here: attention reads the weights of its projections without calling them.
+    _keep_in_fp32_modules = ["feature_mapper"]
+    _keep_in_fp32_modules_strict = ["feature_mapper"]
+
     def __init__(self, config: VokenConfig) -> None:
         super().__init__(config)
-        reads_pictures = type(config.text_config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        auto_class = transformers.AutoModelForImageTextToText if reads_pictures else transformers.AutoModelForCausalLM
-        self.text_model = auto_class.from_config(config.text_config, trust_remote_code=False)
+        self.text_model = auto_class_of(config.text_config).from_config(config.text_config, trust_remote_code=False)
         # One object: what resizing writes to the one must be read from the other.
         config.text_config = self.text_model.config
         if (size := self.get_output_embeddings().in_features) != config.state_size:
@@ -151,6 +144,16 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         self.feature_mapper = VokenFeatureMapper(config)
         self.__dict__.update(_image_decoder=None, _where={})
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """torch's own for every layer of the mapper, as in the reference: transformers' would make matrices a quarter."""
+        if isinstance(module, VokenFeatureMapper):
+            init.normal_(module.query)
+            module.encoder_decoder._reset_parameters()  # after its layers: of all matrices
+        elif isinstance(module, nn.MultiheadAttention):
+            module._reset_parameters()
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -258,7 +261,7 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         inputs = {"attention_mask": attention_mask, "pixel_values": pixel_values, **kwargs}
         targets = target_pixel_values if target_latents is None else target_latents
         if labels is None and targets is None and captions is None:
-            return self._output(self._read(input_ids, **inputs)[0])
+            return self._read(input_ids, **inputs)[0]
         if labels is None or input_ids is None or input_ids.shape != labels.shape:
             raise ValueError("Labels need input_ids of their shape, and pictures to learn need labels: they say where.")
         rows, before = self._find_runs(input_ids, labels == self.config.voken_token_ids[0], attention_mask)
@@ -274,7 +277,7 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
                 )
         if isinstance(captions, str) or not all(isinstance(one, str) for one in captions or ()):
             raise ValueError(f"captions must be a text for each picture to draw, got {list(captions)!r}.")
-        outputs, states = self._read(input_ids, labels=labels, **{"use_cache": False, **inputs})
+        out, states = self._read(input_ids, labels=labels, **{"use_cache": False, **inputs})
         if not len(rows):
             condition = self.unconditional()
         else:
@@ -283,7 +286,6 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
                 is_dropped = torch.rand(len(rows), device=rows.device) < self.config.unconditional_probability
             run_states = states[rows[:, None], before].masked_fill(is_dropped[:, None, None], 0.0)
             condition = self.feature_mapper(run_states)
-        out = self._output(outputs)
         out.text_loss = out.loss
         # Every weight takes part in every step: processes of which one has no pictures wait for each other.
         out.loss = self.config.text_loss_weight * out.text_loss + 0.0 * sum(one.sum() for one in condition.values())
@@ -322,19 +324,19 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         """
         is_first = input_ids == self.config.voken_token_ids[0]
         is_first[:, :first_new] = False
-        for name, value in (("attention_mask", 1), ("token_type_ids", 0), ("mm_token_type_ids", 0)):
-            if (one := inputs.get(name)) is not None:
-                inputs[name] = nn.functional.pad(one, (0, input_ids.shape[1] - one.shape[1]), value=value)
-        mask = inputs.pop("attention_mask", None)
+        # What holds for each token after the prompts
+        new = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
+        of_tokens = {name: inputs[name] for name in new if inputs.get(name) is not None}
+        for name, one in of_tokens.items():
+            of_tokens[name] = nn.functional.pad(one, (0, input_ids.shape[1] - one.shape[1]), value=new[name])
+        mask = of_tokens.get("attention_mask")
         rows, before = self._find_runs(input_ids, is_first, mask)
         if mask is not None:
             # Padding goes to the right, where it moves no position and no state, whatever the base.
             order = mask.argsort(dim=1, descending=True, stable=True)
-            of_tokens = [name for name in ("token_type_ids", "mm_token_type_ids") if inputs.get(name) is not None]
-            inputs |= {name: inputs[name].gather(1, order) for name in of_tokens}
+            of_tokens = {name: one.gather(1, order) for name, one in of_tokens.items()}
             input_ids, before = input_ids.gather(1, order), mask.cumsum(1)[rows[:, None], before] - 1
-            inputs["attention_mask"] = mask.gather(1, order)
-        _, states = self._read(input_ids, keep_logits=False, **inputs)
+        _, states = self._read(input_ids, keep_logits=False, **inputs | of_tokens)
         return self.feature_mapper(states[rows[:, None], before]), rows
 
     @torch.no_grad()
@@ -395,8 +397,8 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
 
     def _read(
         self, input_ids: torch.LongTensor | None, keep_logits: bool = True, **inputs: Any
-    ) -> tuple[ModelOutput, torch.Tensor]:
-        """The base's own output, and the states that its head read, `(B, T, state_size)`.
+    ) -> tuple[VokenOutput, torch.Tensor]:
+        """What there is of the base's own output, and the states that its head read, `(B, T, state_size)`.
 
         At the head's door, since not every base has a body that can be called without it.
         """
@@ -411,17 +413,14 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
             outputs = reader(input_ids=input_ids, **{name: one for name, one in inputs.items() if one is not None})
         finally:
             hook.remove()
-        return outputs, states[0]
+        names = {field.name for field in dataclasses.fields(VokenOutput)}
+        return VokenOutput(**{name: one for name, one in outputs.items() if name in names}), states[0]
 
     def _reader(self, pixel_values: torch.Tensor | None) -> PreTrainedModel:
         """The base; or its language model alone where the base demands pictures (BLIP-2) and there are none."""
         argument = inspect.signature(self.text_model.forward).parameters.get("pixel_values")
         demands = argument is not None and argument.default is inspect.Parameter.empty
         return self.text_model.language_model if demands and pixel_values is None else self.text_model
-
-    def _output(self, outputs: ModelOutput) -> VokenOutput:
-        names = {field.name for field in dataclasses.fields(VokenOutput)}
-        return VokenOutput(**{name: one for name, one in outputs.items() if name in names})
 
     def _find_runs(self, ids: torch.Tensor, is_first: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
         """The sequence `(N,)` of every run that begins where `is_first`, and the positions `(N, n)` of its states: those
@@ -433,10 +432,10 @@ class VokenForConditionalGeneration(VokenPreTrainedModel, GenerationMixin):
         rows, columns = is_first.nonzero(as_tuple=True)
         vokens = torch.tensor(self.config.voken_token_ids, device=ids.device)
         run = columns[:, None] + torch.arange(len(vokens), device=ids.device)
-        is_good = (ids[rows[:, None], run.clamp(max=ids.shape[1] - 1)] == vokens).all(1) & (run[:, -1] < ids.shape[1])
-        is_good &= columns > 0
+        # A run that the sequence cuts off repeats its last id here, and vokens are different.
+        is_good = (ids[rows[:, None], run.clamp(max=ids.shape[1] - 1)] == vokens).all(1) & (columns > 0)
         if mask is not None:
-            is_good &= mask[rows, (columns - 1).clamp(min=0)].bool()
+            is_good &= mask[rows, columns - 1].bool()
         if not is_good.all():
             index = int((~is_good).nonzero()[0])
             raise ValueError(

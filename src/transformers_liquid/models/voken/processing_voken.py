@@ -14,20 +14,14 @@ from transformers.processing_utils import ProcessorMixin  # diffusers looks for 
 from transformers.utils import PROCESSOR_NAME
 
 from ...utils.files import check_keys, read_json, write_json
-from ...utils.hub import HUB_ARGUMENTS, hub_arguments
+from ...utils.hub import HUB_ARGUMENTS, hub_arguments, part_of
+from ..liquid.chat_template import read_template
 from ..liquid.image_processing_liquid import flatten_images, is_column, to_rgb
 from ..liquid.prompts import parts_of
-from .repository import part_of
 
 
 # With a dot, since diffusers takes names apart at it where it looks for variants of weights.
 BASE_FOLDER = "base.processor"
-# For bases without a chat template: what the messages say, and nothing around it.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}{{ IMAGE if part.type == 'image' else part.text }}{% endfor %}"
-    "{% endif %}{% endfor %}"
-)
 
 
 class VokenProcessor(ProcessorMixin):
@@ -60,7 +54,9 @@ class VokenProcessor(ProcessorMixin):
         token = getattr(base, "image_token", None)
         self.image_token = None if token is None else str(token)
         own = getattr(base, "chat_template", None) or self.tokenizer.chat_template
-        self.chat_template = chat_template or own or PLAIN_TEMPLATE.replace("IMAGE", repr(self.image_token or ""))
+        # For bases without a template: what the messages say, and nothing around it.
+        plain = read_template("plain", "voken").replace("IMAGE", repr(self.image_token or ""))
+        self.chat_template = chat_template or own or plain
         tokens = self.tokenizer.convert_ids_to_tokens(self.voken_token_ids)
         if None in tokens or len({*tokens}) < len(tokens):
             raise ValueError(f"The tokenizer has no tokens for all vokens {self.voken_token_ids}: see `add_vokens`.")

@@ -20,16 +20,3 @@ MINIGPT5_STORY_SYSTEM = (
 MINIGPT5_DIALOGUE_SYSTEM = MINIGPT5_STORY_SYSTEM.replace(
     "generate story", "generate conversations with appropriate images"
 )
-# Of content in parts, what came before ends with a new line; the last text is what is asked.
-MINIGPT5_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% if messages[0].role != 'system' %}" + MINIGPT5_STORY_SYSTEM + "{% endif %}"
-    "{% for message in messages %}{% if message.role == 'system' %}"
-    "{{ message.content if message.content is string else message.content | map(attribute='text') | join }}{% else %}"
-    "{% if not loop.first and messages[loop.index0 - 1].role != 'system' %} {% endif %}"
-    "###{{ 'Human' if message.role == 'user' else 'Assistant' }}:"
-    "{% if message.content is string %} {{ message.content }}{% else %}"
-    "{% set texts = message.content | selectattr('type', 'equalto', 'text') | list %}"
-    "{% for part in message.content %}{% if part.type == 'image' %}<Img><ImageHere></Img>{% else %}"
-    "{% if part == texts[-1] %}{{ ' ' if loop.first else '\n ' }}{% endif %}{{ part.text }}{% endif %}{% endfor %}"
-    "{% endif %}{% endif %}{% endfor %} ###{{ 'Assistant:' if add_generation_prompt else '' }}"
-)

@@ -27,10 +27,11 @@ from transformers import (
 from ...codecs.vq_model import check_loading_info
 from ...utils.files import check_keys, read_tensors, whole
 from ...utils.optional import require
+from ..liquid.chat_template import read_template
 from .configuration_voken import VokenConfig
 from .modeling_voken import VokenForConditionalGeneration
 from .processing_voken import VokenProcessor
-from .prompts import MINIGPT5_CHAT_TEMPLATE
+from .prompts import MINIGPT5_STORY_SYSTEM
 
 
 if TYPE_CHECKING:
@@ -132,8 +133,22 @@ def load_minigpt5(
     processor = _processor(config, vision_model, language_model)
     with torch.device("meta"):
         model = VokenForConditionalGeneration(config)
-    tensors = _named(paths, files, config, {key: tensor.shape for key, tensor in model.state_dict().items()})
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
 
+    # All tensors under our names; of those that both stages have, the second one's
+    tensors: dict[str, torch.Tensor] = {}
+    for stage, (path, file) in enumerate(zip(paths, files, strict=True)):
+        table = key_table(config, stage)
+        check_keys(str(path), file, required=table, optional=())
+        tensors |= {key: file[name] for name, key in table.items()}
+    for key, tensor in tensors.items():
+        expected = shapes[re.sub(r"lora_[AB]\.", "", key)]
+        if "lora_" in key:
+            expected = (LORA["r"], expected[1]) if "lora_A" in key else (expected[0], LORA["r"])
+        if tensor.shape != expected:
+            raise ValueError(f"{key} has shape {tuple(tensor.shape)}, but the other sizes ask for {tuple(expected)}.")
+
+    # The parts of MiniGPT-4, and these tensors in them
     model.text_model = _load_base(config.text_config, vision_model, language_model, **kwargs)
     model.generation_config = model.text_model.generation_config
     ends = processor.tokenizer("###", add_special_tokens=False).input_ids  # of Vicuna one token
@@ -261,26 +276,9 @@ def _processor(config: VokenConfig, vision_model: str, language_model: str) -> V
         )
     tokenizer._set_model_specific_special_tokens({"image_token": ADDED_TOKENS[-1]})  # what stands for a picture
     base = type(reader)(reader.image_processor, tokenizer, num_query_tokens=config.text_config.num_query_tokens)
-    return VokenProcessor(base, config.voken_token_ids, MINIGPT5_CHAT_TEMPLATE)
-
-
-def _named(
-    paths: list[str | Path], files: list[dict[str, torch.Tensor]], config: VokenConfig, shapes: dict[str, torch.Size]
-) -> dict[str, torch.Tensor]:
-    """The tensors of all files under our names; of those that both stages have, the second one's."""
-    tensors: dict[str, torch.Tensor] = {}
-    for stage, (path, file) in enumerate(zip(paths, files, strict=True)):
-        table = key_table(config, stage)
-        check_keys(str(path), file, required=table, optional=())
-        tensors |= {key: file[name] for name, key in table.items()}
-    for key, tensor in tensors.items():
-        expected = shapes.get(key)
-        if expected is None:
-            out_features, in_features = shapes[re.sub(r"lora_[AB]\.", "", key)]
-            expected = (LORA["r"], in_features) if "lora_A" in key else (out_features, LORA["r"])
-        if tensor.shape != expected:
-            raise ValueError(f"{key} has shape {tuple(tensor.shape)}, but the other sizes ask for {tuple(expected)}.")
-    return tensors
+    # Of content in parts, what came before ends with a new line; the last text is what is asked.
+    template = read_template("minigpt5", "voken").replace("MINIGPT5_STORY_SYSTEM", MINIGPT5_STORY_SYSTEM)
+    return VokenProcessor(base, config.voken_token_ids, template)
 
 
 def _load_base(config: PreTrainedConfig, vision_model: str, language_model: str, **kwargs: Any) -> PreTrainedModel:
