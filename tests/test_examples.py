@@ -97,7 +97,7 @@ def test_the_emoji_recipe_builds_a_checkpoint_that_draws(run, tmp_path, monkeypa
     steps = ("--max_steps", "2", "--batch_size", "8", "--use_cpu", "--no-bf16", "--text_tokens", "700")
     run("emoji/train_lm.py", *steps, "--output_dir", "emoji-lm-1")
     words = ("--continue_from", "emoji-lm-1", "--word_vectors", "emoji-lm-1")
-    run("emoji/train_lm.py", *steps[:-1], "650", *words)
+    run("emoji/train_lm.py", *steps[:-1], "650", *words, "--misread", "0.5", "--shares", json.dumps({"foretold": 50}))
     settings = {"guidance_scale": 1.5, "do_sample": True, "top_k": 50}
     run("emoji/build_checkpoint.py", "--image_generation_config", json.dumps(settings))
     measures = ("names", "phrasings", "captions", "edits", "stories", "in_context")

@@ -577,7 +577,8 @@ def test_what_will_be_seen_is_said_first_and_drawn_with_these_words(processor):
     model.generation_config.image_generation_config = {"caption_first": True}
     output = pipe(prompts, image=images, seed=4, return_dict=True)
     assert output.images == expected and output.settings[0]["caption_first"]
-    assert pipe("in blue", seed=4) == pipe("in blue", seed=4, caption_first=False)  # without pictures there is none
+    both = pipe(["in blue", "a dog"], image=[[images[0]], []], seed=4)
+    assert both == [expected[0], *pipe("a dog", seed=5, caption_first=False)]  # without pictures nothing is said
     with pytest.raises(ValueError, match="caption_first must be True or False, got 'yes'"):
         pipe(prompts, image=images, caption_first="yes")
 

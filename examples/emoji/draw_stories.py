@@ -40,8 +40,8 @@ def main(args: argparse.Namespace) -> None:
     model = LiquidForCausalLM.from_pretrained(args.model)
     processor = LiquidProcessor.from_pretrained(args.model)
     rows = []
-    for beginning in BEGINNINGS:
-        torch.manual_seed(args.seed)
+    for seed, beginning in enumerate(BEGINNINGS, args.seed):
+        torch.manual_seed(seed)
         output = model.generate(
             **processor(text=[beginning], generation_mode="interleaved"),
             generation_mode="interleaved",
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
             max_new_tokens=60,
             do_sample=True,
             top_p=0.8,
-            generator=[torch.Generator().manual_seed(args.seed)],
+            generator=[torch.Generator().manual_seed(seed)],
         )
         (parts,) = processor.post_process_multimodal_output(output, generation_mode="interleaved")
         rows.append([beginning, *(part[part["type"]] for part in parts)])

@@ -404,19 +404,22 @@ class LiquidImageGenerationPipeline(Pipeline):
         return prompts, [ids[id(picture)].tolist() for picture in pictures]
 
     def _with_captions(self, prompts: list[str], images: list[list[int]], batch_size: int) -> list[str]:
-        """Prompts and what the model says, if asked as in a conversation, that one will see."""
-        asked, left = [f"{prompt} {CAPTION_INSTRUCTION}" for prompt in prompts], iter(images)
-        questions = [self.processor.turn_ids(text, left) for text in asked]
-        captions = []
-        for start in range(0, len(questions), batch_size):
-            ids, mask = map(torch.tensor, self.processor.pad_left(questions[start : start + batch_size]))
+        """Prompts; behind those with pictures what the model says, if asked as in a conversation, that one will see."""
+        asked, left = [index for index, prompt in enumerate(prompts) if IMAGE_MARK in prompt], iter(images)
+        texts = [f"{prompt} {CAPTION_INSTRUCTION}" if IMAGE_MARK in prompt else prompt for prompt in prompts]
+        for start in range(0, len(asked), batch_size):
+            batch = asked[start : start + batch_size]
+            questions = self.processor.pad_left([self.processor.turn_ids(texts[index], left) for index in batch])
+            ids, mask = map(torch.tensor, questions)
             written = self.model.generate(
                 **self.ensure_tensor_on_device(input_ids=ids, attention_mask=mask),
                 max_new_tokens=self.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
                 do_sample=False,
             )
-            captions += self.processor.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
-        return [f"{text} {caption.strip()}" for text, caption in zip(asked, captions, strict=True)]
+            captions = self.processor.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+            for index, caption in zip(batch, captions, strict=True):
+                texts[index] += f" {caption.strip()}"
+        return texts
 
     def _draw(
         self,
