@@ -206,7 +206,7 @@ def launch(config: str, *command: str, returncode: int = 0) -> str:
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
-    while not path.exists():
+    while not path.exists() or not path.stat().st_size:  # written, not only opened
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
 
