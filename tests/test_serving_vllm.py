@@ -66,6 +66,7 @@ def test_the_checkpoints_settings_count_unless_others_are_given(pipe):
     first, second = picture_requests(pipe.processor, "cat", 1, generation_config=config, temperature=0.5)
     arguments, stored = first["sampling_params"]["extra_args"], config.image_generation_config
     assert arguments["liquid_guidance_scale"] == stored["guidance_scale"] and arguments["liquid_temperature"] == 0.5
+    assert stored["caption_first"] and "liquid_caption_first" not in arguments  # of edits, which no engine draws
     assert second["sampling_params"] == first["sampling_params"]
     assert second["prompt_token_ids"] == arguments["liquid_unconditional"] != first["prompt_token_ids"]
     assert first["sampling_params"]["max_tokens"] == CODES

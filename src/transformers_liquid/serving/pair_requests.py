@@ -63,6 +63,7 @@ def picture_requests(
     (ids,), (negative,) = processor.image_prompts([prompt], negative_prompt, height=height, width=width)
     layout = processor.image_layout
     settings = ImageGenerationConfig.from_call(generation_config, None, settings)[0].to_dict()
+    settings.pop("caption_first", None)  # a prompt alone has no pictures in its context
     settings |= {"seed": seed, "picture": uuid.uuid4().hex, "unconditional": negative}
     arguments = {PREFIX + name: one for name, one in settings.items() if one is not None}
     prompts = [ids, negative] if PairedPicture.check(arguments).guidance_scale > 1 else [ids]
