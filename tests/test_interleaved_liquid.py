@@ -581,6 +581,9 @@ def test_what_will_be_seen_is_said_first_and_drawn_with_these_words(processor):
     assert both == [expected[0], *pipe("a dog", seed=5, caption_first=False)]  # without pictures nothing is said
     with pytest.raises(ValueError, match="caption_first must be True or False, got 'yes'"):
         pipe(prompts, image=images, caption_first="yes")
+    for mode in ("image", "interleaved"):
+        with pytest.raises(ValueError, match="caption_first is for the pipeline"):
+            model.generate(**processor(text="a", generation_mode=mode), generation_mode=mode, caption_first=True)
 
 
 def test_pictures_of_the_context_have_the_size_of_the_picture_to_draw(processor):

@@ -366,9 +366,11 @@ class Records(torch.utils.data.Dataset):
             number = draw.randrange(len(self.world.icons))
             while not (colour := icon_colour(self.world.icons[number], version)):
                 number = draw.randrange(len(self.world.icons))
-            wish, caption = draw.choice(EDIT_WISHES["colour"]).format(colour), self._icon_name(number, version)
+            wish, caption = (
+                draw.choice(EDIT_WISHES["colour"]).format(colour),
+                f"{self._icon_name(number, version)} icon",
+            )
             source, target = self.icons[1 - version, number], {"codes": self.icons[version, number]}
-            caption = f"{caption} icon"
         else:
             what = draw.choices(list(self._edits_of), [5, 3, 3, 1, 1])[0]
             number, _, value, wanted = draw.choice(self._edits_of[what])

@@ -405,10 +405,12 @@ class LiquidImageGenerationPipeline(Pipeline):
 
     def _with_captions(self, prompts: list[str], images: list[list[int]], batch_size: int) -> list[str]:
         """Prompts; behind those with pictures what the model says, if asked as in a conversation, that one will see."""
-        asked, left = [index for index, prompt in enumerate(prompts) if IMAGE_MARK in prompt], iter(images)
-        texts = [f"{prompt} {CAPTION_INSTRUCTION}" if IMAGE_MARK in prompt else prompt for prompt in prompts]
+        texts, left = list(prompts), iter(images)
+        asked = [index for index, prompt in enumerate(prompts) if IMAGE_MARK in prompt]
         for start in range(0, len(asked), batch_size):
             batch = asked[start : start + batch_size]
+            for index in batch:
+                texts[index] += f" {CAPTION_INSTRUCTION}"
             questions = self.processor.pad_left([self.processor.turn_ids(texts[index], left) for index in batch])
             ids, mask = map(torch.tensor, questions)
             written = self.model.generate(

@@ -550,6 +550,8 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         if generation_mode != "text":
             if not suppress_image_tokens:
                 raise ValueError("A picture is made of image tokens: leave out suppress_image_tokens.")
+            if kwargs.get("caption_first"):
+                raise ValueError("generate() draws from the ids that it gets: caption_first is for the pipeline.")
             draw = generate_image_tokens if generation_mode == "image" else generate_interleaved
             return draw(self, input_ids, **settings, **kwargs)
         scale = kwargs.get("guidance_scale", (generation_config or self.generation_config).guidance_scale)
